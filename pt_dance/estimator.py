@@ -1,0 +1,385 @@
+"""DanceRetriever: the dense retriever that is trained inside a PyTerrier pipeline."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pyterrier as pt
+from ir_measures import nDCG
+
+from pt_dance._files import publish_folder, write_json
+from pt_dance.corpus import Corpus
+from pt_dance.encoder import DualEncoder
+from pt_dance.index import DenseIndex
+from pt_dance.mining import mine_documents, mine_queries, needs_dense, positive_pairs, resolve_source
+from pt_dance.recipes import Round, check_recipe
+from pt_dance.recipes import dance as dance_recipe
+from pt_dance.retriever import DenseRetriever
+from pt_dance.training.examples import build_examples
+from pt_dance.training.inputs import TrainingInput, check_training_input
+from pt_dance.training.run_folder import META, RunFolder, read_json, read_meta
+from pt_dance.training.settings import fit_settings
+from pt_dance.training.trainer import train
+
+
+class DanceRetriever(pt.Estimator, pt.Artifact):
+    """A dense retriever that ``fit`` trains: mine negatives, train, refresh the index, validate, round after round.
+
+    As a transformer it is its current :class:`~pt_dance.DenseRetriever`: a query frame is searched, a result frame is
+    re-scored from stored vectors. Before ``fit`` that is the encoder as it came.
+
+    .. code-block:: python
+
+        dance = DanceRetriever(DualEncoder("sentence-transformers/all-MiniLM-L6-v2"), corpus, "runs/medquad")
+        (bm25 % 200 >> dance).fit(train_topics, train_qrels, dev_topics, dev_qrels)
+        pt.Experiment([bm25, dance, bm25 % 100 >> dance], test_topics, test_qrels, [nDCG @ 10])
+    """
+
+    ARTIFACT_TYPE = "dense_retriever"
+    ARTIFACT_FORMAT = "dance"
+    ARTIFACT_PACKAGE_HINT = "pt_dance"
+    schematic = {"label": "DanceRetriever", "help_url": None}
+
+    def __init__(
+        self,
+        encoder: DualEncoder,
+        corpus: Corpus | object,
+        path: str | Path,
+        *,
+        recipe: Round | Sequence[Round] | None = None,
+        num_results: int = 1000,
+        measure=nDCG @ 10,
+        seed: int = 42,
+        patience: int | None = None,
+        verbose: bool = True,
+    ):
+        """Prepares a run; nothing is encoded or trained yet.
+
+        Args:
+            encoder: where training starts. It is never changed: each round trains a copy.
+            corpus: the documents, as a :class:`~pt_dance.Corpus` or as anything ``Corpus.build`` takes (written to
+                ``path/corpus`` then). None only where nothing is to be trained or indexed any more.
+            path: folder of the run: encoders, indexes and history of every round. A folder with a run in it is gone on
+                with; any other folder that is not empty is refused.
+            recipe: rounds to train, see :mod:`pt_dance.recipes`; :func:`pt_dance.recipes.dance` where None.
+            num_results: documents retrieved for a query.
+            measure: ir_measures measure, or a list of them, computed on the validation topics after each round. The
+                first one says which round is best.
+            seed: fixes mining, order of training and dropout: on a CPU two fits with one seed give the same weights.
+            patience: stops when this many rounds in a row were not better than the best; None never stops early.
+            verbose: shows progress and a line a round.
+
+        Raises:
+            TypeError: if the encoder is no DualEncoder or the recipe no rounds.
+            ValueError: if an option makes no sense.
+            FileExistsError: if ``path`` is a folder with something else in it.
+        """
+        if not isinstance(encoder, DualEncoder):
+            raise TypeError(f"encoder must be a pt_dance.DualEncoder, not {type(encoder).__name__}; DualEncoder(model) makes one")
+        if not isinstance(num_results, int) or num_results < 1:
+            raise ValueError(f"num_results={num_results!r} must be a whole number of at least 1")
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience={patience!r} must be at least 1, or None")
+        self.recipe = check_recipe(dance_recipe() if recipe is None else recipe)
+        self.measure = measure
+        self.measures = list(measure) if isinstance(measure, (list, tuple)) else [measure]
+        self._run = RunFolder(path)
+        self.path = Path(path)
+        self.num_results = num_results
+        self.seed = seed
+        self.patience = patience
+        self.verbose = verbose
+        self.corpus = corpus if corpus is None or isinstance(corpus, Corpus) else self._own_corpus(corpus)
+        self.initial_encoder = encoder
+        self._round = 0
+        self._history: list[dict] = []
+        self._retriever: DenseRetriever | None = None
+        if (self.path / META).exists():
+            meta = read_meta(self.path, type(self))
+            self._settle(meta["round"], [self._run.finished(n) for n in range(1, meta["rounds"] + 1)])
+
+    # ------------------------------------------------------------------ what it is now
+
+    @property
+    def encoder(self) -> DualEncoder:
+        """The current encoder: the best round's, or the one given where nothing was trained yet."""
+        return self.initial_encoder if self._round == 0 else self._encoder_of(self._round)
+
+    @property
+    def index(self) -> DenseIndex:
+        """The index of the current encoder over the corpus; made on first use where nothing was trained yet."""
+        return self.retriever().index
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """A row a round: loss, validation measures, seconds to mine, train, refresh and validate, negatives."""
+        return pd.DataFrame(self._history)
+
+    def retriever(self, num_results: int | None = None, *, round: int | None = None) -> DenseRetriever:
+        """The dense retriever of the current encoder, or of a given round, which no later round changes.
+
+        Args:
+            num_results: documents for a query; this retriever's where None.
+            round: number of the round, 0 for the encoder as it came; the best where None.
+        """
+        if round is None and self._retriever is not None:
+            dense = self._retriever
+        else:
+            number = self._round if round is None else round
+            dense = self._refreshed(number).retriever(num_results=self.num_results)
+            if round is None:
+                self._retriever = dense
+        return dense if num_results in (None, dense.num_results) else dense.index.retriever(num_results=num_results)
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Retrieves for a query frame; re-scores a result frame by docno, keeping all rows and other columns."""
+        with pt.validate.any(inp, context=self) as v:
+            v.result_frame(["query"], mode="rerank")
+            v.result_frame(["query_vec"], mode="rerank")
+            v.query_frame(["query"], mode="retrieve")
+            v.query_frame(["query_vec"], mode="retrieve")
+        if len(inp) == 0:
+            return self._empty(inp, v.mode)
+        return self.retriever()(inp)
+
+    def _empty(self, inp: pd.DataFrame, mode: str) -> pd.DataFrame:
+        """No rows, with the columns that rows would have; inspecting a pipeline must not make an index."""
+        drop = ["score", "rank", "docid", "query_vec"]
+        columns = [c for c in inp.columns if c not in drop]
+        return inp[columns].assign(**{c: pd.Series(dtype=t) for c, t in _RESULT_COLUMNS.items() if c not in columns})
+
+    # ------------------------------------------------------------------ training
+
+    def fit(self, topics_or_res_tr, qrels_tr, topics_or_res_va=None, qrels_va=None) -> DanceRetriever:
+        """Trains round by round. A fit that was interrupted goes on where it stopped.
+
+        Args:
+            topics_or_res_tr: training topics (``qid``, ``query``), or results for them (``docno`` too), which then are the
+                first stage's negatives, as in ``(bm25 % 200 >> dance).fit(...)``.
+            qrels_tr: ``qid``, ``docno``, ``label``; a label above 0 is relevant.
+            topics_or_res_va: validation topics; without them the last round is the current one.
+            qrels_va: validation qrels.
+
+        Returns:
+            This retriever, now with the best round's encoder and index.
+
+        Raises:
+            KeyError, TypeError, ValueError: one sentence on what is wrong with the frames, before any work is done.
+        """
+        if self.corpus is None:
+            raise ValueError("training needs the documents: give corpus=... when making or loading the DanceRetriever")
+        if (topics_or_res_va is None) != (qrels_va is None):
+            raise ValueError("validation needs both topics and qrels; give both or neither")
+        training = check_training_input(topics_or_res_tr, qrels_tr, corpus=self.corpus, context=self, what="training")
+        validation = None
+        if topics_or_res_va is not None:
+            validation = check_training_input(topics_or_res_va, qrels_va, corpus=None, context=self, what="validation")
+        if not (self._run.round(0) / "encoder").exists():
+            self.initial_encoder.save(self._run.round(0) / "encoder")
+        self._run.begin(fit_settings(self, training, validation))
+        pairs = positive_pairs(training.topics, training.qrels)
+
+        history: list[dict] = []
+        for number, round_ in enumerate(self.recipe, start=1):
+            row = self._run.finished(number)
+            if row is None:
+                row = self._fit_round(number, round_, training, validation, pairs)
+                self._run.finish(number, row)
+                if self.verbose:
+                    print(_line(row, len(self.recipe), self.measures))
+            history.append(row)
+            if self.patience is not None and len(history) - self._best(history) >= self.patience:
+                break
+        self._settle(self._best(history), history)
+        self._write_meta(self.path, round=self._round, rounds=len(history))
+        return self
+
+    def _fit_round(
+        self, number: int, round_: Round, training: TrainingInput, validation: TrainingInput | None, pairs: pd.DataFrame
+    ) -> dict:
+        started = time.perf_counter()
+        negatives, mined = self._mine(number, round_, training, "negatives")
+        query_negatives, mined_queries = self._mine(number, round_, training, "query_negatives")
+        mining_done = time.perf_counter()
+        encoder, trained, trained_as = self._train(number, round_, training, pairs, negatives, query_negatives)
+        training_done = time.perf_counter()
+        dense = self._refreshed(number).retriever(num_results=self.num_results)
+        refresh_done = time.perf_counter()
+        measured = self._validate(dense, validation)
+        return {
+            "round": number,
+            "name": round_.name or round_.loss,
+            "loss": trained_as,
+            "training_loss": trained["loss"],
+            "steps": trained["steps"],
+            **measured,
+            "negatives_per_query": mined.get("per_source", 0.0),
+            "new_negatives": mined.get("new"),
+            "queries_short_of_negatives": mined.get("short", 0),
+            "query_negatives_per_document": mined_queries.get("per_source", 0.0),
+            "mine_seconds": mining_done - started,
+            "train_seconds": training_done - mining_done,
+            "refresh_seconds": refresh_done - training_done,
+            "validate_seconds": time.perf_counter() - refresh_done,
+        }
+
+    def _mine(
+        self, number: int, round_: Round, training: TrainingInput, what: str
+    ) -> tuple[pd.DataFrame | None, dict]:
+        """Negatives of a round from its source; read back where they were mined before an interruption."""
+        source = getattr(round_, what)
+        if source is None or (what == "query_negatives" and not round_.is_dual):
+            return None, {}
+        if (stored := self._run.read_frame(number, what)) is not None:
+            return stored
+        options = dict(
+            depth=round_.depth, negatives=round_.negatives_per_query, sampling=round_.sampling,
+            rank_range=round_.rank_range, filters=round_.filters, seed=self.seed + 1000 * number, verbose=self.verbose,
+        )  # fmt: skip
+        if what == "negatives":
+            dense = self.retriever(round=number - 1) if needs_dense(source) else None
+            sources = resolve_source(source, dense=dense, first_stage=training.first_stage)
+            if not sources:
+                return None, {}
+            frame = mine_documents(sources, training.topics, training.qrels, **options)
+        elif source == "dense":
+            index = self._refreshed(number - 1)
+            frame = mine_queries(index.encoder, training.topics, training.qrels, index=index, **options)
+        else:
+            frame = mine_queries(source, training.topics, training.qrels, self.corpus, **options)
+        report = frame.attrs["mining"]
+        about = {**report, "per_source": report["negatives"] / max(report["sources"], 1)}
+        earlier = next((f for n in range(number - 1, 0, -1) if (f := self._run.read_frame(n, what))), None)
+        if earlier is not None:
+            known = pd.MultiIndex.from_frame(earlier[0][["qid", "docno"]])
+            about["new"] = float((~pd.MultiIndex.from_frame(frame[["qid", "docno"]]).isin(known)).mean())
+        self._run.write_frame(number, what, frame, about)
+        return frame, about
+
+    def _train(self, number, round_, training, pairs, negatives, query_negatives) -> tuple[DualEncoder, dict, str]:
+        """Trains a copy of the last round's encoder and writes it; read back where that was done before."""
+        folder = self._run.round(number) / "encoder"
+        if negatives is None and round_.loss == "pairwise":
+            # without any mined negative there is nothing to compare in pairs: in-batch negatives warm the model up
+            round_ = replace(round_, loss="contrastive", loss_options={"temperature": 0.05, "similarity": "cosine"})
+        if (stored := read_json(self._run.round(number) / "trained.json")) is not None:
+            return self._encoder_of(number), stored, round_.loss
+        encoder = self._encoder_of(number - 1).copy()
+        if round_.similarity is not None:
+            encoder = encoder.with_similarity(round_.similarity)
+        examples = build_examples(
+            training.topics, pairs, self.corpus, negatives=negatives, query_negatives=query_negatives,
+            negatives_per_row=round_.negatives_per_row, query_negatives_per_row=round_.query_negatives_per_row,
+            epochs=round_.epochs, seed=self.seed + 1000 * number,
+        )  # fmt: skip
+        checkpoints = self._run.round(number) / "checkpoints"
+        trained = train(encoder, examples, round_, checkpoints, seed=self.seed + 1000 * number, verbose=self.verbose)
+        if not folder.exists():
+            encoder.save(folder)
+        stored = {"loss": trained.loss, "steps": trained.steps}
+        write_json(self._run.round(number) / "trained.json", stored)
+        return encoder, stored, round_.loss
+
+    def _refreshed(self, number: int) -> DenseIndex:
+        """The index of a round's encoder, in a folder of its own; made where it is not there yet."""
+        index = DenseIndex(self._run.round(number) / "index", self._encoder_of(number), verbose=self.verbose)
+        return index if index.built() else index.index(self.corpus)
+
+    def _validate(self, dense: DenseRetriever, validation: TrainingInput | None) -> dict[str, float]:
+        if validation is None:
+            return {}
+        results = dense(validation.topics)
+        return {str(m): float(v) for m, v in pt.Evaluate(results, validation.qrels, metrics=self.measures).items()}
+
+    def _best(self, history: list[dict]) -> int:
+        """Number of the best round by the first validation measure; the last one where nothing was measured."""
+        measure = str(self.measures[0])
+        if measure not in history[0]:
+            return len(history)
+        return max(range(len(history)), key=lambda i: (history[i][measure], i)) + 1
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def save(self, path: str | Path) -> None:
+        """Writes what retrieval needs (current encoder and index, history) to a new folder that :meth:`load` opens.
+
+        Raises:
+            FileExistsError: if ``path`` exists.
+        """
+        path = Path(path)
+        if path.exists():
+            raise FileExistsError(f"{str(path)!r} exists; give the path of a new folder")
+        index = self.index
+        building = path.with_name(f".{path.name}.building")
+        shutil.rmtree(building, ignore_errors=True)
+        folder = building / "rounds" / f"{self._round:02d}"
+        folder.mkdir(parents=True)
+        self.encoder.save(folder / "encoder")
+        shutil.copytree(index.index_path, folder / "index")
+        for row in self._history:
+            write_json(building / "rounds" / f"{row['round']:02d}" / "round.json", row)
+        self._write_meta(building, round=self._round, rounds=len(self._history))
+        publish_folder(building, path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, corpus: Corpus | None = None, **kwargs) -> DanceRetriever:
+        """Opens a fitted run, or a folder that :meth:`save` wrote; it gives the same results as the one that was saved.
+
+        Args:
+            path: the folder.
+            corpus: the corpus, needed only to train further; the run's own is opened where it is still there.
+            **kwargs: other options of the class; those of the saved one are taken where not given.
+
+        Raises:
+            FileNotFoundError: if there is no finished run in the folder.
+            ValueError: if its metadata is damaged.
+        """
+        path = Path(path)
+        meta = read_meta(path, cls)
+        run = RunFolder(path)
+        started = next(run.round(n) for n in (0, meta["round"]) if (run.round(n) / "encoder").exists())
+        if corpus is None and meta["corpus"] is not None and (path / meta["corpus"]).exists():
+            corpus = Corpus(path / meta["corpus"])
+        options = {"num_results": meta["num_results"], "seed": meta["seed"], "verbose": False, **kwargs}
+        return cls(DualEncoder.load(started / "encoder"), corpus, path, **options)
+
+    # ------------------------------------------------------------------ helpers
+
+    def _own_corpus(self, source: object) -> Corpus:
+        folder = self.path / "corpus"
+        return Corpus(folder) if folder.exists() else Corpus.build(source, folder, verbose=self.verbose)
+
+    def _encoder_of(self, number: int) -> DualEncoder:
+        return self.initial_encoder if number == 0 else self.initial_encoder.reload(self._run.round(number) / "encoder")
+
+    def _settle(self, number: int, history: list[dict]) -> None:
+        self._round, self._history, self._retriever = number, history, None
+
+    def _write_meta(self, folder: Path, **more) -> None:
+        corpus = None if self.corpus is None else os.path.relpath(self.corpus.path, folder)
+        write_json(
+            folder / META,
+            {
+                "type": self.ARTIFACT_TYPE, "format": self.ARTIFACT_FORMAT, "package_hint": self.ARTIFACT_PACKAGE_HINT,
+                "num_results": self.num_results, "seed": self.seed, "corpus": corpus, **more,
+            },
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        """Short: it is the row's name in tables."""
+        return f"DanceRetriever({str(self.path)!r})"
+
+
+_RESULT_COLUMNS = {"docno": object, "score": "float64", "rank": "int64"}
+
+
+def _line(row: dict, rounds: int, measures: list) -> str:
+    measured = "".join(f", {m} {row[str(m)]:.4f}" for m in measures if str(m) in row)
+    seconds = ", ".join(f"{step} {row[f'{step}_seconds']:.0f} s" for step in ("mine", "train", "refresh", "validate"))
+    return f"round {row['round']}/{rounds} {row['name']}: loss {row['training_loss']:.4f}{measured} ({seconds})"

@@ -1,0 +1,177 @@
+"""What document and query mining share: from ranked candidates to a few negatives per query or document.
+
+``source_column`` names what negatives are mined *for* (qid when documents are mined, docno when queries are mined) and
+``candidate_column`` names what is mined.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+SAMPLING = ("uniform", "top")
+
+#: A filter takes the candidates left (columns qid, docno, score, rank, ...) and returns those to keep.
+Filter = Callable[[pd.DataFrame], pd.DataFrame]
+
+
+def check_options(depth: int, negatives: int, sampling: str, rank_range: tuple[int, int] | None) -> None:
+    """Raises ValueError where an option of the mining functions makes no sense."""
+    if sampling not in SAMPLING:
+        raise ValueError(f"sampling={sampling!r} is unknown; choose one of {', '.join(map(repr, SAMPLING))}")
+    for name, value in (("depth", depth), ("negatives", negatives)):
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    if rank_range is not None and not (len(rank_range) == 2 and 0 <= rank_range[0] < rank_range[1]):
+        raise ValueError(f"rank_range={rank_range!r} must be (first, last) with 0 <= first < last")
+
+
+def random_keys(seed: int, source: pd.Series, candidate: pd.Series) -> np.ndarray:
+    """One reproducible pseudo-random uint64 a row, from the seed and the two ids alone.
+
+    Taking the smallest keys of a query draws uniformly without replacement, and the draw does not depend on the
+    order of the candidates or on how queries were cut into blocks.
+    """
+    with np.errstate(over="ignore"):
+        mixed = pd.util.hash_array(source.to_numpy(dtype=object)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= pd.util.hash_array(candidate.to_numpy(dtype=object))
+        mixed += np.uint64(seed % 2**64) * np.uint64(0xD1B54A32D192ED03)
+        # splitmix64's finaliser: neighbouring inputs give unrelated outputs
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return mixed ^ (mixed >> np.uint64(31))
+
+
+def ranked(results: pd.DataFrame, source_column: str, candidate_column: str) -> pd.DataFrame:
+    """The columns mining needs, each candidate once, with ``rank`` 0, 1, 2 ... for each source in order of the results."""
+    frame = pd.DataFrame({c: results[c].to_numpy(dtype=object) for c in (source_column, candidate_column)})
+    if "score" in results.columns:
+        frame["score"] = results["score"].to_numpy(dtype=np.float64)
+    else:
+        frame["score"] = np.nan
+    if "rank" in results.columns:
+        frame["rank"] = results["rank"].to_numpy()
+        order = [source_column, "rank", candidate_column]
+        frame = frame.sort_values(order, kind="stable")
+    else:
+        frame = frame.sort_values([source_column, "score", candidate_column], ascending=[True, False, True], kind="stable")
+    frame = frame.drop_duplicates([source_column, candidate_column])
+    frame["rank"] = frame.groupby(source_column, sort=False).cumcount().to_numpy()
+    return frame.reset_index(drop=True)
+
+
+def without_pairs(frame: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``frame`` whose (qid, docno) is not among ``pairs``."""
+    known = frame[["qid", "docno"]].merge(pairs[["qid", "docno"]].drop_duplicates(), how="left", indicator=True)
+    return frame[(known["_merge"] == "left_only").to_numpy()]
+
+
+def draw(frame: pd.DataFrame, number: int, sampling: str, seed: int, source_column: str, candidate_column: str):
+    """At most ``number`` candidates of each source, drawn as ``sampling`` says, in rank order."""
+    if sampling == "uniform":
+        frame = frame.assign(_key=random_keys(seed, frame[source_column], frame[candidate_column]))
+        frame = frame.sort_values([source_column, "_key"], kind="stable").groupby(source_column, sort=False).head(number)
+        frame = frame.drop(columns="_key")
+    else:
+        frame = frame.sort_values([source_column, "rank"], kind="stable").groupby(source_column, sort=False).head(number)
+    return frame.sort_values([source_column, "rank"], kind="stable")
+
+
+class CandidateSelection:
+    """Cuts, cleans, filters and samples candidates block by block, and keeps count of what it did."""
+
+    def __init__(
+        self,
+        pairs: pd.DataFrame,
+        *,
+        source_column: str,
+        candidate_column: str,
+        depth: int,
+        negatives: int,
+        sampling: str,
+        rank_range: tuple[int, int] | None,
+        filters: Sequence[Filter],
+        seed: int,
+    ):
+        check_options(depth, negatives, sampling, rank_range)
+        self.pairs = pairs
+        self.source_column = source_column
+        self.candidate_column = candidate_column
+        self.depth = depth
+        self.negatives = negatives
+        self.sampling = sampling
+        self.rank_range = rank_range
+        self.filters = list(filters)
+        self.seed = seed
+        self.counts: Counter[str] = Counter()
+        self.removed: Counter[str] = Counter()
+
+    def clean(self, results: pd.DataFrame) -> pd.DataFrame:
+        """Candidates of a block of results: within depth and rank range, without any positive, through every filter."""
+        frame = ranked(results, self.source_column, self.candidate_column)
+        frame = frame[frame["rank"] < self.depth]
+        self.counts["candidates"] += len(frame)
+        if self.rank_range is not None:
+            frame = self._keep("rank range", frame, frame[frame["rank"].between(self.rank_range[0], self.rank_range[1] - 1)])
+        frame = self._keep("positives", frame, without_pairs(frame, self.pairs))
+        for a_filter in self.filters:
+            frame = self._keep(getattr(a_filter, "name", None) or repr(a_filter), frame, a_filter(frame))
+        return frame
+
+    def _keep(self, reason: str, before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+        self.removed[reason] += len(before) - len(after)
+        return after
+
+    def select(self, block_sources: Sequence[str], weighted: Sequence[tuple[pd.DataFrame, float]]) -> pd.DataFrame:
+        """Negatives of one block, from one frame of results for each source pipeline and that pipeline's weight."""
+        cleaned = [self.clean(results) for results, _ in weighted]
+        if len(cleaned) == 1:
+            chosen = draw(cleaned[0], self.negatives, self.sampling, self.seed, self.source_column, self.candidate_column)
+        else:
+            chosen = self._mix(cleaned, [weight for _, weight in weighted])
+        found = chosen.groupby(self.source_column, sort=False).size().reindex(list(block_sources), fill_value=0)
+        self.counts["sources"] += len(found)
+        self.counts["negatives"] += int(found.sum())
+        self.counts["short"] += int((found < self.negatives).sum())
+        self.counts["none"] += int((found == 0).sum())
+        return chosen
+
+    def _mix(self, frames: list[pd.DataFrame], weights: list[float]) -> pd.DataFrame:
+        quotas = _quotas(self.negatives, weights)
+        key = [self.source_column, self.candidate_column]
+        drawn, rest = [], []
+        for number, (frame, quota) in enumerate(zip(frames, quotas, strict=True)):
+            part = draw(frame, quota, self.sampling, self.seed + number, self.source_column, self.candidate_column)
+            drawn.append(part.assign(_turn=0))
+            rest.append(frame.assign(_turn=1 + number))
+        # what one source lacks the others fill up, in the order the sources were given
+        pool = pd.concat(drawn + rest).drop_duplicates(key, keep="first")
+        pool = pool.sort_values([self.source_column, "_turn", "rank"], kind="stable")
+        pool = pool.groupby(self.source_column, sort=False).head(self.negatives).drop(columns="_turn")
+        return pool.sort_values([self.source_column, "rank", self.candidate_column], kind="stable")
+
+    def report(self) -> dict[str, object]:
+        """What was done: sources, negatives, how many sources got fewer than asked or none, removals by reason."""
+        return {
+            "asked": self.negatives,
+            "sources": self.counts["sources"],
+            "candidates": self.counts["candidates"],
+            "negatives": self.counts["negatives"],
+            "short": self.counts["short"],
+            "none": self.counts["none"],
+            "removed": dict(self.removed),
+        }
+
+
+def _quotas(number: int, weights: Sequence[float]) -> list[int]:
+    """``number`` split in proportion to ``weights``, by largest remainders."""
+    total = sum(weights)
+    exact = [number * weight / total for weight in weights]
+    quotas = [int(share) for share in exact]
+    order = sorted(range(len(weights)), key=lambda i: (quotas[i] - exact[i], i))
+    for i in order[: number - sum(quotas)]:
+        quotas[i] += 1
+    return quotas

@@ -1,0 +1,111 @@
+"""Document negatives from any PyTerrier pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import pyterrier as pt
+
+from pt_dance.mining.candidates import CandidateSelection, Filter
+from pt_dance.mining.judgements import positive_pairs
+from pt_dance.mining.sources import resolve_source
+
+COLUMNS = ["qid", "docno", "score", "rank"]
+
+
+def mine_documents(
+    source: object,
+    topics: pd.DataFrame,
+    qrels: pd.DataFrame,
+    *,
+    depth: int = 200,
+    negatives: int = 20,
+    sampling: str = "uniform",
+    rank_range: tuple[int, int] | None = None,
+    filters: Sequence[Filter] = (),
+    seed: int = 42,
+    query_block: int = 1000,
+    verbose: bool = False,
+) -> pd.DataFrame:
+    """Mines hard negatives: documents that a pipeline ranks high and that are not known to be relevant.
+
+    ANCE (arXiv 2007.00808) mines this way from the index of the model in training: the top 200 of each training query,
+    known positives removed, 20 drawn uniformly. **All** positives of a query are removed, also those of another topic
+    with the same text.
+
+    Args:
+        source: a PyTerrier pipeline that takes queries and gives ranked documents; or a result frame; or a list of
+            these or of ``(source, weight)`` pairs, from which negatives are drawn in proportion to the weights (1 where
+            none is given), one source filling up what another lacks.
+        topics: queries to mine for, columns ``qid`` and ``query``; further columns are handed to the pipeline.
+        qrels: columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
+        depth: how many of the best documents of a query are candidates.
+        negatives: how many negatives a query gets at most.
+        sampling: ``"uniform"`` draws among the candidates without replacement, ``"top"`` takes the best ranked.
+        rank_range: ``(first, last)``: only candidates with first <= rank < last, ranks starting at 0.
+        filters: functions from candidates to the candidates to keep, applied in order (see ``pt_dance.mining.filters``).
+        seed: fixes the draw, which depends on nothing else but the ids.
+        query_block: how many queries are retrieved at a time; bounds memory, does not change the result.
+        verbose: shows a progress bar and says how many queries got fewer negatives than asked.
+
+    Returns:
+        A frame with columns ``qid``, ``docno``, ``score`` (float64, the source's), ``rank`` (int, position among the
+        source's documents, from 0), ordered by qid as in ``topics`` and then by rank. ``attrs["mining"]`` counts queries, negatives,
+        queries that got fewer than asked (``short``), queries that got none (``none``), and removals by reason.
+
+    Raises:
+        ValueError: if an option makes no sense.
+        KeyError: if a column is missing.
+    """
+    selection = CandidateSelection(
+        positive_pairs(topics, qrels),
+        source_column="qid",
+        candidate_column="docno",
+        depth=depth,
+        negatives=negatives,
+        sampling=sampling,
+        rank_range=rank_range,
+        filters=filters,
+        seed=seed,
+    )
+    pipelines = resolve_source(source)
+    topics = topics.drop_duplicates("qid")
+    blocks = range(0, len(topics), query_block)
+    if verbose:
+        blocks = pt.tqdm(blocks, desc="mining documents", unit=f"{query_block} queries")
+    parts = [pd.DataFrame(columns=COLUMNS)]
+    for start in blocks:
+        block = topics.iloc[start : start + query_block]
+        found = [(_results(pipeline, block, depth), weight) for pipeline, weight in pipelines]
+        parts.append(selection.select(block["qid"].tolist(), found)[COLUMNS])
+    return finish(parts, topics["qid"], selection, "qid", verbose)
+
+
+def _results(source: pt.Transformer | pd.DataFrame, topics: pd.DataFrame, depth: int) -> pd.DataFrame:
+    if isinstance(source, pd.DataFrame):
+        results = source[source["qid"].isin(topics["qid"])]
+    else:
+        results = (source % depth).compile()(topics)
+    if "docno" not in results.columns:
+        raise KeyError(f"the negative source {source!r} gave no column 'docno' (columns: {list(results.columns)})")
+    return results
+
+
+def finish(
+    parts: list[pd.DataFrame], order: pd.Series, selection: CandidateSelection, source_column: str, verbose: bool
+) -> pd.DataFrame:
+    """One frame from the parts, ordered as the sources were given, with the report in ``attrs["mining"]``."""
+    mined = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    position = pd.Series(range(len(order)), index=order.to_numpy())
+    mined["_order"] = position.reindex(mined[source_column]).to_numpy()
+    mined = mined.sort_values(["_order", "rank"], kind="stable").drop(columns="_order").reset_index(drop=True)
+    mined = mined.astype({"score": "float64", "rank": "int64"})
+    report = selection.report()
+    mined.attrs["mining"] = report
+    if verbose and report["short"]:
+        print(
+            f"{report['short']} of {report['sources']} {source_column}s got fewer than {report['asked']} negatives "
+            f"({report['none']} got none)"
+        )
+    return mined

@@ -1,0 +1,131 @@
+"""Query negatives: training queries that look like queries of a document but are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import pyterrier as pt
+
+from pt_dance._search import exact_search
+from pt_dance.mining.candidates import CandidateSelection, Filter
+from pt_dance.mining.documents import finish
+from pt_dance.mining.judgements import positive_pairs
+
+COLUMNS = ["docno", "qid", "score", "rank"]
+
+
+def mine_queries(
+    source: object,
+    topics: pd.DataFrame,
+    qrels: pd.DataFrame,
+    corpus=None,
+    *,
+    index=None,
+    depth: int = 200,
+    negatives: int = 20,
+    sampling: str = "uniform",
+    rank_range: tuple[int, int] | None = None,
+    filters: Sequence[Filter] = (),
+    seed: int = 42,
+    document_block: int = 1000,
+    verbose: bool = False,
+) -> pd.DataFrame:
+    """Mines query negatives: for each positive document, training queries close to it for which it is not relevant.
+
+    DANCE (arXiv 2107.07773) searches an index over **all** training queries with the vectors of the positive documents:
+    the top 200, without every query for which the document is relevant, 20 drawn uniformly.
+
+    Args:
+        source: a ``DualEncoder``, whose query vectors make the index that is searched; or a PyTerrier pipeline over the
+            training queries (a BM25 index of them, say) that takes a frame of ``qid`` (a docno) and ``query`` (the
+            document's text) and gives back queries' qids in the column ``docno``.
+        topics: all training queries, columns ``qid`` and ``query``. Of topics with the same text only the first is a candidate.
+        qrels: columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
+        corpus: ``Corpus`` with the positive documents' texts; not needed where ``index`` holds their vectors.
+        index: ``DenseIndex`` made with the same weights as ``source``, whose stored vectors are searched with instead
+            of encoding the documents once more.
+        depth: how many of the best queries of a document are candidates.
+        negatives: how many query negatives a document gets at most.
+        sampling: ``"uniform"`` or ``"top"``, as in :func:`mine_documents`.
+        rank_range: as in :func:`mine_documents`.
+        filters: as in :func:`mine_documents`.
+        seed: fixes the draw.
+        document_block: how many documents are searched with at a time; bounds memory, does not change the result.
+        verbose: shows a progress bar and says how many documents got fewer negatives than asked.
+
+    Returns:
+        A frame with columns ``docno`` (the positive document), ``qid`` (the query negative), ``score`` (float64),
+        ``rank`` (int), ordered by docno as the positives come and by rank; ``attrs["mining"]`` as in :func:`mine_documents`.
+
+    Raises:
+        ValueError: if an option makes no sense, ``index`` holds other weights, or neither corpus nor index is given.
+        KeyError: if a column is missing or a positive document is not in the corpus.
+    """
+    pairs = positive_pairs(topics, qrels)
+    selection = CandidateSelection(
+        pairs,
+        source_column="docno",
+        candidate_column="qid",
+        depth=depth,
+        negatives=negatives,
+        sampling=sampling,
+        rank_range=rank_range,
+        filters=filters,
+        seed=seed,
+    )
+    documents = pairs["docno"].drop_duplicates().reset_index(drop=True)
+    if isinstance(source, pt.Transformer) and not hasattr(source, "encode_queries"):
+        if corpus is None:
+            raise ValueError("mining queries with a pipeline needs corpus=..., whose texts are the pipeline's queries")
+        search = _pipeline_search(source, topics, corpus, depth)
+    else:
+        search = _vector_search(source, topics, corpus, index, depth, verbose)
+    blocks = range(0, len(documents), document_block)
+    if verbose:
+        blocks = pt.tqdm(blocks, desc="mining queries", unit=f"{document_block} documents")
+    parts = [pd.DataFrame(columns=COLUMNS)]
+    for start in blocks:
+        block = documents.iloc[start : start + document_block].tolist()
+        parts.append(selection.select(block, [(search(block), 1.0)])[COLUMNS])
+    return finish(parts, documents, selection, "docno", verbose)
+
+
+def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int, verbose: bool):
+    """A function from docnos to the queries nearest to these documents' vectors."""
+    queries = topics[["qid", "query"]].drop_duplicates("query").sort_values("qid", kind="stable")
+    qids = queries["qid"].to_numpy(dtype=object)
+    if index is not None:
+        if index.fingerprint != encoder.fingerprint:
+            raise ValueError("the index was made with other weights than the encoder has; refresh it first")
+    elif corpus is None:
+        raise ValueError("mining queries needs corpus=... (texts to encode) or index=... (stored vectors)")
+    texts = queries["query"].tolist()
+    vectors = encoder.encode_queries(texts)
+
+    def search(docnos: list[str]) -> pd.DataFrame:
+        documents = index.vectors(docnos) if index is not None else encoder.encode_docs(corpus.texts(docnos))
+        scores, rows = exact_search(documents, vectors, depth)
+        return pd.DataFrame(
+            {
+                "docno": pd.Series(docnos, dtype=object).repeat(rows.shape[1]).to_numpy(),
+                "qid": qids[rows.ravel()],
+                "score": scores.ravel(),
+                "rank": list(range(rows.shape[1])) * len(docnos),
+            }
+        )
+
+    return search
+
+
+def _pipeline_search(pipeline: pt.Transformer, topics: pd.DataFrame, corpus, depth: int):
+    """A function from docnos to the queries that a pipeline finds with these documents' texts."""
+    cut = (pipeline % depth).compile()
+    known = set(topics.drop_duplicates("query")["qid"])
+
+    def search(docnos: list[str]) -> pd.DataFrame:
+        found = cut(pd.DataFrame({"qid": docnos, "query": corpus.texts(docnos)}))
+        found = found.drop(columns="query", errors="ignore").rename(columns={"qid": "docno", "docno": "qid"})
+        return found[found["qid"].isin(known)]
+
+    return search

@@ -1,0 +1,111 @@
+"""Negative sources: a pipeline, a function from the current dense retriever to one, or a weighted list of these."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import pandas as pd
+import pyterrier as pt
+
+FIRST_STAGE = "first_stage"
+
+
+def _pairs(source: object) -> list[tuple[object, float]]:
+    if isinstance(source, (list, tuple)) and not (len(source) == 2 and isinstance(source[1], (int, float))):
+        if not source:
+            raise ValueError("a list of negative sources must hold at least one source")
+        return [pair for entry in source for pair in _pairs(entry)]
+    if isinstance(source, tuple):
+        if source[1] <= 0:
+            raise ValueError(f"the weight {source[1]!r} of a negative source must be above 0")
+        return [(source[0], float(source[1]))]
+    return [(source, 1.0)]
+
+
+def check_source(source: object, option: str) -> None:
+    """Raises a plain TypeError where ``source`` is nothing that negatives can come from."""
+    if source is None:
+        return
+    for entry, _ in _pairs(source):
+        if entry == FIRST_STAGE if isinstance(entry, str) else isinstance(entry, (pt.Transformer, pd.DataFrame)) or callable(entry):
+            continue
+        raise TypeError(
+            f"{option}={entry!r} is no negative source; give a pipeline, a function from the dense retriever to a "
+            f"pipeline, {FIRST_STAGE!r}, or a list of these"
+        )
+
+
+def needs_dense(source: object) -> bool:
+    """Whether the source is, or contains, a function of the current dense retriever."""
+    return source is not None and any(_is_function(entry) for entry, _ in _pairs(source))
+
+
+def uses_first_stage(source: object) -> bool:
+    """Whether the source is, or contains, the results that ``fit`` was given."""
+    return source is not None and any(isinstance(entry, str) and entry == FIRST_STAGE for entry, _ in _pairs(source))
+
+
+def _is_function(entry: object) -> bool:
+    return callable(entry) and not isinstance(entry, (pt.Transformer, pd.DataFrame))
+
+
+def resolve_source(
+    source: object, *, dense: pt.Transformer | None = None, first_stage: pd.DataFrame | None = None
+) -> list[tuple[pt.Transformer | pd.DataFrame, float]]:
+    """Turns a negative source into pipelines (or result frames) with their weights.
+
+    Args:
+        source: a pipeline, a function ``dense -> pipeline``, ``"first_stage"``, a result frame, or a list of these,
+            each perhaps in a pair ``(source, weight)``.
+        dense: what functions are called with: the dense retriever of the current weights.
+        first_stage: the result frame that ``"first_stage"`` stands for; left out where it is None.
+
+    Returns:
+        (pipeline or result frame, weight) pairs; empty where only a missing first stage was asked for.
+
+    Raises:
+        TypeError: if a function gives back something that is no PyTerrier pipeline.
+    """
+    check_source(source, "source")
+    resolved: list[tuple[pt.Transformer | pd.DataFrame, float]] = []
+    for entry, weight in _pairs(source):
+        if isinstance(entry, str):
+            if first_stage is not None:
+                resolved.append((first_stage, weight))
+            continue
+        if _is_function(entry):
+            made = entry(dense)
+            if not isinstance(made, pt.Transformer):
+                raise TypeError(
+                    f"the negative source {describe_source(entry)} gave back a {type(made).__name__}; "
+                    "it must give a PyTerrier pipeline"
+                )
+            entry = made
+        resolved.append((entry, weight))
+    return resolved
+
+
+def describe_source(source: object) -> str:
+    """A short text that stays the same between runs for the same source, and changes when a function's code does."""
+    if source is None:
+        return "none"
+    if isinstance(source, (list, tuple)):
+        pairs: Sequence[tuple[object, float]] = _pairs(source)
+        return " + ".join(f"{weight:g} * {describe_source(entry)}" for entry, weight in pairs)
+    if isinstance(source, str):
+        return source
+    if isinstance(source, pd.DataFrame):
+        return f"results of {source['qid'].nunique()} queries"
+    if _is_function(source):
+        code = getattr(source, "__code__", None)
+        if code is None:
+            return type(source).__name__
+        digest = hashlib.sha256(code.co_code + repr(code.co_names).encode() + _constants(code)).hexdigest()[:8]
+        return f"{getattr(source, '__name__', 'function')}#{digest}"
+    return repr(source)
+
+
+def _constants(code) -> bytes:
+    """The constants of a code object, without those whose text names a memory address."""
+    return repr([c for c in code.co_consts if isinstance(c, (str, bytes, int, float, tuple, type(None)))]).encode()

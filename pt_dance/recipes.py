@@ -1,0 +1,198 @@
+"""Rounds and the published recipes.
+
+A recipe is a list of :class:`Round`\\ s. Each function here spells one published method out, so that reading it tells what
+the method does; ``dataclasses.replace(round, ...)`` changes what you want changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from pt_dance import losses
+from pt_dance.mining.candidates import check_options
+from pt_dance.mining.sources import FIRST_STAGE, check_source
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: mine negatives, train, refresh the index, validate.
+
+    Attributes:
+        loss: name of a loss in :mod:`pt_dance.losses` ("contrastive", "pairwise", "samtone", "margin_mse", ...).
+        loss_options: options of that loss, ``dual=True`` and ``dual_weight`` among them.
+        negatives: where document negatives come from: None (in-batch only), ``"first_stage"`` (the result frame that
+            ``fit`` was given; in-batch only where plain topics came), a pipeline, a function from the current dense
+            retriever to a pipeline, or a list of these, perhaps with weights.
+        query_negatives: where query negatives come from: None, ``"dense"`` (an index over the training queries with the
+            current weights), or a pipeline over the training queries that takes documents as queries.
+        depth: how many of the best candidates of a query (or document) negatives are drawn from.
+        rank_range: ``(first, last)`` ranks to draw from; None for all within ``depth``.
+        sampling: ``"uniform"`` or ``"top"``.
+        negatives_per_query: how many negatives are kept for each query (or document).
+        negatives_per_row: how many document negatives a training row carries.
+        query_negatives_per_row: how many query negatives a training row carries, where there are any.
+        filters: false-negative filters, see :mod:`pt_dance.mining`.
+        epochs: passes over the (query, positive) pairs.
+        batch_size: rows of a batch.
+        learning_rate: peak learning rate; None takes 2e-5 for transformers and 1e-2 for static towers.
+        warmup: share of the steps over which the learning rate rises linearly.
+        scheduler: how it falls afterwards, a name of transformers' schedulers.
+        similarity: "cosine" or "dot": changes the encoder's similarity from this round on; None leaves it.
+        checkpoint_steps: training steps between checkpoints; a killed fit goes on from the last.
+        training_arguments: anything else for ``SentenceTransformerTrainingArguments`` (bf16,
+            gradient_accumulation_steps, weight_decay, optim, report_to, ...).
+        name: what the round is called in the history.
+    """
+
+    loss: str = "contrastive"
+    loss_options: Mapping[str, object] = field(default_factory=dict)
+    negatives: object = FIRST_STAGE
+    query_negatives: object = None
+    depth: int = 200
+    rank_range: tuple[int, int] | None = None
+    sampling: str = "uniform"
+    negatives_per_query: int = 20
+    negatives_per_row: int = 1
+    query_negatives_per_row: int = 1
+    filters: Sequence = ()
+    epochs: int = 1
+    batch_size: int = 64
+    learning_rate: float | None = None
+    warmup: float = 0.1
+    scheduler: str = "linear"
+    similarity: str | None = None
+    checkpoint_steps: int = 500
+    training_arguments: Mapping[str, object] = field(default_factory=dict)
+    name: str = ""
+
+    def __post_init__(self):
+        """Raises ValueError or TypeError where an option makes no sense."""
+        losses.check(self.loss, self.loss_options)
+        check_source(self.negatives, "negatives")
+        if self.query_negatives != "dense":
+            check_source(self.query_negatives, "query_negatives")
+        check_options(self.depth, self.negatives_per_query, self.sampling, self.rank_range)
+        for option in ("negatives_per_row", "query_negatives_per_row", "epochs", "batch_size", "checkpoint_steps"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{option}={value!r} must be a whole number of at least 1")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate!r} must be above 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup!r} must be a share of the steps, at least 0 and below 1")
+        if self.similarity not in (None, "cosine", "dot"):
+            raise ValueError(f"similarity={self.similarity!r} is unknown; choose 'cosine', 'dot' or None")
+        if self.negatives_per_row > self.negatives_per_query:
+            raise ValueError(
+                f"negatives_per_row={self.negatives_per_row} is more than negatives_per_query={self.negatives_per_query}"
+            )
+
+    @property
+    def is_dual(self) -> bool:
+        """Whether the loss also ranks queries for documents."""
+        return bool(self.loss_options.get("dual"))
+
+
+def check_recipe(recipe: object) -> list[Round]:
+    """The recipe as a list of rounds.
+
+    Raises:
+        TypeError: if it is no round and no list of rounds.
+        ValueError: if it is empty.
+    """
+    rounds = [recipe] if isinstance(recipe, Round) else recipe
+    if not isinstance(rounds, (list, tuple)) or not all(isinstance(entry, Round) for entry in rounds):
+        raise TypeError(f"recipe={recipe!r} must be a list of pt_dance.Round, such as recipes.ance() gives")
+    if not rounds:
+        raise ValueError("the recipe has no round; give at least one pt_dance.Round")
+    return list(rounds)
+
+
+def current_model(dense):
+    """The negative source of ANCE: what the dense retriever of the current weights finds."""
+    return dense
+
+
+def mnrl(epochs: int = 1, *, negatives: object = FIRST_STAGE, temperature: float = 0.05, **options) -> list[Round]:
+    """Multiple-negatives ranking: cross-entropy with in-batch negatives and those of the first stage, one round.
+
+    Args:
+        epochs: passes over the training pairs.
+        negatives: where hard negatives come from; None trains with in-batch negatives only.
+        temperature: divides the similarities.
+        **options: any other attribute of :class:`Round`.
+    """
+    return [Round(**_merge(dict(name="mnrl", loss="contrastive", loss_options={"temperature": temperature},
+                                negatives=negatives, epochs=epochs), options))]  # fmt: skip
+
+
+def ance(
+    rounds: int = 3, *, loss: str = "pairwise", warm_up: int = 1, epochs: int = 1, **options
+) -> list[Round]:
+    """ANCE (Xiong et al., ICLR 2021, arXiv 2007.00808): warm-up on first-stage negatives, then negatives of the model itself.
+
+    As published: raw dot products, 2-way negative log-likelihood with one negative a row and no in-batch negatives, the top
+    200 of the current model without the positives, 20 drawn uniformly. Where the release keeps one positive of a query and
+    may mine its others as negatives, here all positives are removed.
+
+    Args:
+        rounds: refreshes of the index, each followed by training on the negatives it gives.
+        loss: "pairwise" as published; "contrastive" adds in-batch negatives, which small collections and encoders trained
+            from nothing gain from.
+        warm_up: epochs of warm-up on the first stage's negatives (in-batch negatives where plain topics are given to
+            ``fit``); 0 starts with the model's own negatives.
+        epochs: passes over the training pairs in each round.
+        **options: any other attribute of :class:`Round`, for all rounds.
+    """
+    given = dict(loss=loss)
+    if loss == "pairwise":
+        given |= dict(similarity="dot", loss_options={"temperature": 1.0})
+    warm = [Round(**_merge(given | dict(name="warm-up", epochs=warm_up), options))] if warm_up else []
+    refreshed = Round(**_merge(given | dict(name="ance", negatives=current_model, epochs=epochs), options))
+    return warm + [refreshed] * rounds
+
+
+def dance(
+    rounds: int = 1, *, warm_up: int = 1, ance_rounds: int = 1, epochs: int = 1, normalize: bool = True, dual: bool = True,
+    temperature: float = 0.01, dual_weight: float = 0.1, query_negatives: object = "dense", **options
+) -> list[Round]:  # fmt: skip
+    """DANCE (Li et al., arXiv 2107.07773): from an ANCE model, normalisation tuning, then dual training.
+
+    Stage 1 trains ANCE's loss on L2-normalised embeddings with temperature .01; stage 2 adds the dual loss with weight .1,
+    whose negatives are training queries mined with the positive documents' vectors. Document and query negatives of a
+    round come from the same weights.
+
+    Args:
+        rounds: rounds of each stage, every one with refreshed negatives.
+        warm_up: epochs on the first stage's negatives before; 0 where the encoder is an ANCE model already.
+        ance_rounds: rounds of ANCE before; 0 where the encoder is an ANCE model already.
+        epochs: passes over the training pairs in each round.
+        normalize: whether to normalise; with ``dual`` the 2x2 ablation of the paper.
+        dual: whether to add the dual loss in stage 2.
+        temperature: divides cosines; without normalisation dot products are taken as they are.
+        dual_weight: weight of the dual loss.
+        query_negatives: where query negatives come from, see :class:`Round`.
+        **options: any other attribute of :class:`Round`, for all rounds.
+    """
+    before = ance(ance_rounds, warm_up=warm_up, epochs=epochs, **options) if warm_up or ance_rounds else []
+    loss = {"temperature": temperature if normalize else 1.0}
+    given = dict(loss="pairwise", negatives=current_model, similarity="cosine" if normalize else "dot", epochs=epochs)
+    first = Round(**_merge(given | dict(name="norm" if normalize else "document", loss_options=loss), options))
+    last = first
+    if dual:
+        loss = loss | {"dual": True, "dual_weight": dual_weight}
+        last = Round(**_merge(given | dict(name="dual", loss_options=loss, query_negatives=query_negatives), options))
+    return before + [first] * rounds + [last] * rounds
+
+
+def _merge(given: dict, options: Mapping[str, object]) -> dict:
+    """Options of the caller win; their loss options are added to the recipe's own."""
+    known = {f.name for f in fields(Round)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; a round takes {', '.join(sorted(known))}")
+    merged = given | dict(options)
+    if "loss_options" in given and "loss_options" in options:
+        merged["loss_options"] = {**given["loss_options"], **options["loss_options"]}
+    return merged

@@ -1,0 +1,240 @@
+"""Training rows from topics, qrels and mined negatives.
+
+A row is one (query, positive document) pair with negatives drawn for it. The data set holds row numbers only; texts are
+read from the corpus when a batch is made, so memory grows with the number of rows, not with their texts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from scipy.sparse import csr_matrix
+from sentence_transformers.base.sampler import DefaultBatchSampler
+
+from pt_dance.losses.rows import TrainingRows
+
+
+@dataclass
+class Examples:
+    """What the trainer needs.
+
+    Attributes:
+        dataset: one row a training row of every epoch, columns query, positive, negative_1.., query_negative_1.. (str) and
+            label (int, the row's number), texts read on access.
+        rows: what the loss knows of each row.
+        pairs: how many (query, positive) pairs an epoch has.
+        epochs: how many epochs the rows hold, each with its own draw of negatives.
+    """
+
+    dataset: Dataset
+    rows: TrainingRows
+    pairs: int
+    epochs: int
+
+
+class Pools:
+    """The mined candidates of each source (query or document), as arrays: candidates of source i are
+    ``values[start[i]:start[i + 1]]``, in an order shuffled by the seed."""
+
+    def __init__(self, source: np.ndarray, value: np.ndarray, sources: int, seed: int):
+        order = np.random.default_rng(seed).permutation(len(source))
+        order = order[np.argsort(source[order], kind="stable")]
+        self.values = value[order]
+        self.origin = order
+        self.start = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=sources))])
+
+    def draw(self, source: np.ndarray, turn: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """``number`` distinct candidates for each source, going round the pool: turn t takes up where turn t - 1 ended.
+
+        Args:
+            source: int (rows,) which pool.
+            turn: int (rows,) how often this pool was drawn from before.
+            number: how many to draw for each row.
+
+        Returns:
+            values int64 (rows, number), and where each came from in the arrays given to ``__init__``; both -1 where the
+            pool is smaller than ``number``.
+        """
+        size = np.diff(self.start)[source][:, None]
+        place = turn[:, None] * number + np.arange(number)[None, :]
+        inside = np.arange(number)[None, :] < size
+        at = self.start[source][:, None] + np.where(inside, place % np.maximum(size, 1), 0)
+        at = np.minimum(at, max(len(self.values) - 1, 0))
+        if not len(self.values):
+            nothing = np.full((len(source), number), -1, dtype=np.int64)
+            return nothing, nothing
+        return np.where(inside, self.values[at], -1), np.where(inside, self.origin[at], -1)
+
+
+def build_examples(
+    topics: pd.DataFrame,
+    pairs: pd.DataFrame,
+    corpus,
+    *,
+    negatives: pd.DataFrame | None = None,
+    query_negatives: pd.DataFrame | None = None,
+    negatives_per_row: int = 1,
+    query_negatives_per_row: int = 1,
+    epochs: int = 1,
+    seed: int = 42,
+    teacher_scores=None,
+) -> Examples:
+    """Makes the training rows of one round.
+
+    Args:
+        topics: ``qid``, ``query``; all training topics.
+        pairs: known-relevant pairs of these topics as :func:`pt_dance.mining.positive_pairs` gives them; each is a row of
+            every epoch.
+        corpus: ``Corpus`` with the documents.
+        negatives: mined documents, ``qid`` and ``docno``; None trains with in-batch negatives only.
+        query_negatives: mined queries, ``docno`` and ``qid``; None where the loss has no dual direction.
+        negatives_per_row: mined documents in a row; rows of queries with fewer are padded, and the padding is masked.
+        query_negatives_per_row: mined queries in a row.
+        epochs: epochs to draw for; each pair meets other negatives in each epoch as long as its pool lasts.
+        seed: fixes the draw.
+        teacher_scores: function from arrays of query texts' numbers and document rows to float32 scores, see
+            ``pt_dance.training.teacher``; None where the loss has no teacher.
+
+    Returns:
+        The examples.
+    """
+    texts, query_of_qid = _queries(topics)
+    pair_query = query_of_qid.loc[pairs["qid"]].to_numpy()
+    pair_document = corpus.rows(pairs["docno"].tolist())
+    relevance = csr_matrix(
+        (np.ones(len(pairs), dtype=bool), (pair_query, pair_document)), shape=(len(texts), len(corpus))
+    )
+    # two topics of one text give the same pair twice
+    unique = np.unique(pair_query.astype(np.int64) * len(corpus) + pair_document)
+    pair_query, pair_document = unique // len(corpus), unique % len(corpus)
+    number = len(unique)
+    epoch = np.repeat(np.arange(epochs), number)
+    query, positive = np.tile(pair_query, epochs), np.tile(pair_document, epochs)
+    rows = TrainingRows(
+        query=query.astype(np.int32),
+        positive=positive.astype(np.int32),
+        negatives=_drawn(
+            negatives, "qid", "docno", query_of_qid, corpus, len(texts), pair_query, query, epoch, negatives_per_row, seed
+        ),
+        query_negatives=_drawn(
+            query_negatives, "docno", "qid", query_of_qid, corpus, len(corpus), pair_document, positive, epoch,
+            query_negatives_per_row, seed + 1,
+        ),
+        relevance=relevance,
+    )
+    if teacher_scores is not None:
+        rows = teacher_scores(rows)
+    return Examples(_lazy_dataset(rows, texts, corpus), rows, number, epochs)
+
+
+def _queries(topics: pd.DataFrame) -> tuple[list[str], pd.Series]:
+    """Distinct query texts, and which of them each qid has."""
+    number, texts = pd.factorize(topics["query"])
+    return list(texts), pd.Series(number, index=topics["qid"])
+
+
+def _drawn(
+    mined: pd.DataFrame | None, source_column: str, value_column: str, query_of_qid: pd.Series, corpus, sources: int,
+    pair_source: np.ndarray, row_source: np.ndarray, epoch: np.ndarray, per_row: int, seed: int,
+) -> np.ndarray:  # fmt: skip
+    """Negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) where nothing was mined."""
+    if mined is None or per_row == 0:
+        return np.empty((len(row_source), 0), dtype=np.int32)
+    numbers = {
+        "qid": lambda ids: query_of_qid.loc[ids].to_numpy(),
+        "docno": lambda ids: corpus.rows(ids.tolist()),
+    }
+    source = numbers[source_column](mined[source_column])
+    value = numbers[value_column](mined[value_column])
+    # topics of one text share a pool, in which a document counts once
+    keep = np.unique(source.astype(np.int64) * (max(int(value.max(initial=0)), 0) + 1) + value, return_index=True)[1]
+    keep.sort()
+    pools = Pools(source[keep], value[keep], sources, seed)
+    pairs_of_source = np.bincount(pair_source, minlength=sources)
+    turn = epoch * pairs_of_source[row_source] + np.tile(_occurrence(pair_source), len(epoch) // len(pair_source))
+    return pools.draw(row_source, turn, per_row)[0].astype(np.int32)
+
+
+def _occurrence(values: np.ndarray) -> np.ndarray:
+    """For each entry, how many equal entries came before it."""
+    return pd.Series(values).groupby(values).cumcount().to_numpy()
+
+
+def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
+    """A data set of row numbers whose text columns are looked up when a batch is read."""
+    query_texts = np.array(texts, dtype=object)
+
+    def of_documents(numbers: np.ndarray) -> list[str]:
+        found = np.full(len(numbers), "", dtype=object)
+        real = numbers >= 0
+        if real.any():
+            found[real] = corpus.texts_at(numbers[real])
+        return found.tolist()
+
+    def of_queries(numbers: np.ndarray) -> list[str]:
+        return np.where(numbers >= 0, query_texts[np.maximum(numbers, 0)], "").tolist()
+
+    def read(batch: dict[str, list[int]]) -> dict[str, list]:
+        number = np.asarray(batch["label"])
+        columns: dict[str, list] = {"query": of_queries(rows.query[number]), "positive": of_documents(rows.positive[number])}
+        for i in range(rows.negatives.shape[1]):
+            columns[f"negative_{i + 1}"] = of_documents(rows.negatives[number, i])
+        for i in range(rows.query_negatives.shape[1]):
+            columns[f"query_negative_{i + 1}"] = of_queries(rows.query_negatives[number, i])
+        columns["label"] = number.tolist()
+        return columns
+
+    return Dataset.from_dict({"label": np.arange(len(rows.query))}).with_transform(read)
+
+
+def columns_of(rows: TrainingRows) -> dict[str, str]:
+    """The text columns of a training row and what each holds, "query" or "document", in the order losses read them."""
+    columns = {"query": "query", "positive": "document"}
+    columns |= {f"negative_{i + 1}": "document" for i in range(rows.negatives.shape[1])}
+    columns |= {f"query_negative_{i + 1}": "query" for i in range(rows.query_negatives.shape[1])}
+    return columns
+
+
+class EpochBatchSampler(DefaultBatchSampler):
+    """Batches of one epoch's rows, shuffled, without the same query or positive twice in a batch while that is possible.
+
+    A second row of a query, or of a document, adds no negative to its batch (it is masked), so it waits for a later
+    batch. Every row of the epoch comes exactly once. The order depends on the seed and the epoch alone.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int, drop_last: bool, seed: int):
+        super().__init__(range(examples.pairs), batch_size=batch_size, drop_last=drop_last, seed=seed)
+        self.pairs = examples.pairs
+        self.epochs = examples.epochs
+        self.query = examples.rows.query[: self.pairs].tolist()
+        self.positive = examples.rows.positive[: self.pairs].tolist()
+
+    def __len__(self) -> int:
+        return self.pairs // self.batch_size if self.drop_last else -(-self.pairs // self.batch_size)
+
+    def __iter__(self):
+        """Yields lists of row numbers."""
+        offset = (self.epoch % self.epochs) * self.pairs
+        waiting = deque(np.random.default_rng([self.seed, self.epoch]).permutation(self.pairs).tolist())
+        for _ in range(len(self)):
+            batch, later = [], []
+            queries, positives = set(), set()
+            # looking a few batches ahead is enough, and keeps a collection of few documents from costing rows²
+            for _ in range(min(len(waiting), 8 * self.batch_size)):
+                pair = waiting.popleft()
+                if self.query[pair] in queries or self.positive[pair] in positives:
+                    later.append(pair)
+                    continue
+                queries.add(self.query[pair])
+                positives.add(self.positive[pair])
+                batch.append(pair)
+                if len(batch) == self.batch_size:
+                    break
+            missing = self.batch_size - len(batch)
+            batch += later[:missing]
+            waiting.extendleft(reversed(later[missing:]))
+            yield [offset + pair for pair in batch]

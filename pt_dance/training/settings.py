@@ -1,0 +1,56 @@
+"""What a fit depends on, in a form that a later process can compare."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import fields
+
+import pandas as pd
+
+from pt_dance.mining import describe_source
+from pt_dance.training.inputs import TrainingInput
+
+
+def fit_settings(dance, training: TrainingInput, validation: TrainingInput | None) -> dict[str, object]:
+    """Everything the weights of a fit depend on: encoder, corpus, topics, qrels, seed and every option of every round.
+
+    Args:
+        dance: the ``DanceRetriever`` that is fitted.
+        training: its checked training input.
+        validation: its checked validation input, or None.
+
+    Returns:
+        Names and JSON values; content is represented by digests.
+    """
+    settings: dict[str, object] = {
+        "encoder": dance.initial_encoder.fingerprint,
+        "corpus": dance.corpus.fingerprint,
+        "seed": dance.seed,
+        "measure": [str(measure) for measure in dance.measures],
+        "patience": dance.patience,
+        "training topics": _digest(training.topics[["qid", "query"]]),
+        "training qrels": _digest(training.qrels[["qid", "docno", "label"]]),
+        "first stage": None if training.first_stage is None else _digest(training.first_stage[["qid", "docno"]]),
+        "validation topics": None if validation is None else _digest(validation.topics[["qid", "query"]]),
+        "validation qrels": None if validation is None else _digest(validation.qrels[["qid", "docno", "label"]]),
+        "rounds": len(dance.recipe),
+    }
+    for number, round_ in enumerate(dance.recipe, start=1):
+        for option in fields(round_):
+            settings[f"round {number} {option.name}"] = _plain(option.name, getattr(round_, option.name))
+    return settings
+
+
+def _plain(name: str, value: object) -> object:
+    if name in ("negatives", "query_negatives"):
+        value = describe_source(value)
+    elif not isinstance(value, (int, float, str, type(None))):
+        value = repr(value)
+    # the address of an object says nothing about it, and differs in every process
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value
+
+
+def _digest(frame: pd.DataFrame) -> str:
+    hashed = pd.util.hash_pandas_object(frame.astype(str), index=False).to_numpy()
+    return hashlib.sha256(hashed.tobytes()).hexdigest()[:16]

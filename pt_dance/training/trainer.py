@@ -1,0 +1,101 @@
+"""One round's training, by sentence-transformers' trainer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from pt_dance import losses
+from pt_dance.training.examples import EpochBatchSampler, Examples, columns_of
+
+STATIC_LEARNING_RATE = 1e-2
+TRANSFORMER_LEARNING_RATE = 2e-5
+
+
+class RoundTrainer(SentenceTransformerTrainer):
+    """The trainer, with the batches of :class:`EpochBatchSampler` and without a word on stdout unless asked."""
+
+    def __init__(self, *args, examples: Examples, verbose: bool, **kwargs):
+        self.examples = examples
+        super().__init__(*args, train_dataset=examples.dataset, **kwargs)
+        self.remove_callback(PrinterCallback)
+        if not verbose:
+            self.remove_callback(ProgressCallback)
+
+    def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
+        """Every epoch's own rows, shuffled, see :class:`EpochBatchSampler`."""
+        return EpochBatchSampler(self.examples, batch_size, drop_last, seed)
+
+
+@dataclass
+class Trained:
+    """What training gave: the mean loss over all steps, and how many steps these were."""
+
+    loss: float
+    steps: int
+
+
+def train(encoder, examples: Examples, round_, folder: str | Path, *, seed: int, verbose: bool) -> Trained:
+    """Trains ``encoder`` in place on the examples of one round.
+
+    Checkpoints go to ``folder``; if it holds one, training goes on from there. On a CPU the weights that come out depend
+    on the encoder's weights, the examples, the round and the seed alone, whether training was interrupted or not.
+
+    Args:
+        encoder: ``DualEncoder`` whose weights are trained.
+        examples: the round's rows.
+        round_: ``Round`` with loss, batch size, learning rate and so on.
+        folder: where checkpoints go.
+        seed: fixes order and dropout.
+        verbose: shows the trainer's progress bar.
+
+    Returns:
+        The mean training loss and the number of steps.
+    """
+    arguments = training_arguments(encoder, examples, round_, folder, seed=seed, verbose=verbose)
+    loss = losses.make(
+        round_.loss, encoder.model, examples.rows,
+        **{"similarity": encoder.similarity, **round_.loss_options},
+    )  # fmt: skip
+    trainer = RoundTrainer(model=encoder.model, args=arguments, loss=loss, examples=examples, verbose=verbose)
+    checkpoint = get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    encoder.model.eval()
+    return Trained(float(result.training_loss), int(result.global_step))
+
+
+def training_arguments(encoder, examples: Examples, round_, folder, *, seed: int, verbose: bool):
+    """``SentenceTransformerTrainingArguments`` of a round; what ``round_.training_arguments`` says wins."""
+    columns = columns_of(examples.rows)
+    rate = round_.learning_rate or (STATIC_LEARNING_RATE if encoder.is_static else TRANSFORMER_LEARNING_RATE)
+    prompts = {column: encoder.prompt_of(kind) for column, kind in columns.items()}
+    device = torch.device(encoder.device)
+    arguments = dict(
+        output_dir=str(folder),
+        num_train_epochs=round_.epochs,
+        per_device_train_batch_size=round_.batch_size,
+        learning_rate=rate,
+        warmup_steps=round_.warmup,
+        lr_scheduler_type=round_.scheduler,
+        seed=seed,
+        data_seed=seed,
+        save_strategy="steps",
+        save_steps=round_.checkpoint_steps,
+        save_total_limit=1,
+        eval_strategy="no",
+        logging_strategy="steps",
+        logging_steps=50,
+        report_to="none",
+        disable_tqdm=not verbose,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        prompts={column: prompt for column, prompt in prompts.items() if prompt} or None,
+        router_mapping=columns if encoder.has_two_towers else {},
+    )
+    return SentenceTransformerTrainingArguments(**{**arguments, **round_.training_arguments})
