@@ -1,0 +1,34 @@
+# Every target works in a fresh clone: the virtual environment is made when it is missing, and again when the
+# dependencies change. Another Python: make PYTHON=python3.12 CONSTRAINTS= test
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help quickstart test lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	touch $@
+
+quickstart: $(INSTALLED)  ## train on a small real collection and print the table
+	$(BIN)/python experiments/quickstart.py
+
+test: $(INSTALLED)  ## run all tests
+	$(BIN)/python -m pytest tests
+
+lint: $(INSTALLED)  ## check the style
+	$(BIN)/python -m ruff check .
+
+format: $(INSTALLED)  ## sort imports and mend what can be mended automatically
+	$(BIN)/python -m ruff check --fix .
+
+clean:  ## remove caches and builds, but neither the environment nor results
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find pt_dance tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,42 @@
+"""The provider that PyTerrier finds through its entry point and asks for ``dance:`` data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pyterrier.datasets import Dataset, DatasetProvider
+
+from pt_dance.datasets.beir import BeirFolder
+from pt_dance.datasets.pydocs import PyDocs
+
+
+class DanceDatasetProvider(DatasetProvider):
+    """Gives ``pt.get_dataset("dance:pydocs")`` and ``pt.get_dataset("dance:<folder in BEIR layout>")``."""
+
+    def get_dataset(self, name: str) -> Dataset:
+        """Return a data set by what follows ``dance:``.
+
+        Args:
+            name: ``pydocs``, or the path of a folder in BEIR layout (``~`` stands for the home folder). A folder called
+                pydocs in the working directory is reached as ``./pydocs``.
+
+        Returns:
+            A :class:`PyDocs` or a :class:`BeirFolder`.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, or it holds no ``corpus.jsonl`` or ``corpus.jsonl.gz``.
+        """
+        if name == "pydocs":
+            return PyDocs()
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"There is no data set 'dance:{name}': after 'dance:' goes either 'pydocs' or the path of a folder in "
+                "BEIR layout, and no folder of that name was found."
+            )
+        return BeirFolder(folder)
+
+    def list_dataset_names(self) -> Iterable[str]:
+        """Return the names known beforehand; folders are known only to who has them."""
+        return ["pydocs"]
