@@ -1,0 +1,161 @@
+"""One batch as a loss sees it: embeddings, and what is known of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pt_dance.losses.rows import TrainingRows
+
+
+class BatchRows:
+    """Which pairs of a batch may be negatives of each other, each mask computed when first asked for.
+
+    Args:
+        rows: the training rows, or None where only the columns are known: then nothing but a row's own pair is hidden.
+        numbers: int (W,), the row numbers of the whole batch, over all processes; None without ``rows``.
+        count: W, the rows of the whole batch.
+        local: which of them are this process's own (L of them).
+        device: where the masks are wanted.
+    """
+
+    def __init__(
+        self, rows: TrainingRows | None, numbers: np.ndarray | None, count: int, local: slice, device: torch.device
+    ) -> None:
+        self.rows, self.numbers, self.count, self.local, self.device = rows, numbers, count, local, device
+
+    @cached_property
+    def mirrored(self) -> BatchRows:
+        """The same for the dual direction."""
+        rows = None if self.rows is None else self.rows.mirrored
+        return BatchRows(rows, self.numbers, self.count, self.local, self.device)
+
+    @cached_property
+    def usable_negatives(self) -> Tensor | None:
+        """Bool (W, n): the mined negatives that are there and not relevant to their row's query; None: all are."""
+        if self.rows is None:
+            return None
+        negatives = self.rows.negatives[self.numbers]
+        usable = (negatives >= 0) & ~self.rows.relevant_to_own(self.rows.query[self.numbers], negatives)
+        return torch.from_numpy(usable).to(self.device)
+
+    @cached_property
+    def hidden_documents(self) -> Tensor | None:
+        """Bool (L, W + W n): documents that are no negatives of a local query: its other positives, and padding.
+
+        Columns: the positives of all rows, then their mined negatives, row after row. The pair of the row itself is
+        never hidden. None: nothing is.
+        """
+        if self.rows is None:
+            return None
+        negatives = self.rows.negatives[self.numbers].reshape(-1)
+        documents = np.concatenate([self.rows.positive[self.numbers], negatives])
+        hidden = self.rows.relevant(self.rows.query[self.numbers[self.local]], documents)
+        hidden[:, self.count :][:, negatives < 0] = True
+        own = np.arange(len(hidden))
+        hidden[own, own + self.local.start] = False
+        return torch.from_numpy(hidden).to(self.device)
+
+    @cached_property
+    def hidden_queries(self) -> Tensor:
+        """Bool (L, W): queries that are no negatives of a local query: itself, or they share a relevant document."""
+        return torch.from_numpy(self._related(self.local)).to(self.device)
+
+    @cached_property
+    def distinct_queries(self) -> tuple[Tensor, int]:
+        """Bool (W, W) and how many are true: pairs i < j of queries that are neither the same nor related."""
+        distinct = np.triu(~self._related(slice(0, self.count)), k=1)
+        return torch.from_numpy(distinct).to(self.device), int(distinct.sum())
+
+    def _related(self, of: slice) -> np.ndarray:
+        if self.rows is None:
+            return np.eye(self.count, dtype=bool)[of]
+        queries = self.rows.query[self.numbers]
+        return self.rows.related_queries(queries[of], queries)
+
+    def teacher_margins(self) -> Tensor | None:
+        """float32 (L, n): the teacher's T(q, d+) - T(q, d-), 0 where a negative is missing; None without a teacher."""
+        if self.rows is None or self.rows.teacher_positive is None or self.rows.teacher_negatives is None:
+            return None
+        numbers = self.numbers[self.local]
+        margins = self.rows.teacher_positive[numbers][:, None] - self.rows.teacher_negatives[numbers]
+        margins[self.rows.negatives[numbers] < 0] = 0
+        return torch.from_numpy(margins).to(self.device)
+
+
+@dataclass(eq=False)
+class Batch:
+    """The embeddings of a batch; those of all processes where they are gathered (W rows), else this one's (W = L).
+
+    Args:
+        queries: (W, d).
+        positives: (W, d), row by row the positive document of each query.
+        negatives: (W, n, d), the mined documents of each row.
+        query_negatives: (W, m, d), the mined queries of each row.
+        rows: what is known of the rows.
+        labels: the trainer's labels of the L local rows where they are no row numbers, else None.
+    """
+
+    queries: Tensor
+    positives: Tensor
+    negatives: Tensor
+    query_negatives: Tensor
+    rows: BatchRows
+    labels: Tensor | None = None
+    _units: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def local(self) -> slice:
+        """The rows this process computes the loss of."""
+        return self.rows.local
+
+    def mirrored(self) -> Batch:
+        """The batch of the dual direction: positive documents search for their queries."""
+        return Batch(
+            queries=self.positives,
+            positives=self.queries,
+            negatives=self.query_negatives,
+            query_negatives=self.negatives,
+            rows=self.rows.mirrored,
+            _units=self._units,
+        )
+
+    def unit(self) -> Batch:
+        """The batch with every embedding divided by its L2 norm; each is computed once for both directions."""
+        names = ("queries", "positives", "negatives", "query_negatives")
+        return replace(self, **{name: self._unit(getattr(self, name)) for name in names})
+
+    def _unit(self, embeddings: Tensor) -> Tensor:
+        # Kept under the tensor's id, which stays taken while the dictionary also keeps the tensor itself.
+        if id(embeddings) not in self._units:
+            self._units[id(embeddings)] = (embeddings, unit(embeddings))
+        return self._units[id(embeddings)][1]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of one value a local row and mined negative over the usable negatives of the whole batch.
+
+        With several processes the mean over them of what this returns is the mean over all usable negatives, although
+        one process may have more of them than another. Without any, exactly 0, with a gradient of 0.
+
+        Args:
+            values: (L, n).
+        """
+        usable = self.rows.usable_negatives
+        if usable is None:
+            return values.sum() / max(values.numel(), 1)
+        share = self.rows.count / max(len(values), 1)
+        return values.masked_fill(~usable[self.local], 0).sum() * share / usable.sum().clamp(min=1)
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    """Embeddings divided by their L2 norm; a zero vector stays zero and gets no gradient.
+
+    (Dividing by a clamped norm instead gives a zero vector a gradient of 1e12.)
+    """
+    norm = torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
+    zero = norm < 1e-12
+    return embeddings * norm.masked_fill(zero, 1).reciprocal().masked_fill(zero, 0)

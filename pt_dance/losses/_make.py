@@ -1,0 +1,172 @@
+"""Losses by name and options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+from pt_dance.losses.base import RetrievalLoss, WrappedLoss
+from pt_dance.losses.combined import SumLoss
+from pt_dance.losses.contrastive import ContrastiveLoss
+from pt_dance.losses.dual import DualLoss
+from pt_dance.losses.margin_mse import MarginMSELoss
+from pt_dance.losses.pairwise import PairwiseLoss
+from pt_dance.losses.regularized import RegularizedLoss
+from pt_dance.losses.rows import TrainingRows
+from pt_dance.losses.samtone import SamToneLoss
+
+NAMES: dict[str, type[RetrievalLoss]] = {
+    "contrastive": ContrastiveLoss,
+    "pairwise": PairwiseLoss,
+    "samtone": SamToneLoss,
+    "margin_mse": MarginMSELoss,
+}
+
+# What may be put around any loss, with the defaults.
+AROUND: dict[str, Any] = {
+    "dual": False,
+    "dual_weight": 0.1,
+    "document_weight": 1.0,
+    "alignment": 0.0,
+    "uniformity": 0.0,
+    "alignment_alpha": 2.0,
+    "uniformity_t": 5.0,
+}
+
+# What the losses of one sum must agree in.
+SHARED = ("query_negatives", "mini_batch_size", "gather_across_devices")
+
+LossName = str | type[RetrievalLoss] | Sequence
+
+
+def options(loss: LossName) -> dict[str, Any]:
+    """The options that :func:`make` takes for a loss, and their defaults.
+
+    Args:
+        loss: as :func:`make` takes it.
+
+    Returns:
+        Option name to default: the loss's own, then those of the dual direction and of the regularisers.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: neither a name, a loss class nor a list.
+    """
+    if _is_list(loss):
+        for name, _, own in _parts(loss):
+            _refuse_unknown(own, _own_options(_find(name)), f"loss {_label(name)} in a list")
+        defaults = _own_options(RetrievalLoss)
+        return {name: defaults[name] for name in SHARED} | AROUND
+    return _own_options(_find(loss)) | AROUND
+
+
+def make(loss: LossName, model: SentenceTransformer, rows: TrainingRows | None = None, **options: Any) -> RetrievalLoss:
+    """Build a loss from its name and options.
+
+    Args:
+        loss: one of "contrastive", "pairwise", "samtone", "margin_mse"; a subclass of
+            :class:`~pt_dance.losses.RetrievalLoss`; or a list of (loss, weight) or (loss, weight, options), which
+            makes their weighted sum.
+        model: the SentenceTransformer to train.
+        rows: what is known of every training row.
+        **options: the loss's own, see :func:`options`, and what may be put around any loss:
+            dual (bool): add the dual direction, with dual_weight (.1) and document_weight (1);
+            alignment, uniformity (float): add these regularisers, with alignment_alpha (2) and uniformity_t (5).
+            For a list: the options that all of its losses must agree in, and those around the sum.
+
+    Returns:
+        The loss, wrapped in :class:`~pt_dance.losses.DualLoss` and :class:`~pt_dance.losses.RegularizedLoss` as asked.
+
+    Raises:
+        ValueError: an unknown loss or option, an option out of its range, or one that would do nothing.
+        TypeError: neither a name, a loss class nor a list.
+
+    Example:
+        ::
+
+            make("pairwise", model, rows, similarity="cosine", temperature=0.01, dual=True)  # DANCE
+            make([("margin_mse", 1.0), ("contrastive", 1.0)], model, rows, dual=True, dual_weight=1.0)
+    """
+    check(loss, **options)
+    own = {name: value for name, value in options.items() if name not in AROUND}
+    around = {**AROUND, **options}
+    if _is_list(loss):
+        parts = _parts(loss)
+        built = SumLoss([(_find(part)(model, rows=rows, **{**own, **more}), weight) for part, weight, more in parts])
+    else:
+        built = _find(loss)(model, rows=rows, **own)
+    if around["dual"]:
+        built = DualLoss(built, around["dual_weight"], around["document_weight"])
+    if around["alignment"] or around["uniformity"]:
+        built = RegularizedLoss(
+            built, around["alignment"], around["uniformity"], around["alignment_alpha"], around["uniformity_t"]
+        )
+    return built
+
+
+def check(loss: LossName, **options_given: Any) -> None:
+    """Refuse what :func:`make` would refuse about names: an unknown loss or option, or one that would do nothing.
+
+    Args:
+        loss: as :func:`make` takes it.
+        **options_given: as :func:`make` takes them.
+
+    Raises:
+        ValueError: naming the loss or option and the valid ones.
+        TypeError: neither a name, a loss class nor a list.
+    """
+    valid = options(loss)
+    _refuse_unknown(options_given, valid, "a list of losses" if _is_list(loss) else f"loss {_label(loss)}")
+    needs = {
+        "dual_weight": "dual",
+        "document_weight": "dual",
+        "alignment_alpha": "alignment",
+        "uniformity_t": "uniformity",
+    }
+    for name, needed in needs.items():
+        if name in options_given and not options_given.get(needed):
+            raise ValueError(f"The option {name} does nothing without the option {needed}.")
+
+
+def _refuse_unknown(given: dict[str, Any], valid: dict[str, Any], of: str) -> None:
+    for name in given:
+        if name not in valid:
+            raise ValueError(f"Unknown option {name!r} of {of}; valid options: {', '.join(valid)}.")
+
+
+def _is_list(loss: LossName) -> bool:
+    return isinstance(loss, (list, tuple))
+
+
+def _parts(losses: Sequence) -> list[tuple[LossName, float, dict[str, Any]]]:
+    parts = []
+    for part in losses:
+        if not isinstance(part, (list, tuple)) or len(part) not in (2, 3) or _is_list(part[0]):
+            raise ValueError(f"A list of losses holds (loss, weight) or (loss, weight, options), not {part!r}.")
+        parts.append((part[0], part[1], dict(part[2]) if len(part) == 3 else {}))
+    return parts
+
+
+def _find(loss: LossName) -> type[RetrievalLoss]:
+    if isinstance(loss, str):
+        if loss not in NAMES:
+            raise ValueError(f"Unknown loss {loss!r}; valid losses: {', '.join(NAMES)}.")
+        return NAMES[loss]
+    if isinstance(loss, type) and issubclass(loss, RetrievalLoss) and not issubclass(loss, WrappedLoss):
+        return loss
+    raise TypeError(
+        f"A loss is one of the names {', '.join(NAMES)}, a subclass of pt_dance.losses.RetrievalLoss that is not put "
+        f"around another loss, or a list of them with weights, not {loss!r}."
+    )
+
+
+def _own_options(loss: type[RetrievalLoss]) -> dict[str, Any]:
+    parameters = inspect.signature(loss.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("self", "model", "rows")}
+
+
+def _label(loss: LossName) -> str:
+    return repr(loss) if isinstance(loss, str) else loss.__name__

@@ -1,0 +1,314 @@
+"""What every loss here shares: from the trainer's columns to a batch, in any of the ways a batch can be embedded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer.modules import Router, StaticEmbedding
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from torch import Tensor, nn
+
+from pt_dance.losses._batch import Batch, BatchRows
+from pt_dance.losses.rows import TrainingRows
+
+SIMILARITIES = ("cosine", "dot")
+
+
+class RetrievalLoss(CachedLossMixin, nn.Module):
+    """The base of the losses: columns of texts in, one number out.
+
+    A training row has the columns query, positive, negative_1 … negative_n (mined documents), query_negative_1 …
+    query_negative_m (mined queries), in this order, and a label. With ``rows`` the label is the row's number in the
+    training set, and pairs that are known to be relevant are never used as negatives. Without ``rows`` the loss works
+    on any data set of sentence-transformers' layout and knows no more than the columns say.
+
+    A subclass implements :meth:`loss_of`, from a :class:`~pt_dance.losses.Batch` to a scalar. Since a batch can be
+    mirrored, every loss has its dual form through :class:`~pt_dance.losses.DualLoss`.
+
+    Args:
+        model: the SentenceTransformer to train.
+        rows: what is known of every training row, see :class:`~pt_dance.losses.TrainingRows`.
+        query_negatives: how many of the last columns are mined queries; only without ``rows``, which say it.
+        similarity: "cosine" or "dot"; with "cosine" embeddings are divided by their L2 norm here, whether or not the
+            model ends with a Normalize module.
+        temperature: similarities are divided by it.
+        mini_batch_size: with a number, gradient caching: only so many texts have their activations in memory at a
+            time, and the gradients are those of the whole batch (Gao et al. 2021, arXiv 2101.06983). Each text is
+            embedded twice. Static towers, whose activations take no memory to speak of, ignore it.
+        gather_across_devices: use the embeddings of all processes, so that in-batch negatives come from all of them.
+            Every process must have the same number of rows.
+
+    Raises:
+        TypeError: ``model`` is no SentenceTransformer.
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        rows: TrainingRows | None = None,
+        query_negatives: int | None = None,
+        similarity: str = "cosine",
+        temperature: float = 1.0,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a SentenceTransformer, not {type(model).__name__}.")
+        if rows is not None and not isinstance(rows, TrainingRows):
+            raise TypeError(f"rows must be a TrainingRows, not {type(rows).__name__}.")
+        if query_negatives is not None:
+            if rows is not None:
+                raise ValueError("query_negatives is known from rows: give one of them, not both.")
+            check_number("query_negatives", query_negatives, lowest=0, whole=True)
+        if similarity not in SIMILARITIES:
+            raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, not {similarity!r}.")
+        check_number("temperature", temperature, above=0)
+        if mini_batch_size is not None:
+            check_number("mini_batch_size", mini_batch_size, lowest=1, whole=True)
+        self.model = model
+        self.rows = rows
+        self.query_negatives = query_negatives
+        self.similarity = similarity
+        self.temperature = temperature
+        self.mini_batch_size = mini_batch_size
+        self.gather_across_devices = bool(gather_across_devices)
+        self.uses_gradient_cache = mini_batch_size is not None and not _is_static(model)
+
+    #: Whether the loss has both directions in itself, so that DualLoss would count them twice.
+    two_sided = False
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The loss of a batch.
+
+        (Not named ``loss``: by that attribute sentence-transformers' model cards look for losses inside losses.)
+
+        Args:
+            batch: its embeddings are float32 or float64, of L2 norm 1 where ``similarity`` is "cosine".
+
+        Returns:
+            A scalar, differentiable by the embeddings.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement loss_of(batch).")
+
+    def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
+        """Refuse training rows this loss cannot be computed of.
+
+        Args:
+            rows: the training rows, mirrored for the dual direction.
+            mined: how messages call the mined texts of this direction.
+
+        Raises:
+            ValueError: something is missing from the rows.
+        """
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The loss of a batch of embeddings as the model gives them; shape ()."""
+        return self.loss_of(batch.unit() if self.similarity == "cosine" else batch)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """The loss of the trainer's columns.
+
+        Args:
+            sentence_features: the tokenised columns, in the order of the class description.
+            labels: (B,) row numbers with ``rows``; without them whatever the loss itself says, or None.
+
+        Returns:
+            A scalar.
+        """
+        sentence_features = list(sentence_features)
+        if self.rows is not None:
+            # Before the model runs: on a GPU this waits for the step before, not for the forward pass, during which
+            # the CPU can then look up the masks.
+            labels = torch.from_numpy(self._row_numbers(labels))
+        self._split(sentence_features)
+        if self.uses_gradient_cache:
+            return self.forward_cached(sentence_features, labels)
+        return self.compute_loss_from_embeddings(self._embed(sentence_features), labels)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The loss of columns that are embedded already.
+
+        Similarities are computed in float32 (float64 for float64 embeddings), also under autocast.
+
+        Args:
+            embeddings: one (B, d) tensor a column, in the order of the class description.
+            labels: as :meth:`forward` takes them.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: too few columns, columns that ``rows`` do not know, or labels that are no row numbers.
+        """
+        with torch.autocast(embeddings[0].device.type, enabled=False):
+            return self.evaluate(self._batch([_full_precision(column) for column in embeddings], labels))
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Step two of gradient caching: the loss of the whole batch, and its gradients by the embeddings."""
+        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+            for embeddings in (chunk for column in reps for chunk in column):
+                if embeddings.grad is None:  # a column this loss has no use for, such as those of a dual of weight 0
+                    embeddings.grad = torch.zeros_like(embeddings)
+        return loss
+
+    def embed_minibatch(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Embed a mini-batch; in full precision, so that the cached gradients are too and do not underflow."""
+        embeddings, random_state = super().embed_minibatch(*args, **kwargs)
+        return _full_precision(embeddings), random_state
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, as sentence-transformers writes them on model cards."""
+        return {
+            "similarity": self.similarity,
+            "temperature": self.temperature,
+            "mini_batch_size": self.mini_batch_size,
+            "gather_across_devices": self.gather_across_devices,
+            "known_positives_masked": self.rows is not None,
+        }
+
+    def _split(self, columns: list) -> tuple[list, list]:
+        """Columns of mined documents and of mined queries."""
+        mined = len(columns) - 2
+        if mined < 0:
+            raise ValueError(f"The columns query and positive are needed, but there are {len(columns)} columns.")
+        queries = self.query_negatives or 0
+        if self.rows is not None:
+            documents, queries = self.rows.negatives.shape[1], self.rows.query_negatives.shape[1]
+            if mined != documents + queries:
+                raise ValueError(
+                    f"There are {mined} columns after query and positive, but the training rows have {documents} "
+                    f"negatives and {queries} query negatives."
+                )
+        elif queries > mined:
+            raise ValueError(
+                f"query_negatives is {queries}, but only {mined} columns follow the columns query and positive."
+            )
+        return columns[2 : len(columns) - queries], columns[len(columns) - queries :]
+
+    def _embed(self, features: list[dict[str, Tensor]]) -> list[Tensor]:
+        # Texts of one kind share forward passes: they have about the same length and, of two towers, the same one.
+        negatives, query_negatives = self._split(features)
+        queries = embed_columns(self.model, [features[0], *query_negatives], separate_first=False)
+        documents = embed_columns(self.model, [features[1], *negatives], separate_first=False)
+        return [queries[0], *documents, *queries[1:]]
+
+    def _row_numbers(self, labels: Tensor | None) -> np.ndarray:
+        if labels is None:
+            raise ValueError("The data set needs a column label with each row's number in the training rows.")
+        numbers = labels.detach().cpu().numpy()
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+            raise ValueError(
+                "The column label must hold each row's number in the training rows, one whole number a row; "
+                f"it holds {numbers.dtype} of shape {numbers.shape}."
+            )
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self.rows)):
+            raise ValueError(
+                f"The column label holds row numbers from {numbers.min()} to {numbers.max()}, but there are "
+                f"{len(self.rows)} training rows, numbered from 0."
+            )
+        return numbers
+
+    def _batch(self, columns: list[Tensor], labels: Tensor | None) -> Batch:
+        self._split(columns)
+        size, device = len(columns[0]), columns[0].device
+        numbers = None
+        if self.rows is not None:
+            numbers = self._row_numbers(labels)
+            if len(numbers) != size:
+                raise ValueError(f"There are {len(numbers)} labels for {size} rows.")
+            labels = None
+        first = 0
+        if self.gather_across_devices:
+            columns = [all_gather_with_grad(column) for column in columns]
+            first = get_rank() * size
+            if numbers is not None:
+                numbers = all_gather(torch.from_numpy(numbers).to(device)).cpu().numpy()
+        negatives, query_negatives = (
+            torch.stack(mined, dim=1) if mined else columns[0].new_zeros((len(columns[0]), 0, columns[0].shape[1]))
+            for mined in self._split(columns)
+        )
+        known = BatchRows(self.rows, numbers, len(columns[0]), slice(first, first + size), device)
+        return Batch(columns[0], columns[1], negatives, query_negatives, known, labels)
+
+
+class WrappedLoss(RetrievalLoss):
+    """The base of losses made of other losses: they embed the columns once and share the batch.
+
+    Args:
+        losses: the losses inside; they must be of one model and agree in ``rows``, ``query_negatives``,
+            ``mini_batch_size`` and ``gather_across_devices``, which the whole takes from them.
+
+    Raises:
+        TypeError: something else than a RetrievalLoss.
+        ValueError: losses that do not agree.
+    """
+
+    def __init__(self, *losses: RetrievalLoss) -> None:
+        for loss in losses:
+            if not isinstance(loss, RetrievalLoss):
+                raise TypeError(
+                    f"{type(self).__name__} works on the losses of pt_dance.losses, not on {type(loss).__name__}."
+                )
+        first = losses[0]
+        shared = ("model", "rows", "query_negatives", "mini_batch_size", "gather_across_devices")
+        for name in shared:
+            if any(getattr(loss, name) != getattr(first, name) for loss in losses[1:]):
+                raise ValueError(f"The losses in a {type(self).__name__} must have the same {name}.")
+        super().__init__(first.model, **{name: getattr(first, name) for name in shared[1:]})
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The loss of a batch; each loss inside sees to its own similarity and temperature."""
+        return self.loss_of(batch)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options that are not those of the losses inside."""
+        return {"mini_batch_size": self.mini_batch_size, "gather_across_devices": self.gather_across_devices}
+
+
+def check_number(
+    name: str, value: Any, *, lowest: float | None = None, above: float | None = None, whole: bool = False
+) -> None:
+    """Refuse an option that is no finite number of its range.
+
+    Raises:
+        ValueError: naming the option, its range and the value.
+    """
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    good = isinstance(value, kinds) and not isinstance(value, bool) and np.isfinite(value)
+    good = good and (lowest is None or value >= lowest) and (above is None or value > above)
+    if not good:
+        bound = f"{lowest} or more" if lowest is not None else f"above {above}"
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, {bound}; it is {value!r}.")
+
+
+def _full_precision(embeddings: Tensor) -> Tensor:
+    return embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
+
+
+def _is_static(model: nn.Module) -> bool:
+    """Whether the towers are static embeddings, whose inputs cannot be cut into mini-batches and need not be."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, SentenceTransformer):
+        return False
+    routed = isinstance(model[0], Router)
+    inputs = [route[0] for route in model[0].sub_modules.values()] if routed else [model[0]]
+    static = [isinstance(module, StaticEmbedding) for module in inputs]
+    if any(static) and not all(static):
+        raise ValueError(
+            "Gradient caching does not work with one static tower and one that is not: leave mini_batch_size out."
+        )
+    return all(static)

@@ -1,0 +1,73 @@
+"""Several losses of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from pt_dance.losses._batch import Batch
+from pt_dance.losses.base import RetrievalLoss, WrappedLoss, check_number
+from pt_dance.losses.rows import TrainingRows
+
+
+class SumLoss(WrappedLoss):
+    r"""The weighted sum of losses, :math:`\sum_k w_k L_k`, over columns that are embedded once.
+
+    Args:
+        losses: (loss, weight) pairs. The losses must be of one model and agree in ``rows``, ``query_negatives``,
+            ``mini_batch_size`` and ``gather_across_devices``; similarity and temperature are each one's own.
+
+    Inputs:
+        Those that all of the losses take.
+
+    Relations:
+        - Margin-MSE and MNRL, both dual: ``DualLoss(SumLoss([(MarginMSELoss(model, rows=rows), 1.0),
+          (ContrastiveLoss(model, rows=rows), 1.0)]), weight=…)``.
+
+    Example:
+        ::
+
+            from pt_dance.losses import ContrastiveLoss, MarginMSELoss, SumLoss
+
+            loss = SumLoss([(MarginMSELoss(model, rows=rows), 1.0), (ContrastiveLoss(model, rows=rows), 0.5)])
+    """
+
+    def __init__(self, losses: Iterable[tuple[RetrievalLoss, float]]) -> None:
+        losses = list(losses)
+        if not losses or any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in losses):
+            raise ValueError("SumLoss needs a list of (loss, weight) pairs, one or more.")
+        super().__init__(*(loss for loss, _ in losses))
+        for _, weight in losses:
+            check_number("weight", weight, lowest=0)
+        if not any(weight for _, weight in losses):
+            raise ValueError("The weights of a SumLoss are all 0: nothing is left to train on.")
+        self.losses = nn.ModuleList(loss for loss, _ in losses)
+        self.weights = [float(weight) for _, weight in losses]
+
+    def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
+        """Refuse rows that one of the losses cannot be computed of."""
+        for loss, weight in zip(self.losses, self.weights, strict=True):
+            if weight:
+                loss.check_rows(rows, mined)
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The weighted sum."""
+        terms = zip(self.losses, self.weights, strict=True)
+        return sum(weight * loss.evaluate(batch) for loss, weight in terms if weight)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, as sentence-transformers writes them on model cards."""
+        losses = {f"loss_{number}": loss for number, loss in enumerate(self.losses, start=1)}
+        return {**losses, "weights": self.weights, **super().get_config_dict()}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the sources of all losses."""
+        return "".join(dict.fromkeys(loss.citation for loss in self.losses))
+
+
+def combine(losses: Iterable[tuple[RetrievalLoss, float]]) -> SumLoss:
+    """The weighted sum of (loss, weight) pairs as one loss: :class:`SumLoss`."""
+    return SumLoss(losses)

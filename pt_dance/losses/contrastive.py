@@ -1,0 +1,140 @@
+"""Cross-entropy over the positive, the mined negatives and the rest of the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from pt_dance.losses._batch import Batch
+from pt_dance.losses.base import RetrievalLoss
+from pt_dance.losses.rows import TrainingRows
+
+
+class ContrastiveLoss(RetrievalLoss):
+    r"""The cross-entropy of finding the positive document among negatives (InfoNCE, "MNRL").
+
+    With :math:`s(q, d) = \mathrm{sim}(q, d) / \tau` the loss is the mean over the rows i of
+
+    .. math:: -\log \frac{e^{s(q_i, d_i^+)}}{\sum_{d \in C_i} e^{s(q_i, d)}}
+
+    where the candidates :math:`C_i` are the row's own positive, its own mined negatives and, with ``in_batch``, the
+    positives and mined negatives of all other rows. With ``rows``, documents that are relevant to :math:`q_i` by any
+    training judgement are no candidates, except the row's own positive.
+
+    Args:
+        model: the SentenceTransformer to train.
+        temperature: :math:`\tau`.
+        similarity: "cosine" or "dot".
+        in_batch: whether documents of other rows are candidates.
+        rows: what is known of every training row.
+        query_negatives: how many of the last columns are mined queries; only without ``rows``.
+        mini_batch_size: gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        gather_across_devices: also take the documents of other processes as candidates.
+
+    Inputs:
+        +-----------------------------------------------------------------------+---------------------------------+
+        | Columns                                                               | Label                           |
+        +=======================================================================+=================================+
+        | query, positive                                                       | row number, or none             |
+        +-----------------------------------------------------------------------+---------------------------------+
+        | query, positive, negative_1 … negative_n                              | without ``rows``                |
+        +-----------------------------------------------------------------------+                                 |
+        | query, positive, negative_1 … negative_n, query_negative_1 … m        |                                 |
+        +-----------------------------------------------------------------------+---------------------------------+
+
+    Relations:
+        - Without ``rows`` it equals sentence-transformers' ``MultipleNegativesRankingLoss(scale=1 / temperature)``,
+          and with ``mini_batch_size`` its ``CachedMultipleNegativesRankingLoss``, neither of which can leave out a
+          query's other positives.
+        - :class:`~pt_dance.losses.DualLoss` adds the direction from documents to queries (MNRL-Dual).
+        - :class:`~pt_dance.losses.SamToneLoss` adds the other queries of the batch to the candidates.
+
+    Source: van den Oord et al. 2018, arXiv 1807.03748, eq. 4; with mined negatives Karpukhin et al. 2020,
+    arXiv 2004.04906, eq. 2.
+
+    Example:
+        ::
+
+            from pt_dance.losses import ContrastiveLoss
+
+            loss = ContrastiveLoss(model, temperature=0.05, rows=rows)
+            trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=loss)
+            trainer.train()
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float = 0.05,
+        similarity: str = "cosine",
+        in_batch: bool = True,
+        *,
+        rows: TrainingRows | None = None,
+        query_negatives: int | None = None,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            rows=rows,
+            query_negatives=query_negatives,
+            similarity=similarity,
+            temperature=temperature,
+            mini_batch_size=mini_batch_size,
+            gather_across_devices=gather_across_devices,
+        )
+        self.in_batch = bool(in_batch)
+        if rows is not None:
+            self.check_rows(rows)
+
+    def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
+        """Refuse rows without mined negatives where there are no in-batch negatives either."""
+        if not self.in_batch and rows.negatives.shape[1] == 0:
+            raise ValueError(
+                f"{type(self).__name__}(in_batch=False) has nothing to learn from: the training rows have no {mined}."
+            )
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The mean cross-entropy of the local rows."""
+        return self._cross_entropy(batch)
+
+    def _cross_entropy(self, batch: Batch) -> Tensor:
+        own, logits = self._logits(batch)
+        return (torch.logsumexp(logits, dim=1) - own).mean()
+
+    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each local row's logit of its own positive (L,), and those of all candidates (L, candidates)."""
+        queries = batch.queries[batch.local]
+        if self.in_batch:
+            documents = torch.cat([batch.positives, batch.negatives.flatten(0, 1)])
+            logits = queries @ documents.T / self.temperature
+            own = logits.diagonal(batch.local.start)
+            hidden = batch.rows.hidden_documents
+            return own, logits if hidden is None else logits.masked_fill(hidden, -torch.inf)
+        own = (queries * batch.positives[batch.local]).sum(-1) / self.temperature
+        negatives = torch.einsum("qd,qnd->qn", queries, batch.negatives[batch.local]) / self.temperature
+        if (usable := batch.rows.usable_negatives) is not None:
+            negatives = negatives.masked_fill(~usable[batch.local], -torch.inf)
+        return own, torch.cat([own[:, None], negatives], dim=1)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, as sentence-transformers writes them on model cards."""
+        return {**super().get_config_dict(), "in_batch": self.in_batch}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the source."""
+        return """
+@misc{oord2019representationlearningcontrastivepredictive,
+      title={Representation Learning with Contrastive Predictive Coding},
+      author={Aaron van den Oord and Yazhe Li and Oriol Vinyals},
+      year={2019},
+      eprint={1807.03748},
+      archivePrefix={arXiv},
+      primaryClass={cs.LG},
+      url={https://arxiv.org/abs/1807.03748},
+}
+"""

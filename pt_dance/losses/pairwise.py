@@ -1,0 +1,110 @@
+"""ANCE's softplus of the difference of two scores."""
+
+from __future__ import annotations
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from pt_dance.losses._batch import Batch
+from pt_dance.losses.base import RetrievalLoss
+from pt_dance.losses.rows import TrainingRows
+
+
+class PairwiseLoss(RetrievalLoss):
+    r"""The positive document against one mined negative at a time, as in ANCE and DANCE.
+
+    With :math:`s(q, d) = \mathrm{sim}(q, d) / \tau` the loss is the mean over the rows and their mined negatives of
+
+    .. math:: \log(1 + e^{s(q, d^-) - s(q, d^+)})
+
+    which is the cross-entropy between the two documents. There are no in-batch negatives. With ``rows``, mined
+    negatives that are relevant to the query by any training judgement, and missing ones, are left out of the mean; a
+    batch without any other has a loss and a gradient of exactly 0.
+
+    Args:
+        model: the SentenceTransformer to train.
+        temperature: :math:`\tau`; 1 in ANCE, .01 in DANCE.
+        similarity: "dot" (ANCE) or "cosine" (DANCE).
+        rows: what is known of every training row.
+        query_negatives: how many of the last columns are mined queries; only without ``rows``.
+        mini_batch_size: gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        gather_across_devices: average over the usable negatives of all processes, not over each one's own.
+
+    Inputs:
+        +-----------------------------------------------------------------------+---------------------------------+
+        | Columns                                                               | Label                           |
+        +=======================================================================+=================================+
+        | query, positive, negative_1 … negative_n                              | row number, or none             |
+        +-----------------------------------------------------------------------+ without ``rows``                |
+        | query, positive, negative_1 … negative_n, query_negative_1 … m        |                                 |
+        +-----------------------------------------------------------------------+---------------------------------+
+
+    Relations:
+        - DANCE's loss is ``DualLoss(PairwiseLoss(model, temperature=0.01, similarity="cosine"), weight=0.1)``.
+        - With one negative a row it equals ``ContrastiveLoss(in_batch=False)``; with more, that has one softmax over
+          all of them.
+
+    Source: Xiong et al. 2021, ANCE, arXiv 2007.00808, section 2, as its released code computes it; Li et al. 2021,
+    DANCE, arXiv 2107.07773.
+
+    Example:
+        ::
+
+            from pt_dance.losses import PairwiseLoss
+
+            loss = PairwiseLoss(model, rows=rows)  # ANCE
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float = 1.0,
+        similarity: str = "dot",
+        *,
+        rows: TrainingRows | None = None,
+        query_negatives: int | None = None,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            rows=rows,
+            query_negatives=query_negatives,
+            similarity=similarity,
+            temperature=temperature,
+            mini_batch_size=mini_batch_size,
+            gather_across_devices=gather_across_devices,
+        )
+        if rows is not None:
+            self.check_rows(rows)
+
+    def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
+        """Refuse rows without mined negatives: this loss has no others."""
+        if rows.negatives.shape[1] == 0:
+            raise ValueError(
+                f"PairwiseLoss has nothing to learn from: the training rows have no {mined}. "
+                "Mine some, or use ContrastiveLoss, which has in-batch negatives."
+            )
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The mean over the usable mined negatives."""
+        queries = batch.queries[batch.local]
+        positive = (queries * batch.positives[batch.local]).sum(-1, keepdim=True)
+        negative = torch.einsum("qd,qnd->qn", queries, batch.negatives[batch.local])
+        return batch.mean(softplus((negative - positive) / self.temperature))
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the source."""
+        return """
+@inproceedings{xiong2021approximate,
+    title={Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval},
+    author={Lee Xiong and Chenyan Xiong and Ye Li and Kwok-Fung Tang and Jialin Liu and Paul N. Bennett and
+        Junaid Ahmed and Arnold Overwijk},
+    booktitle={International Conference on Learning Representations},
+    year={2021},
+    url={https://arxiv.org/abs/2007.00808},
+}
+"""

@@ -1,0 +1,204 @@
+"""What a loss knows of every training row beyond its texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+
+
+@dataclass(eq=False)
+class TrainingRows:
+    """The table from a row's number to its query, documents, mined negatives and teacher scores.
+
+    Sentence-transformers' trainer hands a loss the tokenised columns and one tensor of labels, nothing else. Where
+    the label of a row is its number in the training set, a loss looks up in this table which of the batch's pairs are
+    relevant, and no known-relevant pair is used as a negative, whatever the row it comes from.
+
+    Queries and documents are numbered: a query is a row of ``relevance``, a document a column of it.
+
+    Args:
+        query: int (rows,), the query of each row.
+        positive: int (rows,), the positive document of each row; relevant by ``relevance``.
+        relevance: scipy.sparse matrix (queries, documents), true where **all** training judgements say relevant.
+        negatives: int (rows, n), the mined documents of each row; -1 where there is none, and the row's text is then
+            the empty string. Default: n = 0.
+        query_negatives: int (rows, m), the mined queries of each row, -1 where there is none. Default: m = 0.
+        teacher_positive: float (rows,), the teacher's score of (query, positive), or None.
+        teacher_negatives: float (rows, n), the teacher's scores of (query, mined document), or None.
+        teacher_query_negatives: float (rows, m), the teacher's scores of (mined query, positive), or None.
+
+    Raises:
+        ValueError: shapes that do not fit, numbers out of range, or a row whose positive is not relevant.
+    """
+
+    query: np.ndarray
+    positive: np.ndarray
+    relevance: sp.csr_matrix
+    negatives: np.ndarray | None = None
+    query_negatives: np.ndarray | None = None
+    teacher_positive: np.ndarray | None = None
+    teacher_negatives: np.ndarray | None = None
+    teacher_query_negatives: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        relevance = sp.csr_matrix(self.relevance, dtype=bool)
+        if relevance.nnz and not relevance.data.all():
+            relevance = relevance.copy()
+            relevance.eliminate_zeros()
+        self.relevance = relevance
+        queries, documents = relevance.shape
+        self.query = _numbers("query", self.query, queries, lowest=0)
+        self.positive = _numbers("positive", self.positive, documents, lowest=0)
+        for name, array in (("query", self.query), ("positive", self.positive)):
+            if array.ndim != 1 or len(array) != len(self.query):
+                raise ValueError(f"{name} must hold one number a row, shape ({len(self.query)},), not {array.shape}.")
+        for name, count in (("negatives", documents), ("query_negatives", queries)):
+            given = getattr(self, name)
+            array = _numbers(name, np.empty((len(self), 0), np.int32) if given is None else given, count, lowest=-1)
+            if array.ndim != 2 or len(array) != len(self):
+                raise ValueError(f"{name} must have shape ({len(self)}, columns), not {array.shape}.")
+            setattr(self, name, array)
+        shapes = {
+            "teacher_positive": self.positive.shape,
+            "teacher_negatives": self.negatives.shape,
+            "teacher_query_negatives": self.query_negatives.shape,
+        }
+        for name, shape in shapes.items():
+            if getattr(self, name) is not None:
+                array = np.asarray(getattr(self, name), dtype=np.float32)
+                if array.shape != shape:
+                    raise ValueError(f"{name} must have shape {shape}, not {array.shape}.")
+                setattr(self, name, array)
+        self._check_positives()
+
+    def _check_positives(self) -> None:
+        # One sorted key a judgement: a query with many positives has as many rows, so anything per row and judgement
+        # would grow with their product.
+        documents = np.int64(self.relevance.shape[1])
+        judged = np.repeat(np.arange(self.relevance.shape[0], dtype=np.int64), np.diff(self.relevance.indptr))
+        keys = judged * documents + self.relevance.indices
+        wrong = np.flatnonzero(~np.isin(self.query.astype(np.int64) * documents + self.positive, keys))
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"The positive document {self.positive[row]} of row {row} is not relevant to its query "
+                f"{self.query[row]}: relevance must hold every training judgement, the rows' own among them."
+            )
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+    def relevant(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Say for every query and every document whether they are a known-relevant pair.
+
+        Args:
+            queries: int (a,), query numbers.
+            documents: int (b,), document numbers; -1 (no document) is relevant to nothing.
+
+        Returns:
+            bool (a, b). Time and memory beyond it grow with the queries' judgements, not with the collection.
+        """
+        of, judged = _entries(self.relevance, queries)
+        order = np.argsort(documents, kind="stable")
+        ranked = documents[order]
+        first = np.searchsorted(ranked, judged, side="left")
+        count = np.searchsorted(ranked, judged, side="right") - first
+        found = np.zeros((len(queries), len(documents)), dtype=bool)
+        found[np.repeat(of, count), order[_runs(first, count)]] = True
+        return found
+
+    def relevant_to_own(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Say for every query and each of **its own** documents whether they are a known-relevant pair.
+
+        Args:
+            queries: int (a,), query numbers.
+            documents: int (a, n), document numbers, n for every query; -1 is relevant to nothing.
+
+        Returns:
+            bool (a, n).
+        """
+        of, judged = _entries(self.relevance, queries)
+        found = np.zeros(documents.shape, dtype=bool)
+        entry, column = np.nonzero(judged[:, None] == documents[of])
+        found[of[entry], column] = True
+        return found
+
+    def related_queries(self, queries: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Say which queries are the same or share a relevant document: no negatives of each other.
+
+        Args:
+            queries: int (a,), query numbers.
+            others: int (b,), query numbers.
+
+        Returns:
+            bool (a, b).
+        """
+        of, documents = _entries(self.relevance, queries)
+        other_of, other_documents = (of, documents) if others is queries else _entries(self.relevance, others)
+        related = queries[:, None] == others[None, :]
+        order = np.argsort(other_documents, kind="stable")
+        ranked = other_documents[order]
+        first = np.searchsorted(ranked, documents, side="left")
+        count = np.searchsorted(ranked, documents, side="right") - first
+        related[np.repeat(of, count), other_of[order[_runs(first, count)]]] = True
+        return related
+
+    def related_documents(self, documents: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Say which documents are the same or share a query they are relevant to.
+
+        Args:
+            documents: int (a,), document numbers.
+            others: int (b,), document numbers.
+
+        Returns:
+            bool (a, b).
+        """
+        return self.mirrored.related_queries(documents, others)
+
+    @cached_property
+    def mirrored(self) -> TrainingRows:
+        """The same rows with the roles of queries and documents swapped: what the dual direction looks up."""
+        other = object.__new__(TrainingRows)  # what was checked once is not checked again
+        other.query, other.positive = self.positive, self.query
+        other.negatives, other.query_negatives = self.query_negatives, self.negatives
+        other.relevance = self.relevance.T.tocsr()
+        other.teacher_positive = self.teacher_positive
+        other.teacher_negatives = self.teacher_query_negatives
+        other.teacher_query_negatives = self.teacher_negatives
+        return other
+
+    def __repr__(self) -> str:
+        queries, documents = self.relevance.shape
+        return (
+            f"TrainingRows({len(self)} rows, {queries} queries, {documents} documents, "
+            f"{self.negatives.shape[1]} negatives, {self.query_negatives.shape[1]} query negatives)"
+        )
+
+
+def _numbers(name: str, values: np.ndarray, count: int, lowest: int) -> np.ndarray:
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold whole numbers, not {array.dtype}.")
+    if array.size and (array.min() < lowest or array.max() >= count):
+        raise ValueError(
+            f"{name} must lie between {lowest} and {count - 1}, by the shape of relevance; "
+            f"it holds {array.min()} to {array.max()}."
+        )
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _entries(matrix: sp.csr_matrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The entries of some rows of a CSR matrix: position in ``rows`` and column of each."""
+    first = matrix.indptr[rows]
+    count = matrix.indptr[np.asarray(rows) + 1] - first
+    return np.repeat(np.arange(len(count)), count), matrix.indices[_runs(first, count)]
+
+
+def _runs(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Count up from each first: first[0], first[0] + 1, … (count[0] numbers), first[1], … and so on."""
+    total = int(count.sum())
+    ends = np.cumsum(count)
+    return np.arange(total) + np.repeat(first - (ends - count), count)

@@ -1,0 +1,120 @@
+"""SamToNe: texts of the same tower among the negatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from pt_dance.losses._batch import Batch
+from pt_dance.losses.contrastive import ContrastiveLoss
+from pt_dance.losses.rows import TrainingRows
+
+SIDES = ("query", "both")
+
+
+class SamToneLoss(ContrastiveLoss):
+    r"""The contrastive loss with same-tower negatives: a query's positive must also beat the other queries.
+
+    With :math:`s(a, b) = \mathrm{sim}(a, b) / \tau` the query side is the mean over the rows i of
+
+    .. math:: -\log \frac{e^{s(q_i, d_i^+)}}{\sum_{d \in C_i} e^{s(q_i, d)} + \sum_{j \ne i} e^{s(q_i, q_j)}}
+
+    with the candidates :math:`C_i` of :class:`~pt_dance.losses.ContrastiveLoss`, mined negatives among them.
+    ``sides="both"`` adds the mirrored term, in which the positive document is to find its query among the queries of
+    the batch, their mined queries where there are any, and the other positive documents:
+
+    .. math:: -\log \frac{e^{s(d_i^+, q_i)}}{\sum_{q \in C'_i} e^{s(d_i^+, q)} + \sum_{j \ne i} e^{s(d_i^+, d_j^+)}}
+
+    With ``rows``, queries that share a relevant document and documents that share a query are no negatives of each
+    other, nor is a query of itself where it stands in the batch twice, which the published loss punishes hard.
+
+    Args:
+        model: the SentenceTransformer to train.
+        temperature: :math:`\tau`.
+        similarity: "cosine" or "dot".
+        sides: "query" or "both".
+        rows: what is known of every training row.
+        query_negatives: how many of the last columns are mined queries; only without ``rows``.
+        mini_batch_size: gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        gather_across_devices: also take the documents and queries of other processes as negatives.
+
+    Inputs:
+        Those of :class:`~pt_dance.losses.ContrastiveLoss`.
+
+    Relations:
+        - Without ``rows``, the query side equals sentence-transformers' ``MultipleNegativesRankingLoss(
+          directions=("query_to_doc", "query_to_query"), partition_mode="joint")``, which has neither masks nor the
+          both-sides form: its four directions in one softmax are GTE's loss and count the positive twice.
+
+    Source: Moiseev et al. 2023, arXiv 2306.02516, section 2.
+
+    Example:
+        ::
+
+            from pt_dance.losses import SamToneLoss
+
+            loss = SamToneLoss(model, sides="both", rows=rows)
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float = 0.05,
+        similarity: str = "cosine",
+        sides: str = "query",
+        *,
+        rows: TrainingRows | None = None,
+        query_negatives: int | None = None,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        if sides not in SIDES:
+            raise ValueError(f"sides must be one of {', '.join(SIDES)}, not {sides!r}.")
+        super().__init__(
+            model,
+            temperature,
+            similarity,
+            rows=rows,
+            query_negatives=query_negatives,
+            mini_batch_size=mini_batch_size,
+            gather_across_devices=gather_across_devices,
+        )
+        self.sides = sides
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether the mirrored term is in the loss already."""
+        return self.sides == "both"
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The query side, and with ``sides="both"`` the mirrored one added to it."""
+        loss = self._cross_entropy(batch)
+        return loss + self._cross_entropy(batch.mirrored()) if self.two_sided else loss
+
+    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        own, logits = super()._logits(batch)
+        same_tower = batch.queries[batch.local] @ batch.queries.T / self.temperature
+        return own, torch.cat([logits, same_tower.masked_fill(batch.rows.hidden_queries, -torch.inf)], dim=1)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, as sentence-transformers writes them on model cards."""
+        config = super().get_config_dict()
+        del config["in_batch"]
+        return {**config, "sides": self.sides}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the source."""
+        return """
+@inproceedings{moiseev2023samtone,
+    title={SamToNe: Improving Contrastive Loss for Dual Encoder Retrieval Models with Same Tower Negatives},
+    author={Fedor Moiseev and Gustavo Hernandez Abrego and Peter Dornbach and Imed Zitouni and
+        Enrique Alfonseca and Zhe Dong},
+    booktitle={Findings of the Association for Computational Linguistics: ACL 2023},
+    year={2023},
+    url={https://arxiv.org/abs/2306.02516},
+}
+"""
