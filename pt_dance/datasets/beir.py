@@ -66,8 +66,8 @@ class BeirFolder(pt.datasets.Dataset):
             fields the file has.
 
         Raises:
-            ValueError: While iterating, if a line is no JSON object, or its ``_id`` or ``text`` is missing or of another
-                type; the message names file and line.
+            ValueError: While iterating, if a line is no JSON object, or its ``_id`` or ``text`` is missing or of
+                another type; the message names file and line.
         """
         path = self._file("corpus.jsonl")
         return iter(pt.tqdm(_documents(path), desc=f"{self._name} documents", unit="d", disable=not verbose))
@@ -92,7 +92,7 @@ class BeirFolder(pt.datasets.Dataset):
         for number, record in _json_lines(path):
             qid = _identifier(record, path, number)
             if qid in queries:
-                raise ValueError(f"{path}, line {number}: the query {qid!r} occurs a second time; remove one of the two.")
+                raise ValueError(f"{path}, line {number}: the query {qid!r} occurs a second time; remove one.")
             queries[qid] = _text(record, "text", path, number)
         topics = pd.DataFrame({"qid": list(queries), "query": list(queries.values())}, dtype="str")
         if qrels is None:
@@ -158,11 +158,10 @@ def _documents(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of the lines that are not blank."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-    with opened as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         number = 0
         try:
-            for number, line in enumerate(file, start=1):  # noqa: B007 (named in the error below)
+            for number, line in enumerate(file, start=1):
                 if line.isspace():
                     continue
                 try:
@@ -196,6 +195,8 @@ def _text(record: dict[str, Any], field: str, path: Path, number: int) -> str:
 
 
 def _read_qrels(path: Path) -> pd.DataFrame:
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: expected at least the header {' '.join(_QRELS_HEADER)!r}.")
     labels: dict[tuple[str, str], int] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -221,7 +222,7 @@ def _read_qrels(path: Path) -> pd.DataFrame:
             try:
                 label = int(score)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: the score must be a whole number, found {score!r}.") from error
+                raise ValueError(f"{path}, line {number}: the score must be a whole number, not {score!r}.") from error
             if labels.setdefault((qid, docno), label) != label:
                 raise ValueError(
                     f"{path}, line {number}: query {qid!r} and document {docno!r} are judged twice, as "

@@ -237,7 +237,7 @@ def make_collection(docstrings: Iterable[Docstring]) -> Collection:
     """Make a collection of docstrings.
 
     Of several docstrings with the same body only the first stays (copies in subclasses and generated files). Docstrings
-    with the same summary, whatever its case and closing punctuation, share one query, whose qid is the name of the first.
+    with the same summary, whatever its case and closing punctuation, share one query; its qid is the first one's name.
 
     Args:
         docstrings: Docstrings with distinct names.
@@ -319,12 +319,14 @@ def _build(packages: list[str], versions: dict[str, str], folder: Path, *, verbo
             try:
                 yield from read_docstrings(module, path)
             except (SyntaxError, ValueError):
-                # Packages ship templates and files for other versions of Python; what cannot be compiled has no docstring.
+                # Packages ship templates and files for other Python versions: what does not compile has no docstring.
                 unreadable.append(module)
 
     documents, queries, qrels = make_collection(docstrings())
-    _write_lines(folder / "corpus.jsonl", ({"_id": d["docno"], "title": d["title"], "text": d["text"]} for d in documents))
-    _write_lines(folder / "queries.jsonl", ({"_id": q["qid"], "text": q["query"]} for q in queries))
+    _write_lines(
+        folder / "corpus.jsonl", ({"_id": d["docno"], "title": d["title"], "text": d["text"]} for d in documents)
+    )
+    _write_lines(folder / "queries.jsonl", ({"_id": query["qid"], "text": query["query"]} for query in queries))
     splits = {q["qid"]: q["split"] for q in queries}
     (folder / "qrels").mkdir()
     for split in ("train", "dev", "test"):
