@@ -1,0 +1,204 @@
+"""Build encoders: static towers from nothing or from a transformer's embeddings, and two-tower models."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Router, StaticEmbedding, Transformer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from pt_dance import _models
+
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive whole number, not {value!r}.")
+
+
+def static(texts: Iterable[str], dim: int, vocab_size: int, seed: int, normalize: bool) -> SentenceTransformer:
+    """A static tower from nothing; see :meth:`pt_dance.DualEncoder.static`."""
+    _positive("dim", dim)
+    _positive("vocab_size", vocab_size)
+    if vocab_size <= len(_SPECIAL):
+        raise ValueError(f"vocab_size must be more than the {len(_SPECIAL)} special tokens, not {vocab_size}.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0, not {seed!r}.")
+    tokenizer = train_wordpiece(texts, vocab_size)
+    # Length about 1 a token, so that learning rates mean the same whatever the dimension.
+    random = torch.Generator().manual_seed(seed)
+    weights = torch.randn(tokenizer.get_vocab_size(), dim, generator=random) * dim**-0.5
+    return _static_model(tokenizer, weights, "cosine" if normalize else "dot")
+
+
+def _static_model(tokenizer: Tokenizer, weights: torch.Tensor, similarity: str) -> SentenceTransformer:
+    modules: list[nn.Module] = [StaticEmbedding(tokenizer, embedding_weights=weights)]
+    if similarity == "cosine":
+        modules.append(Normalize())
+    return SentenceTransformer(modules=modules, similarity_fn_name=similarity)
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a lower-casing WordPiece tokenizer (BERT's) on a stream of texts.
+
+    Memory grows with the number of distinct words, not with the number of texts.
+
+    Raises:
+        TypeError: If ``texts`` is one string, or a text is no string; names its position.
+        ValueError: If there is no text, or no word in any of them.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"Texts are given as an iterable of strings, not as one {type(texts).__name__}.")
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=_SPECIAL, show_progress=False
+    )
+    seen: list[BaseException] = []
+    counted = [0]
+
+    def stream() -> Iterator[str]:
+        # The tokenizers library turns what goes wrong in here into an error of its own: keep the real one.
+        try:
+            for position, text in enumerate(texts):
+                if not isinstance(text, str):
+                    raise TypeError(f"Text number {position} is {text!r}, not a string; give it a text or drop it.")
+                counted[0] += 1
+                # What cannot be written as UTF-8 cannot be tokenised either; half a character is no loss here.
+                yield text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+        except BaseException as error:
+            seen.append(error)
+            raise
+
+    try:
+        tokenizer.train_from_iterator(stream(), trainer)
+    except BaseException as error:
+        raise (seen[0] if seen else error) from None
+    if seen:
+        raise seen[0]
+    if not counted[0]:
+        raise ValueError("There are no texts to train a tokenizer on; give at least one.")
+    if tokenizer.get_vocab_size() <= len(_SPECIAL):
+        raise ValueError(f"There is not one word in the {counted[0]} texts to train a tokenizer on.")
+    return tokenizer
+
+
+def static_from(model: str | os.PathLike | SentenceTransformer, dim: int | None) -> SentenceTransformer:
+    """A static tower from token embeddings; see :meth:`pt_dance.DualEncoder.static_from`."""
+    if dim is not None:
+        _positive("dim", dim)
+    opened = _models.open_model(model)
+    tower = opened[0]
+    if isinstance(tower, StaticEmbedding):
+        tokenizer, weights = tower.tokenizer, tower.embedding.weight
+    elif isinstance(tower, Transformer) and isinstance(tower.processor, PreTrainedTokenizerBase):
+        if not tower.processor.is_fast:
+            raise ValueError("The model's tokenizer is no fast tokenizer, which a static tower needs.")
+        tokenizer, weights = tower.processor.backend_tokenizer, tower.auto_model.get_input_embeddings().weight
+    else:
+        raise ValueError(f"A static tower cannot be made from a model that begins with {type(tower).__name__}.")
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_padding()
+    if isinstance(tower, Transformer):
+        tokenizer.no_truncation()
+    weights = weights.detach().cpu().float().clone()
+    # A vocabulary may be larger than the table, or the table padded to a round number; ids beyond it never occur.
+    if tokenizer.get_vocab_size() > len(weights):
+        raise ValueError("The model's tokenizer has more tokens than the model has embeddings.")
+    if dim is not None and dim != weights.shape[1]:
+        weights = _principal(weights, dim)
+    return _static_model(tokenizer, weights, _models.similarity_of(opened))
+
+
+def _principal(weights: torch.Tensor, dim: int) -> torch.Tensor:
+    """The first ``dim`` principal components (float32), each signed so that its largest loading is positive."""
+    if dim > weights.shape[1]:
+        raise ValueError(f"dim is {dim}, but the model's token embeddings have only {weights.shape[1]} dimensions.")
+    centred = weights.double() - weights.double().mean(0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    axes = vectors.flip(1)[:, :dim]
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    return (centred @ axes).float()
+
+
+def two_towers(
+    query_model: str | os.PathLike | SentenceTransformer,
+    doc_model: str | os.PathLike | SentenceTransformer,
+    shared_projection: int | Dense | None,
+    similarity: str | None,
+    seed: int,
+) -> SentenceTransformer:
+    """A model with one tower for queries and one for documents; see :meth:`pt_dance.DualEncoder.two_towers`."""
+    queries, documents = _models.open_model(query_model), _models.open_model(doc_model)
+    if similarity is None:
+        found = {_models.similarity_of(queries), _models.similarity_of(documents)}
+        if len(found) > 1:
+            raise ValueError(
+                "One tower compares by cosine and the other by dot product; say similarity='cosine' or 'dot'."
+            )
+        similarity = found.pop()
+    elif similarity not in _models.SIMILARITIES:
+        raise ValueError(f"similarity must be 'cosine' or 'dot', not {similarity!r}.")
+    towers = {"query": _tower(queries, "query"), "document": _tower(documents, "document")}
+    dims = {task: _dim_of(tower, task) for task, tower in towers.items()}
+    if dims["query"] != dims["document"]:
+        raise ValueError(
+            f"The query tower's vectors have {dims['query']} dimensions and the document tower's {dims['document']}: "
+            "both must have the same, with or without a shared projection."
+        )
+    modules: list[nn.Module] = [Router.for_query_document(towers["query"], towers["document"])]
+    if shared_projection is not None:
+        modules.append(_projection(shared_projection, dims["query"], seed))
+    if similarity == "cosine":
+        modules.append(Normalize())
+    prompts = {}
+    for task, model in (("query", queries), ("document", documents)):
+        prompts[task] = _prompt(model, task) or ""
+    return SentenceTransformer(
+        modules=modules, device=str(queries.device), prompts=prompts, similarity_fn_name=similarity
+    )
+
+
+def _prompt(model: SentenceTransformer, task: str) -> str | None:
+    from pt_dance._reading import prompt_for
+
+    return prompt_for(model, task)
+
+
+def _tower(model: SentenceTransformer, task: str) -> list[nn.Module]:
+    """Deep copies of the modules that encode a task, without the normalisation at their end."""
+    modules = copy.deepcopy(list(_models.strip_normalize(OrderedDict(model.named_children())).values()))
+    if isinstance(modules[0], Router):
+        if task not in modules[0].sub_modules:
+            raise ValueError(f"The model given for the {task} tower has several towers, but none for {task!r}.")
+        modules[:1] = list(modules[0].sub_modules[task])
+    return modules
+
+
+def _dim_of(modules: list[nn.Module], task: str) -> int:
+    for module in reversed(modules):
+        if hasattr(module, "get_embedding_dimension"):
+            return int(module.get_embedding_dimension())
+    raise ValueError(f"The {task} tower does not say how long its vectors are.")
+
+
+def _projection(projection: int | Dense, dim: int, seed: int) -> Dense:
+    if isinstance(projection, Dense):
+        if projection.in_features != dim:
+            raise ValueError(f"The shared projection takes {projection.in_features} dimensions, the towers give {dim}.")
+        return projection
+    _positive("shared_projection", projection)
+    # Orthogonal rows keep the towers' geometry as well as so many dimensions can; drawn from a generator of its own.
+    weight = nn.init.orthogonal_(torch.empty(projection, dim), generator=torch.Generator().manual_seed(seed))
+    with torch.random.fork_rng(devices=[]):  # nn.Linear draws a first weight, which is then replaced
+        return Dense(dim, projection, bias=False, activation_function=nn.Identity(), init_weight=weight)
