@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from pt_dance.datasets import pydocs
+from pt_dance.datasets._docstrings import STANDARD_LIBRARY, module_files, read_docstrings
+from pt_dance.datasets.pydocs import make_collection
 
 MODULES = ("argparse", "collections", "csv", "datetime", "email", "json", "logging", "pathlib", "random", "statistics")
 
@@ -29,11 +30,11 @@ def standard_library(modules: tuple[str, ...] = MODULES) -> SmallCollection:
 
     Callers share the frames and must not change them.
     """
-    collection = pydocs.make_collection(
+    collection = make_collection(
         docstring
-        for module, path in pydocs.module_files(pydocs.STANDARD_LIBRARY)
+        for module, path in module_files(STANDARD_LIBRARY)
         if module.split(".")[0] in modules
-        for docstring in pydocs.read_docstrings(module, path)
+        for docstring in read_docstrings(module, path)
     )
     return SmallCollection(
         documents=pd.DataFrame(collection.documents, columns=["docno", "title", "text"]),

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,17 +20,10 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 
+from pt_dance._files import publish_folder
 from pt_dance.datasets import BeirFolder, DanceDatasetProvider, PyDocs
-from pt_dance.datasets.pydocs import (
-    PACKAGES,
-    STANDARD_LIBRARY,
-    Docstring,
-    _cached,
-    make_collection,
-    module_files,
-    read_docstrings,
-    split_docstring,
-)
+from pt_dance.datasets._docstrings import STANDARD_LIBRARY, Docstring, module_files, read_docstrings, split_docstring
+from pt_dance.datasets.pydocs import PACKAGES, _cached, make_collection
 from small_collection import standard_library
 
 DOCUMENTS = [
@@ -355,7 +349,18 @@ def test_sources_are_read_but_never_imported(tmp_path):
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == sorted([name, other])
 
 
-def test_two_at_once_make_one_collection(tmp_path):
+def test_two_processes_make_one_collection(tmp_path, monkeypatch):
+    def publish_second(building, final):
+        shutil.copytree(building, final)  # another process finished the same collection just now
+        return publish_folder(building, final)
+
+    monkeypatch.setattr("pt_dance.datasets.pydocs.publish_folder", publish_second)
+    folder = _cached({"pyterrier": None}, tmp_path, verbose=False)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert len(list(BeirFolder(folder).get_corpus_iter(verbose=False))) > 50
+
+
+def test_two_threads_make_one_collection(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: _cached({"pyterrier": None}, tmp_path, verbose=False), range(2)))
     assert folders[0] == folders[1]
