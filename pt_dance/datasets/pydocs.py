@@ -33,7 +33,8 @@ PACKAGES = {
 }
 """The packages whose docstrings make the collection, by the name they are imported by, and their distributions."""
 
-# Changes whenever the rules here or in _docstrings.py do, so that a collection made by other rules is not taken for this one.
+# Changes whenever the rules here or in _docstrings.py do, so that a collection made by other rules is not taken for
+# one made by these.
 _RULES = 1
 
 _ONE_BUILD = threading.Lock()
