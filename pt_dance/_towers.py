@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Router, StaticEmbedding, Transformer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pt_dance import _models
-
-_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+from pt_dance._reading import prompt_for
+from pt_dance._wordpiece import train_wordpiece
 
 
 def _positive(name: str, value: object) -> None:
@@ -28,14 +28,14 @@ def static(texts: Iterable[str], dim: int, vocab_size: int, seed: int, normalize
     """A static tower from nothing; see :meth:`pt_dance.DualEncoder.static`."""
     _positive("dim", dim)
     _positive("vocab_size", vocab_size)
-    if vocab_size <= len(_SPECIAL):
-        raise ValueError(f"vocab_size must be more than the {len(_SPECIAL)} special tokens, not {vocab_size}.")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0, not {seed!r}.")
-    tokenizer = train_wordpiece(texts, vocab_size)
-    # Length about 1 a token, so that learning rates mean the same whatever the dimension.
+    tokenizer, inverse_frequencies = train_wordpiece(texts, vocab_size)
+    # A random direction of expected length 1 a token, whatever the dimension, times its inverse document frequency:
+    # a random projection of tf-idf, so that the untrained tower ranks about as tf-idf does and training starts there.
     random = torch.Generator().manual_seed(seed)
     weights = torch.randn(tokenizer.get_vocab_size(), dim, generator=random) * dim**-0.5
+    weights *= torch.from_numpy(inverse_frequencies)[:, None]
     return _static_model(tokenizer, weights, "cosine" if normalize else "dot")
 
 
@@ -44,53 +44,6 @@ def _static_model(tokenizer: Tokenizer, weights: torch.Tensor, similarity: str) 
     if similarity == "cosine":
         modules.append(Normalize())
     return SentenceTransformer(modules=modules, similarity_fn_name=similarity)
-
-
-def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a lower-casing WordPiece tokenizer (BERT's) on a stream of texts.
-
-    Memory grows with the number of distinct words, not with the number of texts.
-
-    Raises:
-        TypeError: If ``texts`` is one string, or a text is no string; names its position.
-        ValueError: If there is no text, or no word in any of them.
-    """
-    if isinstance(texts, (str, bytes)):
-        raise TypeError(f"Texts are given as an iterable of strings, not as one {type(texts).__name__}.")
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=_SPECIAL, show_progress=False
-    )
-    seen: list[BaseException] = []
-    counted = [0]
-
-    def stream() -> Iterator[str]:
-        # The tokenizers library turns what goes wrong in here into an error of its own: keep the real one.
-        try:
-            for position, text in enumerate(texts):
-                if not isinstance(text, str):
-                    raise TypeError(f"Text number {position} is {text!r}, not a string; give it a text or drop it.")
-                counted[0] += 1
-                # What cannot be written as UTF-8 cannot be tokenised either; half a character is no loss here.
-                yield text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-        except BaseException as error:
-            seen.append(error)
-            raise
-
-    try:
-        tokenizer.train_from_iterator(stream(), trainer)
-    except BaseException as error:
-        raise (seen[0] if seen else error) from None
-    if seen:
-        raise seen[0]
-    if not counted[0]:
-        raise ValueError("There are no texts to train a tokenizer on; give at least one.")
-    if tokenizer.get_vocab_size() <= len(_SPECIAL):
-        raise ValueError(f"There is not one word in the {counted[0]} texts to train a tokenizer on.")
-    return tokenizer
 
 
 def static_from(model: str | os.PathLike | SentenceTransformer, dim: int | None) -> SentenceTransformer:
@@ -161,18 +114,10 @@ def two_towers(
         modules.append(_projection(shared_projection, dims["query"], seed))
     if similarity == "cosine":
         modules.append(Normalize())
-    prompts = {}
-    for task, model in (("query", queries), ("document", documents)):
-        prompts[task] = _prompt(model, task) or ""
+    prompts = {"query": prompt_for(queries, "query") or "", "document": prompt_for(documents, "document") or ""}
     return SentenceTransformer(
         modules=modules, device=str(queries.device), prompts=prompts, similarity_fn_name=similarity
     )
-
-
-def _prompt(model: SentenceTransformer, task: str) -> str | None:
-    from pt_dance._reading import prompt_for
-
-    return prompt_for(model, task)
 
 
 def _tower(model: SentenceTransformer, task: str) -> list[nn.Module]:

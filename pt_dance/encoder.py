@@ -103,8 +103,9 @@ class DualEncoder(BiEncoder, pt.Artifact):
     ) -> DualEncoder:
         """A static tower from nothing: a WordPiece tokenizer trained on ``texts``, and random token embeddings.
 
-        A text's vector is the mean of its tokens' embeddings. It knows nothing before it is trained, needs no
-        download, and is fast on a CPU. The same texts and seed give the same encoder.
+        A text's vector is the mean of its tokens' embeddings. These begin as random directions, as long as the token's
+        inverse document frequency: a random projection of tf-idf, which is about how the untrained encoder ranks. It
+        needs no download and is fast on a CPU. The same texts and seed give the same encoder, in any process.
 
         Args:
             texts: Any iterable of texts; it is read once, in bounded memory.
