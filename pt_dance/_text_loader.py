@@ -54,7 +54,7 @@ class CorpusTextLoader(pt.Transformer):
         rows = self.corpus.known_rows(inp["docno"].tolist())
         distinct, inverse = np.unique(rows, return_inverse=True)
         columns = {}
-        for name in pt.tqdm(self._names, desc=f"{self.corpus.path.name} texts", disable=not self.verbose):
+        for name in pt.tqdm(self._names, desc=f"{self.corpus.path.name} texts", disable=not self.verbose, delay=1):
             values = np.empty(len(distinct), dtype=object)
             values[:] = self.corpus.field_at(name, distinct)
             columns[name] = pd.Series(values[inverse], index=inp.index, dtype="str" if not len(inp) else None)
