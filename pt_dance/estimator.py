@@ -247,10 +247,10 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             sources = resolve_source(source, dense=dense, first_stage=training.first_stage)
             if not sources:
                 return None, {}
-            frame = mine_documents(sources, training.topics, training.qrels, **options)
+            frame = mine_documents(sources, training.topics, training.qrels, self.corpus, **options)
         elif source == "dense":
             index = self._refreshed(number - 1)
-            frame = mine_queries(index.encoder, training.topics, training.qrels, index=index, **options)
+            frame = mine_queries(index.encoder, training.topics, training.qrels, self.corpus, index=index, **options)
         else:
             frame = mine_queries(source, training.topics, training.qrels, self.corpus, **options)
         report = frame.attrs["mining"]
@@ -356,7 +356,10 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         return Corpus(folder) if folder.exists() else Corpus.build(source, folder, verbose=self.verbose)
 
     def _encoder_of(self, number: int) -> DualEncoder:
-        return self.initial_encoder if number == 0 else self.initial_encoder.reload(self._run.round(number) / "encoder")
+        if number == 0:
+            return self.initial_encoder
+        given = self.initial_encoder
+        return DualEncoder.load(self._run.round(number) / "encoder", device=str(given.device), verbose=given.verbose)
 
     def _settle(self, number: int, history: list[dict]) -> None:
         self._round, self._history, self._retriever = number, history, None

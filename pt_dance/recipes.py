@@ -68,7 +68,7 @@ class Round:
 
     def __post_init__(self):
         """Raises ValueError or TypeError where an option makes no sense."""
-        losses.check(self.loss, self.loss_options)
+        losses.check(self.loss, **self.loss_options)
         check_source(self.negatives, "negatives")
         if self.query_negatives != "dense":
             check_source(self.query_negatives, "query_negatives")

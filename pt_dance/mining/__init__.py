@@ -4,8 +4,21 @@ Everything here works on data frames and NumPy arrays; a negative source is a Py
 """
 
 from pt_dance.mining.documents import mine_documents
+from pt_dance.mining.filters import MiningContext, NearDuplicate, PositiveMargin, RankRange, TeacherScore
 from pt_dance.mining.judgements import positive_pairs
 from pt_dance.mining.queries import mine_queries
 from pt_dance.mining.sources import describe_source, needs_dense, resolve_source
 
-__all__ = ["describe_source", "mine_documents", "mine_queries", "needs_dense", "positive_pairs", "resolve_source"]
+__all__ = [
+    "MiningContext",
+    "NearDuplicate",
+    "PositiveMargin",
+    "RankRange",
+    "TeacherScore",
+    "describe_source",
+    "mine_documents",
+    "mine_queries",
+    "needs_dense",
+    "positive_pairs",
+    "resolve_source",
+]

@@ -7,16 +7,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
+from pt_dance.mining.filters import Filter, MiningContext
+
 SAMPLING = ("uniform", "top")
-
-#: A filter takes the candidates left (columns qid, docno, score, rank, ...) and returns those to keep.
-Filter = Callable[[pd.DataFrame], pd.DataFrame]
-
 
 def check_options(depth: int, negatives: int, sampling: str, rank_range: tuple[int, int] | None) -> None:
     """Raises ValueError where an option of the mining functions makes no sense."""
@@ -85,7 +83,7 @@ class CandidateSelection:
 
     def __init__(
         self,
-        pairs: pd.DataFrame,
+        context: MiningContext,
         *,
         source_column: str,
         candidate_column: str,
@@ -97,7 +95,7 @@ class CandidateSelection:
         seed: int,
     ):
         check_options(depth, negatives, sampling, rank_range)
-        self.pairs = pairs
+        self.context = context
         self.source_column = source_column
         self.candidate_column = candidate_column
         self.depth = depth
@@ -116,9 +114,9 @@ class CandidateSelection:
         self.counts["candidates"] += len(frame)
         if self.rank_range is not None:
             frame = self._keep("rank range", frame, frame[frame["rank"].between(self.rank_range[0], self.rank_range[1] - 1)])
-        frame = self._keep("positives", frame, without_pairs(frame, self.pairs))
+        frame = self._keep("positives", frame, without_pairs(frame, self.context.pairs))
         for a_filter in self.filters:
-            frame = self._keep(getattr(a_filter, "name", None) or repr(a_filter), frame, a_filter(frame))
+            frame = self._keep(repr(a_filter), frame, frame[np.asarray(a_filter(frame, self.context), dtype=bool)])
         return frame
 
     def _keep(self, reason: str, before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:

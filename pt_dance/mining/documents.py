@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pandas as pd
 import pyterrier as pt
 
-from pt_dance.mining.candidates import CandidateSelection, Filter
+from pt_dance.mining.candidates import CandidateSelection
+from pt_dance.mining.filters import Filter, MiningContext
 from pt_dance.mining.judgements import positive_pairs
 from pt_dance.mining.sources import resolve_source
 
@@ -18,6 +19,7 @@ def mine_documents(
     source: object,
     topics: pd.DataFrame,
     qrels: pd.DataFrame,
+    corpus=None,
     *,
     depth: int = 200,
     negatives: int = 20,
@@ -40,11 +42,12 @@ def mine_documents(
             none is given), one source filling up what another lacks.
         topics: queries to mine for, columns ``qid`` and ``query``; further columns are handed to the pipeline.
         qrels: columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
+        corpus: ``Corpus``; only filters that read texts need it.
         depth: how many of the best documents of a query are candidates.
         negatives: how many negatives a query gets at most.
         sampling: ``"uniform"`` draws among the candidates without replacement, ``"top"`` takes the best ranked.
         rank_range: ``(first, last)``: only candidates with first <= rank < last, ranks starting at 0.
-        filters: functions from candidates to the candidates to keep, applied in order (see ``pt_dance.mining.filters``).
+        filters: false-negative filters, applied in order, see :mod:`pt_dance.mining.filters`.
         seed: fixes the draw, which depends on nothing else but the ids.
         query_block: how many queries are retrieved at a time; bounds memory, does not change the result.
         verbose: shows a progress bar and says how many queries got fewer negatives than asked.
@@ -59,7 +62,7 @@ def mine_documents(
         KeyError: if a column is missing.
     """
     selection = CandidateSelection(
-        positive_pairs(topics, qrels),
+        MiningContext(topics, positive_pairs(topics, qrels), corpus),
         source_column="qid",
         candidate_column="docno",
         depth=depth,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import pyterrier as pt
 
 from pt_dance._search import exact_search
-from pt_dance.mining.candidates import CandidateSelection, Filter
+from pt_dance.mining.candidates import CandidateSelection
 from pt_dance.mining.documents import finish
+from pt_dance.mining.filters import Filter, MiningContext
 from pt_dance.mining.judgements import positive_pairs
 
 COLUMNS = ["docno", "qid", "score", "rank"]
@@ -42,7 +44,7 @@ def mine_queries(
             document's text) and gives back queries' qids in the column ``docno``.
         topics: all training queries, columns ``qid`` and ``query``. Of topics with the same text only the first is a candidate.
         qrels: columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
-        corpus: ``Corpus`` with the positive documents' texts; not needed where ``index`` holds their vectors.
+        corpus: ``Corpus`` with the positive documents' texts; not needed where ``index`` holds their vectors, unless filters read texts.
         index: ``DenseIndex`` made with the same weights as ``source``, whose stored vectors are searched with instead
             of encoding the documents once more.
         depth: how many of the best queries of a document are candidates.
@@ -64,7 +66,7 @@ def mine_queries(
     """
     pairs = positive_pairs(topics, qrels)
     selection = CandidateSelection(
-        pairs,
+        MiningContext(topics, pairs, corpus),
         source_column="docno",
         candidate_column="qid",
         depth=depth,
@@ -103,8 +105,11 @@ def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int, ver
     texts = queries["query"].tolist()
     vectors = encoder.encode_queries(texts)
 
+    def stored(docnos: list[str]) -> np.ndarray:
+        return np.asarray(index.np_vecs()[index.known_rows(docnos)], dtype=np.float32)
+
     def search(docnos: list[str]) -> pd.DataFrame:
-        documents = index.vectors(docnos) if index is not None else encoder.encode_docs(corpus.texts(docnos))
+        documents = stored(docnos) if index is not None else encoder.encode_docs(corpus.texts(docnos))
         scores, rows = exact_search(documents, vectors, depth)
         return pd.DataFrame(
             {

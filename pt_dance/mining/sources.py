@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 import pandas as pd
@@ -98,14 +99,23 @@ def describe_source(source: object) -> str:
     if isinstance(source, pd.DataFrame):
         return f"results of {source['qid'].nunique()} queries"
     if _is_function(source):
-        code = getattr(source, "__code__", None)
-        if code is None:
-            return type(source).__name__
-        digest = hashlib.sha256(code.co_code + repr(code.co_names).encode() + _constants(code)).hexdigest()[:8]
-        return f"{getattr(source, '__name__', 'function')}#{digest}"
-    return repr(source)
+        return _describe_function(source)
+    return _without_addresses(repr(source))
 
 
-def _constants(code) -> bytes:
-    """The constants of a code object, without those whose text names a memory address."""
-    return repr([c for c in code.co_consts if isinstance(c, (str, bytes, int, float, tuple, type(None)))]).encode()
+def _describe_function(function: object) -> str:
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return _without_addresses(repr(function))
+    constants = [c for c in code.co_consts if isinstance(c, (str, bytes, int, float, tuple, type(None)))]
+    parts = [code.co_code.hex(), repr(code.co_names), repr(constants), repr(function.__defaults__)]
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        value = cell.cell_contents
+        parts.append(f"{name}={_describe_function(value) if _is_function(value) else repr(value)}")
+    digest = hashlib.sha256(_without_addresses("\n".join(parts)).encode()).hexdigest()[:8]
+    return f"{function.__name__}#{digest}"
+
+
+def _without_addresses(text: str) -> str:
+    """The text without the addresses of objects, which say nothing about them and differ in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

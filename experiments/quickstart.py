@@ -1,0 +1,139 @@
+"""From a collection to a trained dense retriever and a table, with one command.
+
+    python experiments/quickstart.py
+    python experiments/quickstart.py --dataset dance:path/to/beir/folder --encoder all-MiniLM-L6-v2 --rounds 1 --topics 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import pandas as pd
+import pyterrier as pt
+from common import bm25, make_encoder, open_corpus, split
+from ir_measures import RR, R, nDCG
+
+from pt_dance import DanceRetriever, recipes
+
+
+def options() -> argparse.Namespace:
+    """Command-line options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="dance:pydocs", help="pt.get_dataset name (default: %(default)s)")
+    parser.add_argument("--encoder", default="static", help="static, static-minilm, all-MiniLM-L6-v2, or a model (default: %(default)s)")
+    parser.add_argument("--recipe", default="ance", choices=["mnrl", "ance", "dance"], help="(default: %(default)s)")
+    parser.add_argument("--published", action="store_true", help="ANCE and DANCE with the published loss, without in-batch negatives")
+    parser.add_argument("--rounds", type=int, default=2, help="ANCE rounds after the warm-up (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=2, help="epochs on BM25's negatives before (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of each round (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=None, help="rows of a batch (default: 128 static, 32 otherwise)")
+    parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--topics", type=int, default=None, help="train on a random part of the topics")
+    parser.add_argument("--test-split", default="test", help="split of the table (default: %(default)s)")
+    parser.add_argument("--engine", default="auto", choices=["auto", "pisa", "terrier"], help="BM25 by (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything (default: %(default)s)")
+    return parser.parse_args()
+
+
+def make_recipe(args: argparse.Namespace) -> list:
+    """The rounds that the options ask for."""
+    more = dict(
+        epochs=args.epochs, learning_rate=args.learning_rate,
+        batch_size=args.batch_size or (128 if args.encoder.startswith("static") else 32),
+    )  # fmt: skip
+    if args.recipe == "mnrl":
+        return recipes.mnrl(**{**more, "epochs": args.warm_up + args.rounds * args.epochs})
+    if args.recipe == "dance":
+        return recipes.dance(rounds=args.rounds, warm_up=args.warm_up, **more)
+    loss = "pairwise" if args.published else "contrastive"
+    if loss == "contrastive":
+        more["loss_options"] = {"temperature": 0.03}
+    return recipes.ance(rounds=args.rounds, warm_up=args.warm_up, loss=loss, **more)
+
+
+def plot_history(history: pd.DataFrame, measure: str, path: Path) -> None:
+    """Validation measure and seconds of each round, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    labels = [f"{row.round}\n{row.name_}" for row in history.rename(columns={"name": "name_"}).itertuples()]
+    left.plot(labels, history[measure], marker="o")
+    left.set(xlabel="round", ylabel=f"{measure} (dev)", title="What each round is worth")
+    bottom = 0 * history["round"]
+    for step in ("mine", "train", "refresh", "validate"):
+        right.bar(labels, history[f"{step}_seconds"], bottom=bottom, label=step)
+        bottom = bottom + history[f"{step}_seconds"]
+    right.set(xlabel="round", ylabel="seconds", title="What each round costs")
+    right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def show_examples(systems: dict, topics: pd.DataFrame, qrels: pd.DataFrame, number: int = 3) -> None:
+    """A few queries, and the best documents each system finds for them; a star marks the relevant ones."""
+    relevant = set(zip(qrels["qid"], qrels["docno"], qrels["label"] > 0, strict=True))
+    chosen = topics.iloc[:: max(len(topics) // number, 1)].head(number)
+    found = {name: system(chosen) for name, system in systems.items()}
+    for topic in chosen.itertuples():
+        print(f"\n{topic.query}")
+        for name, results in found.items():
+            best = results[results["qid"] == topic.qid].sort_values("rank").head(3)["docno"]
+            print(f"  {name:<12}", "  ".join(("*" if (topic.qid, d, True) in relevant else " ") + d for d in best))
+
+
+def main() -> None:
+    """Builds, trains, compares."""
+    args = options()
+    started = time.perf_counter()
+    dataset = pt.get_dataset(args.dataset)
+    args.out.mkdir(parents=True, exist_ok=True)
+    corpus = open_corpus(dataset, args.out / "corpus")
+    first_stage = bm25(corpus, args.out / "bm25", engine=args.engine)
+    train_topics, train_qrels = split(dataset, "train", most=args.topics, seed=args.seed)
+    dev_topics, dev_qrels = split(dataset, "dev")
+    test_topics, test_qrels = split(dataset, args.test_split)
+    print(f"{len(corpus)} documents, {len(train_topics)} training, {len(dev_topics)} dev and {len(test_topics)} test queries")
+
+    encoder = make_encoder(args.encoder, corpus, queries=train_topics["query"], seed=args.seed)
+    run = args.out / f"{args.encoder}-{args.recipe}-{args.seed}".replace("/", "_")
+    dance = DanceRetriever(encoder, corpus, run, recipe=make_recipe(args), seed=args.seed)
+    before = dance.retriever(round=0)
+    (first_stage % 100 >> dance).fit(train_topics, train_qrels, dev_topics, dev_qrels)
+
+    systems = {
+        "BM25": first_stage,
+        "dense, untrained": before,
+        "dense": dance,
+        "BM25 % 100 >> dense": first_stage % 100 >> dance,
+        "BM25 + dense (RRF)": reciprocal_rank_fusion(first_stage % 100, dance % 100),
+    }
+    table = pt.Experiment(
+        list(systems.values()), test_topics, test_qrels, [nDCG @ 10, RR @ 10, R @ 100],
+        names=list(systems), baseline=0, correction="holm", round=4,
+    )  # fmt: skip
+    columns = ["name", "nDCG@10", "nDCG@10 p-value corrected", "RR@10", "R@100"]
+    print(f"\n{args.dataset}, {args.test_split} split (p-values: paired t-test against BM25, Holm-corrected)\n")
+    print(table[columns].to_string(index=False))
+    table.to_csv(run / "table.csv", index=False)
+    show_examples({"BM25": first_stage, "untrained": before, "dense": dance}, test_topics, test_qrels)
+    plot_history(dance.history, "nDCG@10", run / "history.png")
+    dance.history.to_csv(run / "history.csv", index=False)
+    print(f"\nhistory: {run / 'history.png'}; the trained retriever: DanceRetriever.load({str(run)!r})")
+    print(f"{time.perf_counter() - started:.0f} seconds")
+
+
+def reciprocal_rank_fusion(*systems: pt.Transformer) -> pt.Transformer:
+    """Reciprocal rank fusion (Cormack et al., SIGIR 2009) of the systems' results."""
+    import pyterrier_alpha as pta
+
+    return pta.fusion.RRFusion(*systems)
+
+
+if __name__ == "__main__":
+    main()

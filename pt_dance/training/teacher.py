@@ -1,0 +1,134 @@
+"""A teacher's scores for training rows, each (query, text) pair scored once and kept on disk."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import xxhash
+
+from pt_dance.losses.rows import TrainingRows
+
+_BLOCK = 4096
+
+
+class TeacherScores:
+    """Scores pairs with a teacher, keeping them by the texts of the pair and by the teacher's identity.
+
+    Memory is bounded by a block of pairs; what is known lies in an SQLite file, which a killed fit leaves intact.
+
+    Args:
+        teacher: any PyTerrier pipeline that scores rows of ``qid``, ``query``, ``docno`` and ``text``.
+        path: the SQLite file; made when missing.
+        verbose: shows a progress bar.
+    """
+
+    def __init__(self, teacher: pt.Transformer, path: str | Path, *, verbose: bool = False):
+        self.teacher = teacher
+        self.path = Path(path)
+        self.verbose = verbose
+        self._identity = teacher_identity(teacher).encode()
+
+    def of(self, rows: TrainingRows, query_texts: list[str], corpus) -> TrainingRows:
+        """The same rows with the teacher's scores of their positives, document negatives and query negatives.
+
+        Args:
+            rows: training rows; entries of -1 (no negative) get the score 0, which every loss masks.
+            query_texts: text of each query number.
+            corpus: ``Corpus`` with the documents.
+
+        Returns:
+            A copy with ``teacher_positive`` float32 (rows,), ``teacher_negatives`` (rows, n) and
+            ``teacher_query_negatives`` (rows, m) set.
+        """
+        columns = [
+            (rows.query[:, None], rows.positive[:, None]),
+            (np.broadcast_to(rows.query[:, None], rows.negatives.shape), rows.negatives),
+            (rows.query_negatives, np.broadcast_to(rows.positive[:, None], rows.query_negatives.shape)),
+        ]
+        width = np.int64(len(corpus))
+        keys = [np.where((q < 0) | (d < 0), -1, q.astype(np.int64) * width + d) for q, d in columns]
+        distinct = np.unique(np.concatenate([key.ravel() for key in keys]))
+        distinct = distinct[distinct >= 0]
+        scores = self._scores(distinct // width, distinct % width, query_texts, corpus)
+        found = [np.where(key < 0, 0, scores[np.minimum(np.searchsorted(distinct, key), len(distinct) - 1)]) for key in keys]
+        return replace(
+            rows,
+            teacher_positive=found[0][:, 0].astype(np.float32),
+            teacher_negatives=found[1].astype(np.float32),
+            teacher_query_negatives=found[2].astype(np.float32),
+        )
+
+    def _scores(self, queries: np.ndarray, documents: np.ndarray, query_texts: list[str], corpus) -> np.ndarray:
+        scores = np.empty(len(queries), dtype=np.float32)
+        blocks = range(0, len(queries), _BLOCK)
+        if self.verbose:
+            blocks = pt.tqdm(blocks, desc="teacher", unit=f"{_BLOCK} pairs")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with sqlite3.connect(self.path) as store:
+            store.execute("CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
+            for start in blocks:
+                part = slice(start, start + _BLOCK)
+                texts = corpus.texts_at(documents[part])
+                frame = pd.DataFrame(
+                    {
+                        "qid": queries[part].astype(str),
+                        "query": [query_texts[q] for q in queries[part]],
+                        "docno": corpus.docno(documents[part]),
+                        "text": texts,
+                    }
+                )
+                scores[part] = self._block(store, frame)
+        store.close()
+        return scores
+
+    def _block(self, store: sqlite3.Connection, frame: pd.DataFrame) -> np.ndarray:
+        keys = [self._key(query, text) for query, text in zip(frame["query"], frame["text"], strict=True)]
+        known: dict[bytes, float] = {}
+        for start in range(0, len(keys), 500):
+            part = keys[start : start + 500]
+            marks = ",".join("?" * len(part))
+            known.update(store.execute(f"SELECT pair, score FROM scores WHERE pair IN ({marks})", part).fetchall())
+        missing = pd.Series([key not in known for key in keys]) & ~pd.Series(keys).duplicated()
+        if missing.any():
+            new = self._ask(frame[missing.to_numpy()].reset_index(drop=True))
+            new_keys = [key for key, is_new in zip(keys, missing, strict=True) if is_new]
+            store.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", zip(new_keys, new.tolist(), strict=True))
+            store.commit()
+            known.update(zip(new_keys, new.tolist(), strict=True))
+        return np.array([known[key] for key in keys], dtype=np.float32)
+
+    def _ask(self, frame: pd.DataFrame) -> np.ndarray:
+        answer = self.teacher(frame)
+        if "score" not in answer.columns or len(answer) != len(frame):
+            raise ValueError(
+                f"the teacher {self.teacher!r} must give a column 'score' and every row back; it gave {len(answer)} rows "
+                f"for {len(frame)}, with columns {list(answer.columns)}"
+            )
+        scores = answer.set_index(["qid", "docno"])["score"].loc[pd.MultiIndex.from_frame(frame[["qid", "docno"]])].to_numpy(float)
+        if not np.isfinite(scores).all():
+            row = frame[~np.isfinite(scores)].iloc[0]
+            raise ValueError(f"the teacher {self.teacher!r} scored docno {row.docno!r} for {row['query']!r} with no finite number")
+        return scores
+
+    def _key(self, query: str, text: str) -> bytes:
+        digest = xxhash.xxh3_128(self._identity)
+        for part in (query, text):
+            encoded = part.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+        return digest.digest()
+
+
+def teacher_identity(teacher: pt.Transformer) -> str:
+    """What tells one teacher's scores from another's: its weights where it has a ``fingerprint``, else its repr."""
+    fingerprint = getattr(teacher, "fingerprint", None)
+    if fingerprint is not None:
+        return f"{type(teacher).__name__}:{fingerprint}"
+    if isinstance(teacher, pt.Transformer) and hasattr(teacher, "_transformers"):
+        return " >> ".join(teacher_identity(stage) for stage in teacher._transformers)
+    return repr(teacher)
