@@ -65,7 +65,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     for key, most in (("vec_size", _MAX_DIMENSION), ("doc_count", 2**32 - 1)):
         if type(meta.get(key)) is not int or not 0 < meta[key] <= most:
             raise ValueError(
-                f"{meta_path} says {key} {str(meta.get(key))[:40]!r} where a number from 1 to {most:,} belongs: it "
+                f"{meta_path} says {key} {repr(meta.get(key))[:40]} where a number from 1 to {most:,} belongs: it "
                 "is damaged."
             )
     for key in ("content", "text_field", "sim_fn", "corpus"):

@@ -1,0 +1,205 @@
+"""Exact search: equal to exact arithmetic, and the same bits however it is cut into blocks."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pt_dance._search import Vectors, exact_search, iter_exact_search, score_pairs
+
+
+def by_definition(queries, docs, k, tie_order):
+    """Scores as exact sums rounded once, all pairs sorted by score and tie order."""
+    exact = [[math.fsum(map(float, q.astype(np.float64) * d)) for d in docs.astype(np.float64)] for q in queries]
+    scores = np.array(exact, dtype=np.float64).reshape(len(queries), len(docs)).astype(np.float32)
+    rows = np.stack([np.lexsort((tie_order, -line))[:k] for line in scores]) if len(queries) else np.empty((0, k))
+    return np.take_along_axis(scores, rows.astype(np.int64), 1), rows.astype(np.int64)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_equals_the_definition_with_many_ties(data):
+    n, d, q = (data.draw(st.integers(1, most)) for most in (90, 9, 7))
+    seed, values = data.draw(st.integers(0, 2**32 - 1)), data.draw(st.sampled_from([1, 2, 5]))
+    rng = np.random.default_rng(seed)
+    docs = rng.integers(-values, values + 1, (n, d)).astype(data.draw(st.sampled_from(["float32", "float16"])))
+    queries = rng.integers(-values, values + 1, (q, d)).astype(np.float32)
+    tie_order = rng.permutation(n).astype(np.uint32)
+    k = data.draw(st.integers(1, n + 3))
+    blocks = {"query_block": data.draw(st.integers(1, 9)), "doc_block": data.draw(st.integers(1, 100))}
+    scores, rows = exact_search(queries, docs, k, tie_order=tie_order, device="cpu", **blocks)
+    expected_scores, expected_rows = by_definition(queries, docs, k, tie_order)
+    assert scores.shape == (q, min(k, n)) and scores.dtype == np.float32 and rows.dtype == np.int64
+    assert (scores == expected_scores).all() and (rows == expected_rows).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), ulps=st.integers(0, 3))
+def test_products_that_float32_cannot_order(seed, ulps):
+    # Documents that differ in the last bits only: their float32 products come out in any order.
+    rng = np.random.default_rng(seed)
+    docs = np.repeat(rng.standard_normal((1, 48)).astype(np.float32), 300, axis=0)
+    docs = (docs.view(np.int32) + rng.integers(-ulps, ulps + 1, docs.shape, dtype=np.int32)).view(np.float32)
+    queries = rng.standard_normal((3, 48)).astype(np.float32)
+    tie_order = rng.permutation(300)
+    expected = by_definition(queries, docs, 20, tie_order)
+    for block in (7, 64, 300):
+        scores, rows = exact_search(queries, docs, 20, tie_order=tie_order, doc_block=block, device="cpu")
+        assert (scores == expected[0]).all() and (rows == expected[1]).all()
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    rng = np.random.default_rng(5)
+    docs = rng.standard_normal((6000, 96)).astype(np.float32)
+    docs /= np.linalg.norm(docs, axis=1, keepdims=True)
+    docs[1000:1300] = docs[999]
+    queries = rng.standard_normal((70, 96)).astype(np.float32)
+    queries[5] = docs[999]
+    queries[6] = 0
+    return queries, docs
+
+
+def test_same_bits_whatever_the_blocks(vectors):
+    queries, docs = vectors
+    first = exact_search(queries, docs, 50, device="cpu")
+    reference = np.sort((queries.astype(np.float64) @ docs.T.astype(np.float64)).astype(np.float32))[:, ::-1][:, :50]
+    assert np.abs(first[0] - reference).max() <= 1e-7
+    for query_block, doc_block in ((1, 6000), (70, 61), (9, 4096), (256, 1), (33, 1000)):
+        if doc_block == 1:
+            again = exact_search(queries[:4], docs[:400], 50, query_block=query_block, doc_block=1, device="cpu")
+            one = exact_search(queries[:4], docs[:400], 50, device="cpu")
+            assert (again[0] == one[0]).all() and (again[1] == one[1]).all()
+            continue
+        again = exact_search(queries, docs, 50, query_block=query_block, doc_block=doc_block, device="cpu")
+        assert (again[0] == first[0]).all() and (again[1] == first[1]).all()
+    alone = exact_search(queries[5:6], docs, 50, device="cpu")
+    assert (alone[0] == first[0][5]).all() and (alone[1] == first[1][5]).all()
+    assert alone[1][0].tolist() == list(range(999, 1049))
+    assert (first[0][6] == 0).all() and first[1][6].tolist() == list(range(50))
+
+
+def test_scores_of_pairs_are_the_same_bits(vectors):
+    queries, docs = vectors
+    scores, rows = exact_search(queries, docs, 50, device="cpu")
+    query_of = np.repeat(np.arange(len(queries)), 50)
+    assert (score_pairs(queries, docs, query_of, rows.ravel(), device="cpu") == scores.ravel()).all()
+    shuffled = np.random.default_rng(0).permutation(len(query_of))[:777]
+    some = score_pairs(queries, docs, query_of[shuffled], rows.ravel()[shuffled], device="cpu")
+    assert (some == scores.ravel()[shuffled]).all()
+    assert score_pairs(queries, docs, [], []).shape == (0,)
+    for bad in (-1, 6000):
+        with pytest.raises(IndexError, match="rows must be 0 to 5999"):
+            score_pairs(queries, docs, [0], [bad])
+
+
+def test_order_of_rows_does_not_matter(vectors):
+    queries, docs = vectors
+    tie_order = np.random.default_rng(1).permutation(len(docs))
+    scores, rows = exact_search(queries, docs, 40, tie_order=tie_order, device="cpu")
+    order = np.random.default_rng(2).permutation(len(docs))
+    again = exact_search(queries, docs[order], 40, tie_order=tie_order[order], device="cpu")
+    assert (again[0] == scores).all() and (order[again[1]] == rows).all()
+
+
+def test_the_worst_orders_of_documents():
+    # Every document beats all before it; then all are equal and only the ties decide.
+    rising = np.linspace(-1, 1, 20000, dtype=np.float32)[:, None] * np.ones((1, 8), np.float32)
+    query = np.ones((2, 8), np.float32)
+    assert exact_search(query, rising, 30, doc_block=512, device="cpu")[1][1].tolist() == list(range(19999, 19969, -1))
+    equal = np.ones((20000, 8), np.float32)
+    tie_order = np.random.default_rng(3).permutation(20000)
+    _, rows = exact_search(query, equal, 30, tie_order=tie_order, doc_block=512, device="cpu")
+    assert rows[0].tolist() == np.argsort(tie_order)[:30].tolist()
+
+
+def test_precision_settings_of_training_do_not_reach_it(vectors):
+    queries, docs = vectors
+    first = exact_search(queries, docs, 50, device="cpu")
+    setting = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            again = exact_search(queries, docs, 50, device="cpu")
+    finally:
+        torch.set_float32_matmul_precision(setting)
+    assert (again[0] == first[0]).all() and (again[1] == first[1]).all()
+
+
+def test_memory_mapped_and_read_only(vectors, tmp_path):
+    queries, docs = vectors
+    docs.astype("<f2").tofile(tmp_path / "v")
+    mapped = np.memmap(tmp_path / "v", dtype="<f2", mode="r", shape=docs.shape)
+    expected = exact_search(queries, docs.astype(np.float16).astype(np.float32), 20, device="cpu")
+    found = exact_search(queries, mapped, 20, doc_block=1000, device="cpu")
+    assert (found[0] == expected[0]).all() and (found[1] == expected[1]).all()
+
+
+def test_blocks_bound_the_memory(vectors):
+    _, docs = vectors
+    queries = np.random.default_rng(0).standard_normal((20000, 96)).astype(np.float32)
+    tracemalloc.start()
+    count = sum(len(rows) for _, _, rows in iter_exact_search(queries, docs[:2000], 10, device="cpu"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # All products would take 160 MB.
+    assert count == 20000 and peak < 20 << 20
+
+
+def test_progress_counts_every_product(vectors):
+    queries, docs = vectors
+    done = []
+    exact_search(queries, docs, 5, query_block=32, doc_block=4096, progress=done.append, device="cpu")
+    assert sum(done) == 3 * 6000
+
+
+@pytest.mark.parametrize(
+    ("queries", "docs", "k", "says"),
+    [
+        (np.ones((2, 3)), np.ones((4, 5)), 1, "cannot be searched"),
+        (np.ones(3), np.ones((4, 3)), 1, "cannot be searched"),
+        (np.ones((2, 3)), np.ones((4, 3)), 0, "at least 1"),
+        (np.full((1, 3), np.nan), np.ones((4, 3)), 1, "query vectors must be finite"),
+        (np.full((1, 3), 1e30), np.ones((4, 3)), 1, "query vectors must be finite"),
+        (np.ones((1, 3)), np.array([[1, 1, 1], [1, np.nan, 1]]), 1, "rows 0 to 1 is not"),
+        (np.ones((1, 3)), np.array([[1, 1, 1], [1, np.inf, 1]]), 1, "rows 0 to 1 is not"),
+    ],
+)
+def test_bad_input(queries, docs, k, says):
+    with pytest.raises(ValueError, match=says):
+        exact_search(queries.astype(np.float32), docs.astype(np.float32), k)
+
+
+def test_no_queries(vectors):
+    scores, rows = exact_search(np.empty((0, 96), np.float32), vectors[1], 10)
+    assert scores.shape == rows.shape == (0, 10)
+
+
+def test_the_path_of_a_gpu_on_a_cpu(vectors):
+    # The same tensors and operations as on a GPU, where one is missing.
+    queries, docs = vectors
+    first = exact_search(queries, docs, 50, device="cpu")
+    kept = Vectors(docs, "cpu")
+    kept.on_device = torch.from_numpy(docs.copy())
+    with torch.autocast("cpu", torch.bfloat16):
+        again = exact_search(queries, kept, 50, doc_block=700)
+    assert (again[0] == first[0]).all() and (again[1] == first[1]).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_gpu_gives_the_same_bits(vectors):
+    queries, docs = vectors
+    on_cpu = exact_search(queries, docs, 50, device="cpu")
+    kept = Vectors(docs, "cuda")
+    assert kept.on_device is not None
+    streamed = Vectors(docs, "cuda")
+    streamed.on_device = None
+    for where in (kept, streamed):
+        on_gpu = exact_search(queries, where, 50, doc_block=1024)
+        assert (on_gpu[0] == on_cpu[0]).all() and (on_gpu[1] == on_cpu[1]).all()
