@@ -151,6 +151,14 @@ def test_dual_of_weight_0_is_the_document_loss(name):
     same_gradients(dual, alone, inputs)
 
 
+def test_dual_of_weight_0_needs_nothing_of_the_dual_direction():
+    rng = np.random.default_rng(4)
+    inputs, margins = columns(rng, 5, 2), torch.tensor(rng.normal(size=(5, 2)))
+    loss = losses.MarginMSELoss(MODEL)
+    dual = losses.DualLoss(loss, weight=0).compute_loss_from_embeddings(inputs, margins)
+    assert torch.equal(dual, loss.compute_loss_from_embeddings(inputs, margins))
+
+
 # --- derivatives and numbers at the edge -----------------------------------------------------------------------------
 
 
@@ -198,12 +206,19 @@ def test_no_nan_where_everything_is_masked(name, size, vectors):
 
 @pytest.mark.parametrize("name", [name for name in reference.LOSSES if "mse" not in name])
 @pytest.mark.parametrize("n", [0, 1])
-def test_zero_vectors_give_finite_gradients(name, n):
-    inputs = [torch.zeros(1, 4, requires_grad=True) for _ in range(2 + 2 * n)]
+@pytest.mark.parametrize("zero", ["all", "first query", "last column"])
+def test_zero_vectors_give_finite_gradients(name, n, zero):
+    inputs = [torch.randn(3, 4, generator=torch.Generator().manual_seed(k)) for k in range(2 + 2 * n)]
+    for k, column in enumerate(inputs):
+        if zero == "all" or (zero == "last column" and k == len(inputs) - 1):
+            column.zero_()
+    if zero == "first query":
+        inputs[0][0] = 0
+    inputs = [column.requires_grad_() for column in inputs]
     loss = reference.make(name, MODEL, None, query_negatives=n).compute_loss_from_embeddings(inputs)
     loss.backward()
     assert torch.isfinite(loss)
-    assert all(torch.isfinite(c.grad).all() and c.grad.abs().max() < 1e3 for c in inputs if c.grad is not None)
+    assert all(torch.isfinite(c.grad).all() and c.grad.abs().max() < 1e4 for c in inputs if c.grad is not None)
 
 
 @pytest.mark.parametrize("name", ["ance", "dance", "margin-mse"])
@@ -258,6 +273,11 @@ def test_make_builds_what_the_classes_build():
     total = losses.make([("margin_mse", 1), ("contrastive", 0.5, {"temperature": 0.1})], MODEL, rows)
     assert total.weights == [1, 0.5]
     assert total.losses[1].temperature == 0.1
+    assert [loss.similarity for loss in total.losses] == ["dot", "cosine"]
+    parts = [("margin_mse", 1, {"similarity": "dot"}), ("pairwise", 1), ("contrastive", 1)]
+    total = losses.make(parts, MODEL, rows, similarity="cosine", mini_batch_size=4)
+    assert [loss.similarity for loss in total.losses] == ["dot", "cosine", "cosine"]
+    assert total.mini_batch_size == 4
 
 
 def test_options_are_exactly_what_make_takes():

@@ -87,7 +87,8 @@ def influence(loss, rows, numbers, rng):
     size, n, m = len(numbers), rows.negatives.shape[1], rows.query_negatives.shape[1]
     q, d = size * (1 + m), size * (1 + n)
     vectors = torch.eye(q + d, dtype=torch.float64)
-    vectors[q:, :q] = torch.tensor(rng.normal(size=(d, q)))  # the scores; the rest makes the vectors independent
+    # The scores; the rest makes the vectors independent. Small ones, so that no softmax saturates.
+    vectors[q:, :q] = torch.tensor(rng.normal(0, 0.3, size=(d, q)))
     queries, documents = vectors[:q].clone().requires_grad_(), vectors[q:].clone().requires_grad_()
     parts = [queries[:size], documents[:size], *documents[size:].split(size), *queries[size:].split(size)]
     value = loss.compute_loss_from_embeddings(parts, torch.tensor(numbers))

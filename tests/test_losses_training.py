@@ -184,6 +184,45 @@ def test_cached_gradients_are_the_gradients(transformer_path, name):
             assert (a - b).abs().max() <= 1e-5 * max(1, largest)
 
 
+def peak_of_saved_activations(loss, batch, numbers) -> int:
+    """The most bytes that autograd keeps for the backward pass at any one time, weights aside."""
+    weights = {parameter.data_ptr() for parameter in loss.parameters()}
+    held = {"now": 0, "most": 0}
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            held["now"] += tensor.nbytes
+            held["most"] = max(held["most"], held["now"])
+
+        def __del__(self):
+            held["now"] -= self.tensor.nbytes
+
+    def pack(tensor):
+        return tensor if tensor.data_ptr() in weights else Saved(tensor)
+
+    def unpack(saved):
+        return saved.tensor if isinstance(saved, Saved) else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        loss(batch, numbers).backward()
+    return held["most"]
+
+
+def test_caching_holds_the_activations_of_one_mini_batch(transformer_path):
+    rows, data = collection(size=256)
+    model = transformer(transformer_path).eval()
+
+    def peak(size, mini_batch_size=None):
+        loss = losses.make("samtone", model, rows, dual=True, mini_batch_size=mini_batch_size)
+        numbers = torch.arange(size)
+        return peak_of_saved_activations(loss, features(model, data, numbers), numbers)
+
+    small, large, cached = peak(8), peak(128), peak(128, mini_batch_size=8)
+    assert large > 12 * small
+    assert cached < 1.5 * small
+
+
 @pytest.mark.parametrize("name", ["contrastive", "ance", "margin-mse"])
 def test_caching_with_columns_the_loss_does_not_read(transformer_path, name):
     rows, data = collection()
@@ -211,6 +250,16 @@ def test_caching_trains_and_evaluates_in_the_trainer(transformer_path, tmp_path)
     model.eval()
     with torch.no_grad():
         assert loss(features(model, data, everything), everything).item() < before
+
+
+def test_cached_gradients_do_not_underflow_in_half_precision(transformer_path):
+    """float16 ends at 6e-8; the trainer scales the loss up only when the gradients are cached already."""
+    rows, data = collection()
+    numbers = torch.arange(6)
+    model = transformer(transformer_path).half().eval()
+    loss = losses.ContrastiveLoss(model, temperature=1e7, rows=rows, mini_batch_size=2)
+    (2.0**24 * loss(features(model, data, numbers), numbers)).backward()
+    assert any(parameter.grad.abs().max() > 1e-3 for parameter in model.parameters() if parameter.grad is not None)
 
 
 def tasks(data):
@@ -293,6 +342,7 @@ def distributed_worker(rank: int, folder: str):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_gather is deprecated")
 def test_two_processes_that_gather_compute_the_loss_of_the_whole_batch(tmp_path):
     """As data-parallel training averages them: the mean over the processes, of the value and of the gradients."""
     command = "import sys, test_losses_training as t; t.distributed_worker(1, sys.argv[1])"

@@ -36,8 +36,8 @@ AROUND: dict[str, Any] = {
     "uniformity_t": 5.0,
 }
 
-# What the losses of one sum must agree in.
-SHARED = ("query_negatives", "mini_batch_size", "gather_across_devices")
+# What is said once for all losses of a sum; a similarity of None leaves each its own.
+SHARED = ("similarity", "query_negatives", "mini_batch_size", "gather_across_devices")
 
 LossName = str | type[RetrievalLoss] | Sequence
 
@@ -58,7 +58,7 @@ def options(loss: LossName) -> dict[str, Any]:
     if _is_list(loss):
         for name, _, own in _parts(loss):
             _refuse_unknown(own, _own_options(_find(name)), f"loss {_label(name)} in a list")
-        defaults = _own_options(RetrievalLoss)
+        defaults = _own_options(RetrievalLoss) | {"similarity": None}
         return {name: defaults[name] for name in SHARED} | AROUND
     return _own_options(_find(loss)) | AROUND
 
@@ -75,7 +75,8 @@ def make(loss: LossName, model: SentenceTransformer, rows: TrainingRows | None =
         **options: the loss's own, see :func:`options`, and what may be put around any loss:
             dual (bool): add the dual direction, with dual_weight (.1) and document_weight (1);
             alignment, uniformity (float): add these regularisers, with alignment_alpha (2) and uniformity_t (5).
-            For a list: the options that all of its losses must agree in, and those around the sum.
+            For a list: what holds for all of its losses (similarity, where a loss's own options do not say it;
+            query_negatives, mini_batch_size, gather_across_devices), and those around the sum.
 
     Returns:
         The loss, wrapped in :class:`~pt_dance.losses.DualLoss` and :class:`~pt_dance.losses.RegularizedLoss` as asked.
@@ -95,6 +96,8 @@ def make(loss: LossName, model: SentenceTransformer, rows: TrainingRows | None =
     around = {**AROUND, **options}
     if _is_list(loss):
         parts = _parts(loss)
+        if own.get("similarity") is None:
+            own.pop("similarity", None)
         built = SumLoss([(_find(part)(model, rows=rows, **{**own, **more}), weight) for part, weight, more in parts])
     else:
         built = _find(loss)(model, rows=rows, **own)
