@@ -154,10 +154,11 @@ def replace_folder(building: str | Path, final: str | Path) -> None:
     sync_folder(building)
     # The lock says to recover_folder() of other processes that the old folder is being taken away already.
     with lock_folder(final, f"{final} is being replaced by another process."):
+        old = replaced_path(final)
+        remove_folder(old)
         if _exchange(building, final):
-            old = building
+            os.rename(building, old)
         else:
-            old = replaced_path(final)
             os.rename(final, old)
             os.rename(building, final)
         _sync(final.absolute().parent)
@@ -165,16 +166,21 @@ def replace_folder(building: str | Path, final: str | Path) -> None:
 
 
 def recover_folder(final: str | Path) -> None:
-    """Finish or undo a replacement of ``final`` that was killed between two renames; does nothing otherwise."""
+    """Finish or undo a replacement of ``final`` that was killed half-way; does nothing otherwise."""
     final = Path(os.path.abspath(final))
-    old = replaced_path(final)
-    if not old.exists():
-        return
-    with contextlib.suppress(BlockingIOError), lock_folder(old, f"{final} is being replaced by another process."):
-        if final.exists():
-            remove_folder(old)
-        else:
-            os.rename(old, final)
+    old, building = replaced_path(final), building_path(final)
+    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        if old.exists():
+            with lock_folder(old, f"{final} is being replaced by another process."):
+                if final.exists():
+                    remove_folder(old)
+                else:
+                    os.rename(old, final)
+        # Killed right after the exchange: what stands beside is the folder that was replaced, complete and older.
+        if (building / "pt_meta.json").stat().st_mtime_ns < (final / "pt_meta.json").stat().st_mtime_ns:
+            with lock_folder(building, f"{final} is being replaced by another process."):
+                os.rename(building, old)
+                remove_folder(old)
 
 
 def remove_folder(path: str | Path) -> None:
