@@ -17,7 +17,7 @@ _CLASSES = {
     "DualEncoder": "encoder",
     "Round": "recipes",
 }
-_MODULES = ("analysis", "datasets", "losses", "mining", "recipes")
+_MODULES = ("datasets", "losses", "mining", "recipes")
 
 __all__ = ["__version__", *_CLASSES, *_MODULES]
 

@@ -102,7 +102,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self._retriever: DenseRetriever | None = None
         if (self.path / META).exists():
             meta = read_meta(self.path, type(self))
-            self._settle(meta["round"], [self._run.finished(n) for n in range(1, meta["rounds"] + 1)])
+            self._settle(meta["round"], meta["history"])
 
     # ------------------------------------------------------------------ what it is now
 
@@ -140,19 +140,23 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Retrieves for a query frame; re-scores a result frame by docno, keeping all rows and other columns."""
         with pt.validate.any(inp, context=self) as v:
-            v.result_frame(["query"], mode="rerank")
-            v.result_frame(["query_vec"], mode="rerank")
-            v.query_frame(["query"], mode="retrieve")
-            v.query_frame(["query_vec"], mode="retrieve")
-        if len(inp) == 0:
-            return self._empty(inp, v.mode)
+            v.result_frame(["query"])
+            v.result_frame(["query_vec"])
+            v.query_frame(["query"])
+            v.query_frame(["query_vec"])
+        if len(inp) == 0:  # inspecting a pipeline must not make an index
+            return DenseRetriever(DenseIndex(self._run.round(self._round) / "index"))(inp)
         return self.retriever()(inp)
 
-    def _empty(self, inp: pd.DataFrame, mode: str) -> pd.DataFrame:
-        """No rows, with the columns that rows would have; inspecting a pipeline must not make an index."""
-        drop = ["score", "rank", "docid", "query_vec"]
-        columns = [c for c in inp.columns if c not in drop]
-        return inp[columns].assign(**{c: pd.Series(dtype=t) for c, t in _RESULT_COLUMNS.items() if c not in columns})
+    def subtransformers(self) -> dict:
+        """None of the attributes is a stage of its own."""
+        return {}
+
+    def __mod__(self, right: int) -> pt.Transformer:
+        """The best ``right`` results of each query."""
+        if not isinstance(right, int) or right < 1:
+            raise ValueError(f"% {right!r} makes no sense: the number of results to keep must be at least 1")
+        return super().__mod__(right)
 
     # ------------------------------------------------------------------ training
 
@@ -197,7 +201,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             if self.patience is not None and len(history) - self._best(history) >= self.patience:
                 break
         self._settle(self._best(history), history)
-        self._write_meta(self.path, round=self._round, rounds=len(history))
+        self._write_meta(self.path)
         return self
 
     def _fit_round(
@@ -322,9 +326,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         folder.mkdir(parents=True)
         self.encoder.save(folder / "encoder")
         shutil.copytree(index.index_path, folder / "index")
-        for row in self._history:
-            write_json(building / "rounds" / f"{row['round']:02d}" / "round.json", row)
-        self._write_meta(building, round=self._round, rounds=len(self._history))
+        self._write_meta(building)
         publish_folder(building, path)
 
     @classmethod
@@ -364,22 +366,19 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def _settle(self, number: int, history: list[dict]) -> None:
         self._round, self._history, self._retriever = number, history, None
 
-    def _write_meta(self, folder: Path, **more) -> None:
+    def _write_meta(self, folder: Path) -> None:
         corpus = None if self.corpus is None else os.path.relpath(self.corpus.path, folder)
         write_json(
             folder / META,
             {
                 "type": self.ARTIFACT_TYPE, "format": self.ARTIFACT_FORMAT, "package_hint": self.ARTIFACT_PACKAGE_HINT,
-                "num_results": self.num_results, "seed": self.seed, "corpus": corpus, **more,
+                "num_results": self.num_results, "seed": self.seed, "corpus": corpus, "round": self._round, "history": self._history,
             },
         )  # fmt: skip
 
     def __repr__(self) -> str:
         """Short: it is the row's name in tables."""
         return f"DanceRetriever({str(self.path)!r})"
-
-
-_RESULT_COLUMNS = {"docno": object, "score": "float64", "rank": "int64"}
 
 
 def _line(row: dict, rounds: int, measures: list) -> str:

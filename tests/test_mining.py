@@ -232,7 +232,8 @@ def test_query_negatives_are_the_nearest_queries_that_are_not_relevant(static_en
 
 def test_query_negatives_from_a_pipeline_with_documents_as_queries():
     corpus = Texts({f"d{i}": f"text {i}" for i in range(40)})
-    found = pd.DataFrame({"qid": ["d1"] * 3 + ["d3"] * 3, "docno": ["a", "b", "zz"] * 2, "score": [3.0, 2.0, 1.0] * 2})
+    found = pd.DataFrame({"qid": ["d1"] * 3 + ["d3"] * 3, "docno": ["a", "b", "zz"] * 2})
+    found = found.assign(score=[3.0, 2.0, 1.0] * 2, rank=[0, 1, 2] * 2)
     pairs = QRELS[QRELS["docno"].isin(["d1", "d3"])]
     mined = mine_queries(Fixed(found), TOPICS, pairs, corpus)
     # zz is no training query; a and c are one text, for which d1 is relevant

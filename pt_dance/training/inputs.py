@@ -63,7 +63,8 @@ def check_training_input(topics_or_res: pd.DataFrame, qrels: pd.DataFrame, *, co
     if is_results:
         topics = topics[[c for c in topics.columns if c in ("qid", "query") or c.startswith("query_")]]
     _check_one_text_per_qid(topics, what)
-    topics = topics.drop_duplicates("qid").reset_index(drop=True)
+    # a retriever with several threads gives its queries back in any order, which must not change the training
+    topics = topics.drop_duplicates("qid").sort_values("qid", kind="stable").reset_index(drop=True)
     _check_texts(topics, what)
     judged = qrels[qrels["qid"].isin(topics["qid"])]
     if not (judged["label"] > 0).any():
@@ -74,7 +75,11 @@ def check_training_input(topics_or_res: pd.DataFrame, qrels: pd.DataFrame, *, co
         )
     if corpus is not None:
         check_in_corpus(judged.loc[judged["label"] > 0, "docno"], corpus, f"{what} qrels")
-    return TrainingInput(topics, judged.reset_index(drop=True), topics_or_res if is_results else None)
+    judged = judged.sort_values(["qid", "docno"], kind="stable").reset_index(drop=True)
+    if not is_results:
+        return TrainingInput(topics, judged, None)
+    order = ["qid", "rank", "docno"] if "rank" in columns else ["qid", "docno"]
+    return TrainingInput(topics, judged, topics_or_res.sort_values(order, kind="stable").reset_index(drop=True))
 
 
 def _check_one_text_per_qid(topics: pd.DataFrame, what: str) -> None:

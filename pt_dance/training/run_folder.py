@@ -130,12 +130,15 @@ def read_meta(path: Path, artifact: type) -> dict:
         raise ValueError(
             f"{str(path)!r} holds no {artifact.__name__} but {meta.get('type')!r} of format {meta.get('format')!r}"
         )
-    for key in ("round", "rounds", "num_results", "seed"):
+    for key in ("round", "num_results", "seed"):
         if type(meta.get(key)) is not int or meta[key] < 0:
             raise ValueError(f"{str(path / META)!r} is damaged: {key!r} is {meta.get(key)!r}, no whole number of 0 or more")
     if not isinstance(meta.get("corpus"), (str, type(None))):
         raise ValueError(f"{str(path / META)!r} is damaged: 'corpus' is {meta['corpus']!r}, no path")
-    if not meta["round"] <= meta["rounds"] or not (path / "rounds" / f"{meta['round']:02d}").is_dir():
+    history = meta.get("history")
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise ValueError(f"{str(path / META)!r} is damaged: 'history' is no list of rounds")
+    if not (path / "rounds" / f"{meta['round']:02d}").is_dir():
         raise ValueError(f"{str(path / META)!r} is damaged: round {meta['round']} is not in the folder")
     return meta
 

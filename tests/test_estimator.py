@@ -1,0 +1,279 @@
+"""The estimator end to end on a small real collection: fit behind BM25, same call same result, nothing stale."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+import torch
+from ir_measures import RR, nDCG
+from small_collection import standard_library
+
+from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round, recipes
+from pt_dance.training.run_folder import RunFolder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+
+FAST = dict(batch_size=32, learning_rate=0.02)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    """Corpus, BM25, encoder and split topics of the small collection."""
+    from common import bm25
+
+    folder = tmp_path_factory.mktemp("collection")
+    small = standard_library()
+    corpus = Corpus.build(small, folder / "corpus", verbose=False)
+    encoder = DualEncoder.static(small.documents["text"], dim=64, vocab_size=2000, seed=1)
+    held_out = small.topics.index % 4 == 0
+
+    class Collection:
+        pass
+
+    made = Collection()
+    made.corpus, made.encoder, made.bm25 = corpus, encoder, bm25(corpus, folder / "bm25", threads=1)
+    made.train, made.dev, made.qrels = small.topics[~held_out], small.topics[held_out], small.qrels
+    return made
+
+
+@pytest.fixture(scope="module")
+def fitted(collection, tmp_path_factory):
+    """A retriever after ANCE's warm-up and two rounds behind BM25."""
+    path = tmp_path_factory.mktemp("runs") / "ance"
+    dance = make(collection, path, recipe=recipes.ance(2, loss="contrastive", **FAST), measure=[nDCG @ 10, RR @ 10])
+    before = dance.retriever(round=0)
+    fit(collection, dance)
+    return dance, before
+
+
+def make(collection, path, **options):
+    options = {"recipe": recipes.ance(1, **FAST), "verbose": False, **options}
+    return DanceRetriever(collection.encoder, collection.corpus, path, **options)
+
+
+def fit(collection, dance):
+    return (collection.bm25 % 30 >> dance).fit(collection.train, collection.qrels, collection.dev, collection.qrels)
+
+
+def weights(encoder):
+    return {name: tensor.clone() for name, tensor in encoder.model.state_dict().items()}
+
+
+def test_fit_improves_on_the_untrained_encoder_and_records_every_round(collection, fitted):
+    dance, before = fitted
+    history = dance.history
+    assert history["name"].tolist() == ["warm-up", "ance", "ance"] and history["round"].tolist() == [1, 2, 3]
+    seconds = ["mine_seconds", "train_seconds", "refresh_seconds", "validate_seconds"]
+    for column in ["nDCG@10", "RR@10", "training_loss", "negatives_per_query", *seconds]:
+        assert history[column].notna().all() and (history[column] >= 0).all(), column
+    assert history["new_negatives"][0] is None or np.isnan(history["new_negatives"][0])
+    assert history["new_negatives"][1:].between(0, 1).all()
+    table = pt.Experiment([before, dance], collection.dev, collection.qrels, [nDCG @ 10])
+    assert table["nDCG@10"][1] > table["nDCG@10"][0] + 0.02
+    assert table["nDCG@10"][1] == pytest.approx(history["nDCG@10"].max())
+
+
+def test_the_encoder_given_is_not_changed(collection, fitted):
+    assert fitted[0].encoder.fingerprint != collection.encoder.fingerprint
+    assert fitted[0].initial_encoder is collection.encoder
+    assert fitted[1].index.fingerprint == collection.encoder.fingerprint
+
+
+def test_linear_and_tree_plans_agree_before_and_after_training(collection, fitted):
+    dance, before = fitted
+    rounds = [before % 20, dance.retriever(round=1) % 20, dance.retriever(round=2) % 20, dance % 20]
+    systems = rounds + [collection.bm25 % 20 >> before, collection.bm25 % 20 >> dance.retriever(round=2)]
+    measures = [nDCG @ 10, RR @ 10]
+    linear = pt.Experiment(systems, collection.dev, collection.qrels, measures, plan="linear")
+    tree = pt.Experiment(systems, collection.dev, collection.qrels, measures, plan="tree")
+    pd.testing.assert_frame_equal(linear, tree)
+    assert linear["nDCG@10"].nunique() > 2
+    assert before != dance.retriever(round=1) != dance.retriever(round=2)
+
+
+def test_a_round_keeps_answering_from_its_own_vectors(collection, tmp_path):
+    recipe = recipes.ance(2, warm_up=0, **FAST)
+    dance = make(collection, tmp_path / "run", recipe=recipe)
+    dance.fit(collection.train, collection.qrels)
+    first = dance.retriever(round=1)
+    answer = first(collection.dev)
+    other = make(collection, tmp_path / "other", recipe=recipe[:1])
+    other.fit(collection.train, collection.qrels)
+    pd.testing.assert_frame_equal(answer, other(collection.dev))
+    assert not answer["score"].equals(dance.retriever(round=2)(collection.dev)["score"])
+
+
+def test_two_fits_with_one_seed_are_equal_to_the_bit_and_another_seed_is_not(collection, tmp_path):
+    recipe = recipes.dance(warm_up=1, ance_rounds=0, **FAST)
+    runs = [fit_into(collection, tmp_path / name, recipe, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    same, again, other = [weights(run.retriever(round=3).index.encoder) for run in runs]
+    assert all(torch.equal(same[name], again[name]) for name in same)
+    assert not all(torch.equal(same[name], other[name]) for name in same)
+    pd.testing.assert_frame_equal(runs[0](collection.dev), runs[1](collection.dev))
+    assert not runs[0](collection.dev)["score"].equals(runs[2](collection.dev)["score"])
+
+
+def fit_into(collection, path, recipe, seed):
+    dance = make(collection, path, recipe=recipe, seed=seed)
+    fit(collection, dance)
+    return dance
+
+
+def test_rescoring_keeps_rows_and_columns_and_equals_the_dense_scores(collection, fitted):
+    dance = fitted[0]
+    candidates = (collection.bm25 % 50)(collection.dev).assign(
+        title="kept", docid=np.arange(len((collection.bm25 % 50)(collection.dev)))
+    )
+    rescored = dance(candidates)
+    assert len(rescored) == len(candidates) and rescored["docno"].tolist() == candidates["docno"].tolist()
+    assert set(candidates.columns) - {"docid"} <= set(rescored.columns) and (rescored["title"] == "kept").all()
+    queries = dict(zip(collection.dev["qid"], dance.encoder.encode_queries(collection.dev["query"].tolist())))
+    documents = dance.encoder.encode_docs(collection.corpus.texts(candidates["docno"].tolist()))
+    expected = [queries[qid] @ vector for qid, vector in zip(candidates["qid"], documents)]
+    np.testing.assert_allclose(rescored["score"], expected, atol=1e-5)
+    in_rank_order = rescored.sort_values(["qid", "rank"]).groupby("qid")["score"].apply(lambda s: s.is_monotonic_decreasing)
+    assert in_rank_order.all()
+    nothing = dance(candidates.iloc[:0])
+    assert len(nothing) == 0 and list(nothing.columns) == list(rescored.columns)
+    assert list(dance(collection.dev.iloc[:0]).columns) == list(dance(collection.dev).columns)
+
+
+def test_compositions_work_in_an_experiment(collection, fitted):
+    dance = fitted[0]
+    systems = [
+        collection.bm25, dance, collection.bm25 % 20 >> dance, collection.bm25 % 20 + dance % 20,
+        (collection.bm25 % 20) | (dance % 20), (collection.bm25 % 20) >> (dance ** dance), dance % 3,
+    ]  # fmt: skip
+    results = [system(collection.dev.head(5)) for system in systems]
+    assert all(len(result) for result in results)
+    assert results[6].groupby("qid").size().max() == 3
+    compiled = (collection.bm25 % 20 >> dance).compile()
+    pd.testing.assert_frame_equal(compiled(collection.dev.head(5)), results[2])
+
+
+def test_save_and_load_give_the_same_run(collection, fitted, tmp_path):
+    dance = fitted[0]
+    expected = dance(collection.dev)
+    dance.save(tmp_path / "saved")
+    for opened in (
+        DanceRetriever.load(dance.path), DanceRetriever.load(tmp_path / "saved"), pt.Artifact.load(tmp_path / "saved"),
+    ):  # fmt: skip
+        pd.testing.assert_frame_equal(opened(collection.dev), expected)
+        pd.testing.assert_frame_equal(opened.history, dance.history)
+        assert opened.encoder.fingerprint == dance.encoder.fingerprint
+    with pytest.raises(FileExistsError, match="saved"):
+        dance.save(tmp_path / "saved")
+
+
+def test_a_finished_fit_is_not_repeated_and_other_settings_are_refused(collection, fitted):
+    dance = fitted[0]
+    stamps = {path: path.stat().st_mtime_ns for path in dance.path.rglob("*.safetensors")}
+    again = make(collection, dance.path, recipe=dance.recipe, measure=dance.measure)
+    fit(collection, again)
+    assert stamps == {path: path.stat().st_mtime_ns for path in dance.path.rglob("*.safetensors")}
+    pd.testing.assert_frame_equal(again.history, dance.history)
+    other = make(collection, dance.path, recipe=dance.recipe, measure=dance.measure, seed=7)
+    with pytest.raises(ValueError, match="seed was 42, is 7"):
+        fit(collection, other)
+
+
+def test_early_stopping_keeps_the_best_round(collection, tmp_path):
+    # a learning rate that wrecks the encoder from the second round on
+    recipe = recipes.ance(3, loss="contrastive", **FAST)
+    recipe[1:] = [Round(negatives=recipes.current_model, learning_rate=50.0, batch_size=32, name="wreck")] * 3
+    dance = make(collection, tmp_path / "run", recipe=recipe, patience=1)
+    fit(collection, dance)
+    assert len(dance.history) == 2 and dance.history["nDCG@10"].idxmax() == 0
+    assert dance.encoder.fingerprint == dance.retriever(round=1).index.fingerprint
+
+
+def test_plain_topics_start_with_in_batch_negatives(collection, tmp_path):
+    dance = make(collection, tmp_path / "run", recipe=recipes.ance(1, **FAST))
+    assert dance.fit(collection.train, collection.qrels) is dance
+    assert dance.history["loss"].tolist() == ["contrastive", "pairwise"]
+    assert dance.history["negatives_per_query"].tolist()[0] == 0
+
+
+def test_negatives_from_lists_and_functions_of_the_dense_retriever(collection, tmp_path):
+    mixed = [(collection.bm25 % 30, 1.0), (lambda dense: collection.bm25 % 10 >> dense, 2.0), lambda dense: dense % 15]
+    dance = make(collection, tmp_path / "run", recipe=[Round(negatives=mixed, negatives_per_query=8, **FAST)])
+    dance.fit(collection.train, collection.qrels)
+    negatives, report = RunFolder(dance.path).read_frame(1, "negatives")
+    assert report["negatives"] == len(negatives) and negatives.groupby("qid").size().max() == 8
+
+
+def test_silent_without_verbose(collection, tmp_path, capfd):
+    dance = make(collection, tmp_path / "run", recipe=recipes.dance(ance_rounds=0, **FAST))
+    dance.fit(collection.train, collection.qrels, collection.dev, collection.qrels)
+    dance(collection.dev)
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == ""
+
+
+def test_repr_is_short_and_attributes_are_found(collection, tmp_path):
+    dance = make(collection, tmp_path / "run", num_results=77)
+    assert repr(dance) == f"DanceRetriever({str(tmp_path / 'run')!r})"
+    attributes = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(dance)}
+    assert attributes["num_results"] == 77 and attributes["corpus"] is collection.corpus
+
+
+def test_fitting_needs_the_documents(collection, fitted, tmp_path):
+    fitted[0].save(tmp_path / "saved")
+    assert DanceRetriever.load(tmp_path / "saved").corpus == fitted[0].corpus
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "saved", tmp_path / "elsewhere" / "moved")
+    loaded = DanceRetriever.load(tmp_path / "elsewhere" / "moved")
+    assert len(loaded(collection.dev)) > 0
+    with pytest.raises(ValueError, match="corpus="):
+        loaded.fit(collection.train, collection.qrels)
+
+
+def test_damaged_metadata_is_named(fitted, tmp_path):
+    fitted[0].save(tmp_path / "saved")
+    meta = tmp_path / "saved" / "pt_meta.json"
+    good = json.loads(meta.read_text())
+    for change, message in (
+        ({"round": "1"}, "'round'"), ({"round": 9}, "round 9"), ({"history": 3}, "'history'"), ({"type": "x"}, "'x'"),
+    ):  # fmt: skip
+        meta.write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match=message):
+            DanceRetriever.load(tmp_path / "saved")
+    meta.write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        DanceRetriever.load(tmp_path / "saved")
+    with pytest.raises(FileNotFoundError, match="no fitted DanceRetriever"):
+        DanceRetriever.load(tmp_path)
+
+
+@lru_cache
+def uninspected() -> DanceRetriever:
+    """A retriever with neither index nor folder."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    corpus = Corpus.build(standard_library(), folder / "corpus", verbose=False)
+    encoder = DualEncoder.static(standard_library().documents["text"].head(20), dim=8, vocab_size=500)
+    return DanceRetriever(encoder, corpus, folder / "run")
+
+
+class TestTransformerContract(pt.testing.transformer_test_class(uninspected)):
+    """PyTerrier's own checks of inputs, outputs and schematics."""
+
+    def test_inspection_makes_no_index(self):
+        outputs = pt.inspect.transformer_outputs(self.transformer, ["qid", "query"])
+        assert set(outputs) == {"qid", "query", "docno", "score", "rank"}
+        assert not self.transformer.path.exists()
+
+
+def test_dense_retriever_is_what_transform_uses(fitted):
+    assert isinstance(fitted[0].retriever(), DenseRetriever)
+    assert fitted[0].retriever(5).num_results == 5
