@@ -179,7 +179,11 @@ class DenseIndex(FlexIndex):
         opened = self.open()
         result: list[Any] = [opened.meta]
         if return_dvecs:
-            result.insert(0, opened.vectors)
+            if self._dvecs is None:
+                # pyterrier_dr reads every memory as float32, so half-precision vectors are given to it in full.
+                half = opened.vectors.dtype.itemsize == 2
+                self._dvecs = opened.vectors.astype(np.float32) if half else opened.vectors
+            result.insert(0, self._dvecs)
         if return_docnos:
             result.insert(0, opened.lookup)
         return result

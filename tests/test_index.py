@@ -133,7 +133,12 @@ def test_float16(make):
     both = a.merge(b, on=["qid", "docno"])
     assert len(both) == len(a) and np.abs(both["score_x"] - both["score_y"]).max() < 2e-3
     assert half.retriever(5)(a)["score"].isin(b["score"]).all()
-    # pyterrier_dr must not take half-precision numbers for single ones.
+    # pyterrier_dr must not take half-precision numbers for single ones: its retrievers get them in full from the index,
+    # and on its own it refuses the folder.
+    vectors = half.given_encoder.query_encoder()(queries())
+    for theirs in (half.torch_retriever(num_results=300), half.np_retriever(num_results=300)):
+        both = b.merge(theirs(vectors), on=["qid", "docno"])
+        assert len(both) == len(b) and np.abs(both["score_x"] - both["score_y"]).max() < 1e-5
     with pytest.raises((AssertionError, FileNotFoundError)):
         len(FlexIndex(str(half.index_path)))
     assert DenseIndex(half.index_path, verbose=False).open().vectors.dtype == np.float16
