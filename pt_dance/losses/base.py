@@ -202,8 +202,18 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
     def _embed(self, features: list[dict[str, Tensor]]) -> list[Tensor]:
         # Texts of one kind share forward passes: they have about the same length and, of two towers, the same one.
         negatives, query_negatives = self._split(features)
-        queries = embed_columns(self.model, [features[0], *query_negatives], separate_first=False)
-        documents = embed_columns(self.model, [features[1], *negatives], separate_first=False)
+        queries, documents = [features[0], *query_negatives], [features[1], *negatives]
+        if all("offsets" in column for column in features):
+            # A static tower's whole table is the gradient of each forward pass, so one pass for all columns it reads
+            # is worth more than anything else.
+            if len({column.get("task") for column in features}) == 1:
+                embedded = _embed_bags(self.model, queries + documents)
+            else:
+                embedded = _embed_bags(self.model, queries) + _embed_bags(self.model, documents)
+            queries, documents = embedded[: len(queries)], embedded[len(queries) :]
+        else:
+            queries = embed_columns(self.model, queries, separate_first=False)
+            documents = embed_columns(self.model, documents, separate_first=False)
         return [queries[0], *documents, *queries[1:]]
 
     def _row_numbers(self, labels: Tensor | None) -> np.ndarray:
@@ -293,6 +303,17 @@ def check_number(
     if not good:
         bound = f"{lowest} or more" if lowest is not None else f"above {above}"
         raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, {bound}; it is {value!r}.")
+
+
+def _embed_bags(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor]:
+    """Embed columns of token bags (``input_ids`` of all texts in a row, ``offsets`` of each) in one forward pass."""
+    starts = np.cumsum([0] + [len(column["input_ids"]) for column in columns])
+    merged = {
+        **columns[0],
+        "input_ids": torch.cat([column["input_ids"] for column in columns]),
+        "offsets": torch.cat([column["offsets"] + int(start) for column, start in zip(columns, starts, strict=False)]),
+    }
+    return list(model(merged)["sentence_embedding"].split([len(column["offsets"]) for column in columns]))
 
 
 def _full_precision(embeddings: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from pt_dance import losses
 from pt_dance._reading import prompt_for
 from pt_dance.training.examples import EpochBatchSampler, Examples, columns_of
+from pt_dance.training.token_cache import TokenCache
 
 STATIC_LEARNING_RATE = 1e-2
 TRANSFORMER_LEARNING_RATE = 2e-5
@@ -80,7 +82,14 @@ def train(encoder, examples: Examples, round_, folder: str | Path, *, seed: int,
         round_.loss, encoder.model, examples.rows,
         **{"similarity": encoder.similarity, **round_.loss_options},
     )  # fmt: skip
-    trainer = RoundTrainer(model=encoder.model, args=arguments, loss=loss, examples=examples, verbose=verbose)
+    collator = SentenceTransformerDataCollator(
+        preprocess_fn=TokenCache(encoder.model).preprocess if encoder.is_static else encoder.model.preprocess,
+        router_mapping=arguments.router_mapping,
+        prompts=arguments.prompts,
+    )
+    trainer = RoundTrainer(
+        model=encoder.model, args=arguments, loss=loss, data_collator=collator, examples=examples, verbose=verbose
+    )
     checkpoint = get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     encoder.model.eval()
@@ -107,6 +116,8 @@ def training_arguments(encoder, examples: Examples, round_, folder, *, seed: int
         eval_strategy="no",
         logging_strategy="steps",
         logging_steps=50,
+        # Adam's steps do not grow with the gradient, and the norm of a whole table costs a pass over it
+        max_grad_norm=0.0 if encoder.is_static else 1.0,
         report_to="none",
         disable_tqdm=not verbose,
         use_cpu=encoder.device.type == "cpu",
