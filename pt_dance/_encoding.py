@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Router
 from torch import nn
 
-from pt_dance._reading import Reader, reader_for
+from pt_dance._reading import Reader, TransformerReader, reader_for
 
 READ_AT_ONCE = 1024
 """Texts tokenised in one go: what waits in memory besides the batches in flight."""
@@ -58,9 +58,9 @@ def batches(reader: Reader, texts: list[str], budget: int, most: int) -> Iterato
 
 
 class Ahead:
-    """Iterates over ``items`` in a thread of its own, a few items ahead of its reader."""
+    """Iterates over ``items`` in a thread of its own, a few items ahead of its readers, who may be several threads."""
 
-    def __init__(self, items: Iterable, size: int = _BATCHES_AHEAD):
+    def __init__(self, items: Iterable, size: int):
         self._queue: queue.Queue = queue.Queue(size)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(items,), daemon=True, name="pt_dance-tokenizer")
@@ -81,24 +81,30 @@ class Ahead:
                 return True
         return False
 
-    def __enter__(self) -> Iterator:
+    def __enter__(self) -> Ahead:
         self._thread.start()
-        return iter(self)
+        return self
 
     def __iter__(self) -> Iterator:
-        while True:
-            kind, value = self._queue.get()
-            if kind == "end":
-                return
+        while not self._stopped.is_set():
+            try:
+                kind, value = self._queue.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if kind == "item":
+                yield value
+                continue
+            self._put((kind, value))  # for the other readers
             if kind == "error":
                 raise value
-            yield value
+            return
+
+    def stop(self) -> None:
+        """Let the readers and the thread come to an end."""
+        self._stopped.set()
 
     def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()
+        self.stop()
         self._thread.join()
 
 
@@ -156,35 +162,113 @@ def encode(
     Returns:
         Array (len(texts), dim), float32, in the order of ``texts``.
     """
+    texts = list(texts)
     vectors = np.empty((len(texts), dim), np.float32)
-    waiting: list[tuple[np.ndarray, torch.Tensor]] = []
-    rows_waiting = 0
-    # Copying vectors off a GPU waits for the work queued there, so it is done for many batches at once.
-    rows_per_copy = 1 if model.device.type == "cpu" else _ROWS_PER_COPY
     reader = reader_for(model, task)
-    with evaluating(model), torch.no_grad():
-        with Ahead(batches(reader, list(texts), budget, most or READ_AT_ONCE)) as ready:
-            for positions, features in ready:
-                waiting.append((positions, forward(model, features, task, bfloat16)))
-                rows_waiting += len(positions)
-                if rows_waiting >= rows_per_copy:
-                    _collect(vectors, waiting)
-                    rows_waiting = 0
-                if progress is not None:
-                    progress(len(positions))
-        _collect(vectors, waiting)
+    workers = _workers(model, reader, texts, budget)
+    cut = batches(reader, texts, budget, most or READ_AT_ONCE)
+    if model.device.type == "cuda":
+        cut = ((positions, {k: _pinned(v) for k, v in features.items()}) for positions, features in cut)
+    run = _in_parallel if workers > 1 else _in_turn
+    with (
+        evaluating(model),
+        Ahead(cut, _BATCHES_AHEAD + workers) as ready,
+        contextlib.closing(run(model, ready, task, bfloat16, vectors, workers)) as running,
+    ):
+        for done in running:
+            if progress is not None:
+                progress(done)
     if bfloat16 and len(vectors) and isinstance(model[-1], Normalize):
         # Lengths computed in bfloat16 are off by up to 1e-3, which would pass for differences in score.
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return vectors
 
 
-def _collect(vectors: np.ndarray, waiting: list[tuple[np.ndarray, torch.Tensor]]) -> None:
-    if waiting:
-        vectors[np.concatenate([positions for positions, _ in waiting])] = (
-            torch.cat([part for _, part in waiting]).cpu().numpy()
-        )
-        waiting.clear()
+def _workers(model: SentenceTransformer, reader: Reader, texts: list[str], budget: int) -> int:
+    """How many batches to run at once."""
+    if model.device.type != "cpu" or not isinstance(reader, TransformerReader):
+        return 1
+    if any(getattr(getattr(module, "config", None), "output_hidden_states", False) for module in model.modules()):
+        return 1  # recording them is not safe between threads in every release of transformers
+    # A token is four characters or so; with less than a batch each, threads had better share a batch.
+    threads = torch.get_num_threads()
+    return threads if sum(map(len, texts)) // 4 >= threads * budget else 1
+
+
+def _pinned(value: Any) -> Any:
+    return value.pin_memory() if isinstance(value, torch.Tensor) else value
+
+
+def _in_turn(
+    model: SentenceTransformer, ready: Ahead, task: str, bfloat16: bool, vectors: np.ndarray, workers: int
+) -> Iterator[int]:
+    """One batch after the other; yields how many texts are done."""
+    waiting: list[tuple[np.ndarray, torch.Tensor]] = []
+    rows = 0
+    # Copying vectors off a GPU waits for the work queued there, so it is done for many batches at once.
+    rows_per_copy = 1 if model.device.type == "cpu" else _ROWS_PER_COPY
+
+    def collect() -> None:
+        if waiting:
+            done = torch.cat([part for _, part in waiting]).cpu().numpy()
+            vectors[np.concatenate([positions for positions, _ in waiting])] = done
+            waiting.clear()
+
+    for positions, features in ready:
+        with torch.no_grad():
+            waiting.append((positions, forward(model, features, task, bfloat16)))
+        rows += len(positions)
+        if rows >= rows_per_copy:
+            collect()
+            rows = 0
+        yield len(positions)
+    collect()
+
+
+def _in_parallel(
+    model: SentenceTransformer, ready: Ahead, task: str, bfloat16: bool, vectors: np.ndarray, workers: int
+) -> Iterator[int]:
+    """A batch for every core; yields how many texts are done.
+
+    On a CPU this beats sharing every operation between the cores: no core waits for another after each of the hundreds
+    of operations of a forward pass, and a batch stays in its core's cache.
+    """
+    results: queue.SimpleQueue = queue.SimpleQueue()
+    threads_before = torch.get_num_threads()
+    started = threading.Barrier(workers + 1)
+
+    def work() -> None:
+        try:
+            torch.set_num_threads(1)
+            started.wait()
+            with torch.no_grad():
+                for positions, features in ready:
+                    vectors[positions] = forward(model, features, task, bfloat16).numpy()
+                    results.put(len(positions))
+            results.put(None)
+        except BaseException as error:  # it is raised again in the thread that asked
+            results.put(error)
+
+    threads = [threading.Thread(target=work, daemon=True, name="pt_dance-encoder") for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        started.wait()
+        # The setting is each thread's own, but new threads begin with the one that was made last.
+        torch.set_num_threads(threads_before)
+        at_work = workers
+        while at_work:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            if result is None:
+                at_work -= 1
+            else:
+                yield result
+    finally:
+        ready.stop()
+        for thread in threads:
+            thread.join()
 
 
 def checked(texts: Iterable[str], task: str) -> list[str]:

@@ -273,3 +273,11 @@ def read_meta(folder: Path, kind: str) -> dict[str, Any]:
     if not isinstance(meta.setdefault("settings", {}), dict):
         raise ValueError(f"{file} is damaged: its settings are {meta['settings']!r}.")
     return meta
+
+
+def name_of(model: str | os.PathLike | SentenceTransformer) -> str:
+    """A short name for people: the last part of a folder or hub name."""
+    if not isinstance(model, SentenceTransformer):
+        return Path(str(model)).name
+    base = model.model_card_data.base_model
+    return Path(base).name if base else type(model[0]).__name__

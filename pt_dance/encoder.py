@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,19 @@ import pyterrier as pt
 import torch
 from pyterrier_dr import BiEncoder, SimFn
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Router, StaticEmbedding
 
-from pt_dance import _encoding, _files, _models, _probe, _towers
+from pt_dance import _encoding, _models, _probe
+from pt_dance._encoder_builders import EncoderBuilders
+from pt_dance._encoder_files import EncoderFiles
 from pt_dance._encoder_transformers import HANDED_OVER, DocEncoder, QueryEncoder, TextScorer
 from pt_dance._fingerprint import fingerprint as _fingerprint
 from pt_dance._reading import prompt_for
 
 DTYPES = ("float32", "bfloat16", "auto")
-_SETTINGS = ("batch_size", "text_field", "dtype", "max_length")
 
 
-class DualEncoder(BiEncoder, pt.Artifact):
+class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
     """A sentence-transformers model that encodes queries and documents into one vector space.
 
     Used in a pipeline it encodes what it is given, as every :class:`pyterrier_dr.BiEncoder` does: queries get a
@@ -75,105 +75,20 @@ class DualEncoder(BiEncoder, pt.Artifact):
             raise ValueError(f"batch_size must be a positive number of texts, not {batch_size!r}.")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+        if not isinstance(text_field, str) or not text_field:
+            raise ValueError(f"text_field must be the name of a column, not {text_field!r}.")
         opened = _models.open_model(model, None if device is None else str(device))
         pt.Artifact.__init__(self, self.NO_PATH if isinstance(model, SentenceTransformer) else Path(model).expanduser())
         self.model = _models.with_ending(opened, _models.similarity_of(opened), device)
         if max_length is not None:
             _models.set_max_length(self.model, max_length)
-        self.name = _name(model)
+        self.name = _models.name_of(model)
         self.text_field = text_field
         self.verbose = verbose
         self.dtype = dtype
         self.max_length = max_length
         self.probe: dict[str, Any] | None = None
         self._batch_size = batch_size
-
-    # -- making one ----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def static(
-        cls,
-        texts: Iterable[str],
-        dim: int = 256,
-        vocab_size: int = 30000,
-        *,
-        seed: int = 42,
-        normalize: bool = True,
-        **kwargs: Any,
-    ) -> DualEncoder:
-        """A static tower from nothing: a WordPiece tokenizer trained on ``texts``, and random token embeddings.
-
-        A text's vector is the mean of its tokens' embeddings. These begin as random directions, as long as the token's
-        inverse document frequency: a random projection of tf-idf, which is about how the untrained encoder ranks. It
-        needs no download and is fast on a CPU. The same texts and seed give the same encoder, in any process.
-
-        Args:
-            texts: Any iterable of texts; it is read once, in bounded memory.
-            dim: Length of the vectors.
-            vocab_size: Tokens in the vocabulary at most.
-            seed: Fixes the embeddings; the global random state is neither read nor changed.
-            normalize: Whether vectors are scaled to length one (cosine similarity) or not (dot product).
-            **kwargs: Options of :class:`DualEncoder`.
-
-        Raises:
-            TypeError: If ``texts`` is one string, or a text is none; names its position.
-            ValueError: If there are no texts, or no words in them, or an option is out of range.
-        """
-        encoder = cls(_towers.static(texts, dim, vocab_size, seed, normalize), **kwargs)
-        encoder.name = "static"
-        return encoder
-
-    @classmethod
-    def static_from(
-        cls, model: str | os.PathLike | SentenceTransformer | DualEncoder, dim: int | None = None, **kwargs: Any
-    ) -> DualEncoder:
-        """A static tower from another model's token embeddings and tokenizer.
-
-        Args:
-            model: A model that begins with a transformer or a static tower; it is not changed.
-            dim: Length of the vectors: the principal components of the embeddings; all of them when ``None``.
-            **kwargs: Options of :class:`DualEncoder`.
-
-        Raises:
-            ValueError: If the model has no token embeddings or no fast tokenizer, or fewer dimensions than ``dim``.
-        """
-        encoder = cls(_towers.static_from(model.model if isinstance(model, DualEncoder) else model, dim), **kwargs)
-        encoder.name = f"static from {model.name if isinstance(model, DualEncoder) else _name(model)}"
-        return encoder
-
-    @classmethod
-    def two_towers(
-        cls,
-        query_model: str | os.PathLike | SentenceTransformer | DualEncoder,
-        doc_model: str | os.PathLike | SentenceTransformer | DualEncoder,
-        shared_projection: int | Dense | None = None,
-        *,
-        similarity: str | None = None,
-        seed: int = 42,
-        **kwargs: Any,
-    ) -> DualEncoder:
-        """One tower for queries and one for documents: ADE, or ADE-SPL with a shared projection.
-
-        Source: Moiseev et al., SamToNe (Findings of ACL 2023), section 3. The towers are copies, also when the same
-        model is given twice, and keep their own maximum lengths.
-
-        Args:
-            query_model: Model of the query tower.
-            doc_model: Model of the document tower; its vectors must be as long as the query tower's.
-            shared_projection: Output dimension of a linear layer (no bias, no activation) that both towers go through,
-                or that layer itself; none when ``None``.
-            similarity: ``"cosine"`` or ``"dot"``; that of both models when ``None``.
-            seed: Fixes the projection's first weights; the global random state is neither read nor changed.
-            **kwargs: Options of :class:`DualEncoder`; ``max_length`` applies to both towers.
-
-        Raises:
-            ValueError: If the towers' vectors differ in length, or their similarities differ and none is given.
-        """
-        models = [model.model if isinstance(model, DualEncoder) else model for model in (query_model, doc_model)]
-        encoder = cls(_towers.two_towers(*models, shared_projection, similarity, seed), **kwargs)
-        names = [model.name if isinstance(model, DualEncoder) else _name(model) for model in (query_model, doc_model)]
-        encoder.name = " + ".join(dict.fromkeys(names)) + (" (two towers)" if names[0] == names[1] else "")
-        return encoder
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -274,7 +189,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         dim = self.dim
         if not texts:
             return np.empty((0, dim), np.float32)
-        plan = _probe.plan(self.model, texts, task, self.dtype)
+        plan = _probe.plan(self.model, texts, task, self.dtype, dim)
         if plan.measured is not None:
             self.probe = plan.measured
         unit = "query" if task == "query" else "doc"
@@ -367,7 +282,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         # Outside inspection exactly one mode is set; inspection asks with frames that match none.
         return getattr(self, v.mode)()(inp) if v.mode else inp
 
-    # -- copies, files -------------------------------------------------------------------------------------------
+    # -- identity ------------------------------------------------------------------------------------------------
 
     def copy(self) -> DualEncoder:
         """A deep copy, with weights of its own."""
@@ -377,81 +292,13 @@ class DualEncoder(BiEncoder, pt.Artifact):
         """A deep copy that compares vectors by ``"cosine"`` or ``"dot"``; only the normalisation differs."""
         made = self.copy()
         made.model = _models.with_ending(made.model, similarity)
+        made.path = self.NO_PATH
         return made
 
-    def save(self, path: str | os.PathLike) -> DualEncoder:
-        """Write a sentence-transformers folder (safetensors); it is written beside and renamed when complete.
-
-        Args:
-            path: The folder to make.
-
-        Returns:
-            The encoder itself, whose ``path`` is now that folder.
-
-        Raises:
-            FileExistsError: If there is something at ``path`` already.
-        """
-        path = Path(path).expanduser()
-        if path.exists():
-            raise FileExistsError(f"{path} exists already; give a new folder.")
-        building = _files.building_path(path)
-        _files.remove_folder(building)
-        building.mkdir(parents=True)
-        self._write(building)
-        _files.publish_folder(building, path)
-        self.path = path
-        return self
-
-    def _write(self, folder: Path) -> None:
-        with _models.no_bars():
-            self.model.save(str(folder), create_model_card=self.model._model_card_text is not None)
-        settings = {name: getattr(self, f"_{name}", getattr(self, name)) for name in _SETTINGS}
-        _files.write_json(
-            folder / "pt_meta.json",
-            {
-                "type": self.ARTIFACT_TYPE,
-                "format": self.ARTIFACT_FORMAT,
-                "package_hint": self.ARTIFACT_PACKAGE_HINT,
-                "name": self.name,
-                "fingerprint": self.fingerprint,
-                "similarity": self.similarity,
-                "settings": settings,
-            },
-        )
-
-    @classmethod
-    def load(cls, path: str | os.PathLike, **kwargs: Any) -> DualEncoder:
-        """Open a folder; options that are not given are those it was saved with.
-
-        Args:
-            path: A folder written by :meth:`save`, or any sentence-transformers folder.
-            **kwargs: Options of :class:`DualEncoder`.
-
-        Raises:
-            FileNotFoundError: If there is no such folder.
-            ValueError: If it holds no model that can be read.
-        """
-        path = Path(path).expanduser()
-        if not path.is_dir():
-            raise FileNotFoundError(f"There is no encoder folder {path}.")
-        meta = _models.read_meta(path, cls.ARTIFACT_TYPE)
-        saved = meta.get("settings", {})
-        settings = {name: saved[name] for name in ("batch_size", "text_field", "dtype") if name in saved}
-        encoder = cls(path, **(settings | kwargs))
-        encoder.name = meta.get("name", encoder.name)
-        return encoder
-
-    def build_package(self, package_path: str | None = None, **kwargs: Any) -> str:
-        """Package the encoder as it is now, saved or not; see :meth:`pyterrier.Artifact.build_package`."""
-        if package_path is None:
-            if self.path is self.NO_PATH:
-                raise ValueError("Say where to write the package: this encoder has not been saved to a folder.")
-            package_path = f"{self.path}.tar.lz4"
-        with tempfile.TemporaryDirectory() as folder:
-            self._write(Path(folder))
-            return pt.Artifact(folder).build_package(package_path, **kwargs)
-
-    # -- identity ------------------------------------------------------------------------------------------------
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not isinstance(self.path, Path):
+            self.path = self.NO_PATH  # which PyTerrier compares by identity
 
     def _key(self) -> tuple:
         return (self.fingerprint, self.text_field, self.dtype, self.verbose)
@@ -464,10 +311,3 @@ class DualEncoder(BiEncoder, pt.Artifact):
 
     def __repr__(self) -> str:
         return f"DualEncoder({self.name!r})"
-
-
-def _name(model: str | os.PathLike | SentenceTransformer) -> str:
-    if not isinstance(model, SentenceTransformer):
-        return Path(str(model)).name
-    base = model.model_card_data.base_model
-    return Path(base).name if base else type(model[0]).__name__
