@@ -65,8 +65,8 @@ class EncoderBuilders:
         Raises:
             ValueError: If the model has no token embeddings or no fast tokenizer, or fewer dimensions than ``dim``.
         """
-        encoder = cls(_towers.static_from(model.model if isinstance(model, DualEncoder) else model, dim), **kwargs)
-        encoder.name = f"static from {model.name if isinstance(model, DualEncoder) else _models.name_of(model)}"
+        encoder = cls(_towers.static_from(_model_of(model), dim), **kwargs)
+        encoder.name = f"static from {_name_of(model)}"
         return encoder
 
     @classmethod
@@ -97,11 +97,16 @@ class EncoderBuilders:
         Raises:
             ValueError: If the towers' vectors differ in length, or their similarities differ and none is given.
         """
-        models = [model.model if isinstance(model, DualEncoder) else model for model in (query_model, doc_model)]
-        encoder = cls(_towers.two_towers(*models, shared_projection, similarity, seed), **kwargs)
-        names = [
-            model.name if isinstance(model, DualEncoder) else _models.name_of(model)
-            for model in (query_model, doc_model)
-        ]
+        opened = [_model_of(model) for model in (query_model, doc_model)]
+        encoder = cls(_towers.two_towers(*opened, shared_projection, similarity, seed), **kwargs)
+        names = [_name_of(model) for model in (query_model, doc_model)]
         encoder.name = " + ".join(dict.fromkeys(names)) + (" (two towers)" if names[0] == names[1] else "")
         return encoder
+
+
+def _model_of(model: Any) -> Any:
+    return model.model if isinstance(model, EncoderBuilders) else model
+
+
+def _name_of(model: Any) -> str:
+    return model.name if isinstance(model, EncoderBuilders) else _models.name_of(model)
