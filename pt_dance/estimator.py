@@ -17,7 +17,7 @@ from pt_dance._files import publish_folder, write_json
 from pt_dance.corpus import Corpus
 from pt_dance.encoder import DualEncoder
 from pt_dance.index import DenseIndex
-from pt_dance.mining import mine_documents, mine_queries, needs_dense, positive_pairs, resolve_source
+from pt_dance.mining import mine_documents, mine_queries, needs_dense, positive_pairs, resolve_source, share_of
 from pt_dance.recipes import Round, check_recipe
 from pt_dance.recipes import dance as dance_recipe
 from pt_dance.retriever import DenseRetriever
@@ -25,7 +25,9 @@ from pt_dance.training.examples import build_examples
 from pt_dance.training.inputs import TrainingInput, check_training_input
 from pt_dance.training.run_folder import META, RunFolder, read_json, read_meta
 from pt_dance.training.settings import fit_settings
+from pt_dance.training.teacher import TeacherScores
 from pt_dance.training.trainer import train
+from pt_dance.training.validation import validate
 
 
 class DanceRetriever(pt.Estimator, pt.Artifact):
@@ -57,6 +59,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         measure=nDCG @ 10,
         seed: int = 42,
         patience: int | None = None,
+        keep: str = "all",
         verbose: bool = True,
     ):
         """Prepares a run; nothing is encoded or trained yet.
@@ -73,6 +76,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
                 first one says which round is best.
             seed: fixes mining, order of training and dropout: on a CPU two fits with one seed give the same weights.
             patience: stops when this many rounds in a row were not better than the best; None never stops early.
+            keep: "all" keeps the index of every round; "best" drops those of rounds that are neither the best nor the
+                last, so that disk use does not grow with the rounds. Encoders are always kept.
             verbose: shows progress and a line a round.
 
         Raises:
@@ -86,6 +91,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             raise ValueError(f"num_results={num_results!r} must be a whole number of at least 1")
         if patience is not None and patience < 1:
             raise ValueError(f"patience={patience!r} must be at least 1, or None")
+        if keep not in ("all", "best"):
+            raise ValueError(f"keep={keep!r} is unknown; choose 'all' or 'best'")
         self.recipe = check_recipe(dance_recipe() if recipe is None else recipe)
         self.measure = measure
         self.measures = list(measure) if isinstance(measure, (list, tuple)) else [measure]
@@ -94,6 +101,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self.num_results = num_results
         self.seed = seed
         self.patience = patience
+        self.keep = keep
         self.verbose = verbose
         self.corpus = corpus if corpus is None or isinstance(corpus, Corpus) else self._own_corpus(corpus)
         self.initial_encoder = encoder
@@ -132,6 +140,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             dense = self._retriever
         else:
             number = self._round if round is None else round
+            if number != self._round and number != 0 and not (self._run.round(number) / "trained.json").exists():
+                raise ValueError(f"round={round!r} was not trained in {str(self.path)!r}; it has rounds 0 to {len(self._history)}")
             dense = self._refreshed(number).retriever(num_results=self.num_results)
             if round is None:
                 self._retriever = dense
@@ -198,6 +208,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
                 if self.verbose:
                     print(_line(row, len(self.recipe), self.measures))
             history.append(row)
+            if self.keep == "best":
+                self._run.drop_indexes(keep={self._best(history), number})
             if self.patience is not None and len(history) - self._best(history) >= self.patience:
                 break
         self._settle(self._best(history), history)
@@ -208,14 +220,17 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self, number: int, round_: Round, training: TrainingInput, validation: TrainingInput | None, pairs: pd.DataFrame
     ) -> dict:
         started = time.perf_counter()
-        negatives, mined = self._mine(number, round_, training, "negatives")
-        query_negatives, mined_queries = self._mine(number, round_, training, "query_negatives")
+        qids = share_of(training.topics["qid"], round_.share_of_queries, turn=number, seed=self.seed)
+        negatives, mined = self._mine(number, round_, training, qids, "negatives")
+        query_negatives, mined_queries = self._mine(number, round_, training, qids, "query_negatives")
         mining_done = time.perf_counter()
-        encoder, trained, trained_as = self._train(number, round_, training, pairs, negatives, query_negatives)
+        encoder, trained, trained_as = self._train(
+            number, round_, training, pairs, qids, negatives, query_negatives
+        )
         training_done = time.perf_counter()
         dense = self._refreshed(number).retriever(num_results=self.num_results)
         refresh_done = time.perf_counter()
-        measured = self._validate(dense, validation)
+        measured = {} if validation is None else validate(dense, validation, self.measures)
         return {
             "round": number,
             "name": round_.name or round_.loss,
@@ -234,7 +249,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         }
 
     def _mine(
-        self, number: int, round_: Round, training: TrainingInput, what: str
+        self, number: int, round_: Round, training: TrainingInput, qids: pd.Series, what: str
     ) -> tuple[pd.DataFrame | None, dict]:
         """Negatives of a round from its source; read back where they were mined before an interruption."""
         source = getattr(round_, what)
@@ -244,7 +259,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             return stored
         options = dict(
             depth=round_.depth, negatives=round_.negatives_per_query, sampling=round_.sampling,
-            rank_range=round_.rank_range, filters=round_.filters, seed=self.seed + 1000 * number, verbose=self.verbose,
+            rank_range=round_.rank_range, filters=round_.filters, seed=self.seed + 1000 * number, qids=qids,
+            verbose=self.verbose,
         )  # fmt: skip
         if what == "negatives":
             dense = self.retriever(round=number - 1) if needs_dense(source) else None
@@ -266,7 +282,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self._run.write_frame(number, what, frame, about)
         return frame, about
 
-    def _train(self, number, round_, training, pairs, negatives, query_negatives) -> tuple[DualEncoder, dict, str]:
+    def _train(self, number, round_, training, pairs, qids, negatives, query_negatives) -> tuple[DualEncoder, dict, str]:
         """Trains a copy of the last round's encoder and writes it; read back where that was done before."""
         folder = self._run.round(number) / "encoder"
         if negatives is None and round_.loss == "pairwise":
@@ -277,8 +293,11 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         encoder = self._encoder_of(number - 1).copy()
         if round_.similarity is not None:
             encoder = encoder.with_similarity(round_.similarity)
+        teacher = None
+        if round_.teacher is not None:
+            teacher = TeacherScores(round_.teacher, self.path / "teacher.sqlite", verbose=self.verbose)
         examples = build_examples(
-            training.topics, pairs, self.corpus, negatives=negatives, query_negatives=query_negatives,
+            training.topics, pairs, self.corpus, qids=qids, teacher=teacher, negatives=negatives, query_negatives=query_negatives,
             negatives_per_row=round_.negatives_per_row, query_negatives_per_row=round_.query_negatives_per_row,
             epochs=round_.epochs, seed=self.seed + 1000 * number,
         )  # fmt: skip
@@ -294,12 +313,6 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         """The index of a round's encoder, in a folder of its own; made where it is not there yet."""
         index = DenseIndex(self._run.round(number) / "index", self._encoder_of(number), verbose=self.verbose)
         return index if index.built() else index.index(self.corpus)
-
-    def _validate(self, dense: DenseRetriever, validation: TrainingInput | None) -> dict[str, float]:
-        if validation is None:
-            return {}
-        results = dense(validation.topics)
-        return {str(m): float(v) for m, v in pt.Evaluate(results, validation.qrels, metrics=self.measures).items()}
 
     def _best(self, history: list[dict]) -> int:
         """Number of the best round by the first validation measure; the last one where nothing was measured."""

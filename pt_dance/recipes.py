@@ -7,7 +7,9 @@ the method does; ``dataclasses.replace(round, ...)`` changes what you want chang
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+
+import pyterrier as pt
 
 from pt_dance import losses
 from pt_dance.mining.candidates import check_options
@@ -19,7 +21,8 @@ class Round:
     """One round: mine negatives, train, refresh the index, validate.
 
     Attributes:
-        loss: name of a loss in :mod:`pt_dance.losses` ("contrastive", "pairwise", "samtone", "margin_mse", ...).
+        loss: name of a loss in :mod:`pt_dance.losses` ("contrastive", "pairwise", "samtone", "margin_mse"), or a list of
+            (name, weight) or (name, weight, options) for a weighted sum.
         loss_options: options of that loss, ``dual=True`` and ``dual_weight`` among them.
         negatives: where document negatives come from: None (in-batch only), ``"first_stage"`` (the result frame that
             ``fit`` was given; in-batch only where plain topics came), a pipeline, a function from the current dense
@@ -33,6 +36,8 @@ class Round:
         negatives_per_row: how many document negatives a training row carries.
         query_negatives_per_row: how many query negatives a training row carries, where there are any.
         filters: false-negative filters, see :mod:`pt_dance.mining`.
+        share_of_queries: part of the training queries that is mined for and trained on in this round, taking turns.
+        teacher: any pipeline that scores (query, text) rows, for losses that learn from a teacher ("margin_mse").
         epochs: passes over the (query, positive) pairs.
         batch_size: rows of a batch.
         learning_rate: peak learning rate; None takes 2e-5 for transformers and 1e-2 for static towers.
@@ -45,7 +50,7 @@ class Round:
         name: what the round is called in the history.
     """
 
-    loss: str = "contrastive"
+    loss: str | Sequence = "contrastive"
     loss_options: Mapping[str, object] = field(default_factory=dict)
     negatives: object = FIRST_STAGE
     query_negatives: object = None
@@ -56,6 +61,8 @@ class Round:
     negatives_per_row: int = 1
     query_negatives_per_row: int = 1
     filters: Sequence = ()
+    share_of_queries: float = 1.0
+    teacher: object = None
     epochs: int = 1
     batch_size: int = 64
     learning_rate: float | None = None
@@ -79,6 +86,12 @@ class Round:
                 raise ValueError(f"{option}={value!r} must be a whole number of at least 1")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate!r} must be above 0")
+        if not 0 < self.share_of_queries <= 1:
+            raise ValueError(f"share_of_queries={self.share_of_queries!r} must be above 0 and at most 1")
+        if self.teacher is not None and not isinstance(self.teacher, pt.Transformer):
+            raise TypeError(f"teacher={self.teacher!r} must be a PyTerrier pipeline that scores (query, text) rows")
+        if self.teacher is None and "margin_mse" in self._losses():
+            raise ValueError("the loss 'margin_mse' learns from a teacher; give teacher=... (a pipeline that scores)")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup!r} must be a share of the steps, at least 0 and below 1")
         if self.similarity not in (None, "cosine", "dot"):
@@ -87,6 +100,9 @@ class Round:
             raise ValueError(
                 f"negatives_per_row={self.negatives_per_row} is more than negatives_per_query={self.negatives_per_query}"
             )
+
+    def _losses(self) -> list[object]:
+        return [part[0] for part in self.loss] if isinstance(self.loss, (list, tuple)) else [self.loss]
 
     @property
     def is_dual(self) -> bool:
@@ -186,12 +202,115 @@ def dance(
     return before + [first] * rounds + [last] * rounds
 
 
-def _merge(given: dict, options: Mapping[str, object]) -> dict:
+def samtone(
+    epochs: int = 1, *, sides: str = "query", temperature: float = 0.05, negatives: object = FIRST_STAGE, **options
+) -> list[Round]:
+    """SamToNe (Moiseev et al., Findings of ACL 2023, arXiv 2306.02516): the batch's other queries as negatives too.
+
+    Args:
+        epochs: passes over the training pairs.
+        sides: "query" adds query-query terms to the one softmax; "both" adds the mirrored loss with document-document
+            terms.
+        temperature: divides the cosines.
+        negatives: where hard negatives come from; None trains with the batch's own texts only.
+        **options: any other attribute of :class:`Round`.
+    """
+    loss = {"sides": sides, "temperature": temperature}
+    given = dict(name=f"samtone {sides}", loss="samtone", loss_options=loss, similarity="cosine", negatives=negatives)
+    return [Round(**_merge(given | dict(epochs=epochs), options))]
+
+
+def mnrl_dual(
+    epochs: int = 1, *, dual_weight: float = 1.0, document_weight: float = 1.0, temperature: float = 0.05,
+    negatives: object = FIRST_STAGE, query_negatives: object = "dense", **options
+) -> list[Round]:  # fmt: skip
+    """MNRL-Dual (S. He): cross-entropy over documents for the query, and over queries for the document.
+
+    Both directions have mined negatives beside those of the batch.
+
+    Args:
+        epochs: passes over the training pairs.
+        dual_weight: weight of ranking queries for documents; the source does not give it.
+        document_weight: weight of ranking documents for queries.
+        temperature: divides the similarities.
+        negatives: where document negatives come from.
+        query_negatives: where query negatives come from, see :class:`Round`.
+        **options: any other attribute of :class:`Round`.
+    """
+    loss = {"temperature": temperature, "dual": True, "dual_weight": dual_weight, "document_weight": document_weight}
+    given = dict(name="mnrl-dual", loss="contrastive", loss_options=loss, negatives=negatives)
+    return [Round(**_merge(given | dict(query_negatives=query_negatives, epochs=epochs), options))]
+
+
+def margin_mse(
+    teacher: pt.Transformer, epochs: int = 1, *, negatives: object = FIRST_STAGE, temperature: float = 1.0,
+    similarity: str | None = "dot", **options
+) -> list[Round]:  # fmt: skip
+    """Margin-MSE (Hofstätter et al., arXiv 2010.02666): the teacher's margin between positive and negative as target.
+
+    Args:
+        teacher: any pipeline that scores (query, text) rows; raw scores, not their sigmoid. Each pair is scored once.
+        epochs: passes over the training pairs.
+        negatives: where document negatives come from.
+        temperature: divides the similarities; below 1 lets cosines reach a teacher's margins.
+        similarity: "dot" as published; None leaves the encoder's.
+        **options: any other attribute of :class:`Round`.
+    """
+    given = dict(name="margin-mse", loss="margin_mse", loss_options={"temperature": temperature}, similarity=similarity)
+    return [Round(**_merge(given | dict(teacher=teacher, negatives=negatives, epochs=epochs), options))]
+
+
+def margin_mse_dual(
+    teacher: pt.Transformer, epochs: int = 1, *, dual_weight: float = 1.0, document_weight: float = 1.0,
+    query_negatives: object = "dense", **options
+) -> list[Round]:  # fmt: skip
+    """Margin-MSE-Dual (S. He): the teacher's margins in both directions, between documents and between queries.
+
+    Args:
+        teacher: as for :func:`margin_mse`; it also scores (query negative, document).
+        epochs: passes over the training pairs.
+        dual_weight: weight of the margins between queries; the source does not give it.
+        document_weight: weight of the margins between documents.
+        query_negatives: where query negatives come from, see :class:`Round`.
+        **options: any other option of :func:`margin_mse`.
+    """
+    loss = {"dual": True, "dual_weight": dual_weight, "document_weight": document_weight}
+    given = dict(name="margin-mse-dual", query_negatives=query_negatives, loss_options=loss)
+    return margin_mse(teacher, epochs, **_merge(given, options, known=False))
+
+
+def margin_mse_mnrl_dual(
+    teacher: pt.Transformer, epochs: int = 1, *, mnrl_weight: float = 1.0, mnrl_temperature: float = 0.05,
+    temperature: float = 1.0, dual_weight: float = 1.0, document_weight: float = 1.0, **options
+) -> list[Round]:  # fmt: skip
+    """Margin-MSE and MNRL together, in both directions: the next step that S. He's slides propose and never report.
+
+    Args:
+        teacher: as for :func:`margin_mse`.
+        epochs: passes over the training pairs.
+        mnrl_weight: weight of the cross-entropy against the squared margins.
+        mnrl_temperature: divides the cosines in the cross-entropy.
+        temperature: divides the similarities in the squared margins.
+        dual_weight: weight of the query direction of both.
+        document_weight: weight of the document direction of both.
+        **options: any other option of :func:`margin_mse_dual`.
+    """
+    parts = [
+        ("margin_mse", 1.0, {"temperature": temperature}),
+        ("contrastive", mnrl_weight, {"temperature": mnrl_temperature, "similarity": "cosine"}),
+    ]
+    rounds = margin_mse_dual(
+        teacher, epochs, dual_weight=dual_weight, document_weight=document_weight, **{"name": "margin-mse + mnrl dual", **options}
+    )
+    return [replace(r, loss=parts, loss_options={k: v for k, v in r.loss_options.items() if k != "temperature"}) for r in rounds]
+
+
+def _merge(given: dict, options: Mapping[str, object], *, known: bool = True) -> dict:
     """Options of the caller win; their loss options are added to the recipe's own."""
-    known = {f.name for f in fields(Round)}
-    unknown = sorted(set(options) - known)
+    names = {f.name for f in fields(Round)}
+    unknown = sorted(set(options) - names) if known else []
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}; a round takes {', '.join(sorted(known))}")
+        raise ValueError(f"unknown option {unknown[0]!r}; a round takes {', '.join(sorted(names))}")
     merged = given | dict(options)
     if "loss_options" in given and "loss_options" in options:
         merged["loss_options"] = {**given["loss_options"], **options["loss_options"]}

@@ -3,6 +3,7 @@
 Everything here works on data frames and NumPy arrays; a negative source is a PyTerrier pipeline.
 """
 
+from pt_dance.mining.candidates import share_of
 from pt_dance.mining.documents import mine_documents
 from pt_dance.mining.filters import MiningContext, NearDuplicate, PositiveMargin, RankRange, TeacherScore
 from pt_dance.mining.judgements import positive_pairs
@@ -21,4 +22,5 @@ __all__ = [
     "needs_dense",
     "positive_pairs",
     "resolve_source",
+    "share_of",
 ]

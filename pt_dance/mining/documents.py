@@ -27,6 +27,7 @@ def mine_documents(
     rank_range: tuple[int, int] | None = None,
     filters: Sequence[Filter] = (),
     seed: int = 42,
+    qids: pd.Series | None = None,
     query_block: int = 1000,
     verbose: bool = False,
 ) -> pd.DataFrame:
@@ -49,6 +50,7 @@ def mine_documents(
         rank_range: ``(first, last)``: only candidates with first <= rank < last, ranks starting at 0.
         filters: false-negative filters, applied in order, see :mod:`pt_dance.mining.filters`.
         seed: fixes the draw, which depends on nothing else but the ids.
+        qids: mine for these topics only; positives of all are removed all the same.
         query_block: how many queries are retrieved at a time; bounds memory, does not change the result.
         verbose: shows a progress bar and says how many queries got fewer negatives than asked.
 
@@ -74,6 +76,8 @@ def mine_documents(
     )
     pipelines = resolve_source(source)
     topics = topics.drop_duplicates("qid")
+    if qids is not None:
+        topics = topics[topics["qid"].isin(qids)]
     blocks = range(0, len(topics), query_block)
     if verbose:
         blocks = pt.tqdm(blocks, desc="mining documents", unit=f"{query_block} queries")

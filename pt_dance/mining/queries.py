@@ -30,6 +30,7 @@ def mine_queries(
     rank_range: tuple[int, int] | None = None,
     filters: Sequence[Filter] = (),
     seed: int = 42,
+    qids: pd.Series | None = None,
     document_block: int = 1000,
     verbose: bool = False,
 ) -> pd.DataFrame:
@@ -53,6 +54,7 @@ def mine_queries(
         rank_range: as in :func:`mine_documents`.
         filters: as in :func:`mine_documents`.
         seed: fixes the draw.
+        qids: mine for the positive documents of these topics only; all topics are candidates all the same.
         document_block: how many documents are searched with at a time; bounds memory, does not change the result.
         verbose: shows a progress bar and says how many documents got fewer negatives than asked.
 
@@ -76,7 +78,8 @@ def mine_queries(
         filters=filters,
         seed=seed,
     )
-    documents = pairs["docno"].drop_duplicates().reset_index(drop=True)
+    wanted = pairs if qids is None else pairs[pairs["qid"].isin(qids)]
+    documents = wanted["docno"].drop_duplicates().reset_index(drop=True)
     if isinstance(source, pt.Transformer) and not hasattr(source, "encode_queries"):
         if corpus is None:
             raise ValueError("mining queries with a pipeline needs corpus=..., whose texts are the pipeline's queries")

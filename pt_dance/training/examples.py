@@ -81,7 +81,8 @@ def build_examples(
     query_negatives_per_row: int = 1,
     epochs: int = 1,
     seed: int = 42,
-    teacher_scores=None,
+    qids: pd.Series | None = None,
+    teacher=None,
 ) -> Examples:
     """Makes the training rows of one round.
 
@@ -96,8 +97,8 @@ def build_examples(
         query_negatives_per_row: mined queries in a row.
         epochs: epochs to draw for; each pair meets other negatives in each epoch as long as its pool lasts.
         seed: fixes the draw.
-        teacher_scores: function from arrays of query texts' numbers and document rows to float32 scores, see
-            ``pt_dance.training.teacher``; None where the loss has no teacher.
+        qids: train on the pairs of these topics only (the masks still know all pairs); None trains on all.
+        teacher: ``TeacherScores`` for losses that learn from a teacher.
 
     Returns:
         The examples.
@@ -108,6 +109,9 @@ def build_examples(
     relevance = csr_matrix(
         (np.ones(len(pairs), dtype=bool), (pair_query, pair_document)), shape=(len(texts), len(corpus))
     )
+    if qids is not None:
+        chosen = pairs["qid"].isin(qids).to_numpy()
+        pair_query, pair_document = pair_query[chosen], pair_document[chosen]
     # two topics of one text give the same pair twice
     unique = np.unique(pair_query.astype(np.int64) * len(corpus) + pair_document)
     pair_query, pair_document = unique // len(corpus), unique % len(corpus)
@@ -126,8 +130,8 @@ def build_examples(
         ),
         relevance=relevance,
     )
-    if teacher_scores is not None:
-        rows = teacher_scores(rows)
+    if teacher is not None:
+        rows = teacher.of(rows, texts, corpus)
     return Examples(_lazy_dataset(rows, texts, corpus), rows, number, epochs)
 
 

@@ -81,6 +81,12 @@ class RunFolder:
         write_json(self.round(number) / "round.json", row)
         remove_folder(self.round(number) / "checkpoints")
 
+    def drop_indexes(self, keep: set[int]) -> None:
+        """Removes the indexes of all rounds but these, to save disk; they can be made again from the encoders."""
+        for folder in sorted((self.path / "rounds").iterdir()):
+            if folder.name.isdigit() and int(folder.name) not in keep:
+                remove_folder(folder / "index")
+
     def write_frame(self, number: int, name: str, frame: pd.DataFrame, about: dict) -> None:
         """Writes a frame and what is to be known about it, whole or not at all."""
         folder = self.round(number)

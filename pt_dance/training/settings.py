@@ -10,6 +10,7 @@ import pandas as pd
 
 from pt_dance.mining import describe_source
 from pt_dance.training.inputs import TrainingInput
+from pt_dance.training.teacher import teacher_identity
 
 
 def fit_settings(dance, training: TrainingInput, validation: TrainingInput | None) -> dict[str, object]:
@@ -45,6 +46,8 @@ def fit_settings(dance, training: TrainingInput, validation: TrainingInput | Non
 def _plain(name: str, value: object) -> object:
     if name in ("negatives", "query_negatives"):
         value = describe_source(value)
+    elif name == "teacher" and value is not None:
+        value = teacher_identity(value)
     elif not isinstance(value, (int, float, str, type(None))):
         value = repr(value)
     # the address of an object says nothing about it, and differs in every process

@@ -78,10 +78,11 @@ def train(encoder, examples: Examples, round_, folder: str | Path, *, seed: int,
         The mean training loss and the number of steps.
     """
     arguments = training_arguments(encoder, examples, round_, folder, seed=seed, verbose=verbose)
-    loss = losses.make(
-        round_.loss, encoder.model, examples.rows,
-        **{"similarity": encoder.similarity, **round_.loss_options},
-    )  # fmt: skip
+    options = dict(round_.loss_options)
+    if isinstance(round_.loss, str):
+        # train with the similarity that retrieval will use
+        options.setdefault("similarity", encoder.similarity)
+    loss = losses.make(round_.loss, encoder.model, examples.rows, **options)
     collator = SentenceTransformerDataCollator(
         preprocess_fn=TokenCache(encoder.model).preprocess if encoder.is_static else encoder.model.preprocess,
         router_mapping=arguments.router_mapping,
