@@ -27,11 +27,18 @@ def validate(dense, validation: TrainingInput, measures: list) -> dict[str, floa
     Returns:
         The mean of each measure by its name, forwards and then backwards.
     """
-    forwards = pt.Evaluate(dense(validation.topics), validation.qrels, metrics=measures)
-    found, qrels = documents_to_queries(dense.index, validation.topics, validation.qrels, dense.num_results)
+    depth = depth_of(measures, dense.num_results)
+    forwards = pt.Evaluate((dense % depth).compile()(validation.topics), validation.qrels, metrics=measures)
+    found, qrels = documents_to_queries(dense.index, validation.topics, validation.qrels, depth)
     backwards = pt.Evaluate(found, qrels, metrics=measures)
     named = {str(measure): float(value) for measure, value in forwards.items()}
     return named | {REVERSED.format(measure): float(value) for measure, value in backwards.items()}
+
+
+def depth_of(measures: list, most: int) -> int:
+    """How many results the measures look at: their largest cutoff, or ``most`` where one has none."""
+    cutoffs = [measure.params.get("cutoff") for measure in measures]
+    return most if None in cutoffs else min(max(cutoffs), most)
 
 
 def documents_to_queries(index, topics: pd.DataFrame, qrels: pd.DataFrame, k: int) -> tuple[pd.DataFrame, pd.DataFrame]:
