@@ -35,7 +35,8 @@ def bm25(corpus: Corpus, path: Path, *, engine: str = "auto", threads: int = 2) 
         return _pisa(corpus, path, threads)
     index = pt.terrier.TerrierIndex(str(path))
     if not index.built():
-        longest = max(len(docno) for docno in corpus.docno(range(len(corpus))))
+        # Terrier counts in bytes, and cuts a docno that is longer without a word
+        longest = max(len(docno.encode()) for docno in corpus.docno(range(len(corpus))))
         indexer = pt.IterDictIndexer(str(path), meta={"docno": longest}, meta_reverse=["docno"])
         indexer.index(corpus.get_corpus_iter(verbose=False))
     # Terrier's query language gives punctuation a meaning, which questions do not intend
