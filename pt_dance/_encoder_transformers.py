@@ -91,6 +91,10 @@ class QueryEncoder(_Encoding, BiQueryEncoder):
         texts, rows = texts_of(inp, "query", "qid")
         return inp.assign(query_vec=_column(self.encode(texts), rows, inp.index))
 
+    def fuse_rank_cutoff(self, k: int) -> pt.Transformer:
+        """A cut-off behind this stage can as well be made before it."""
+        return pt.RankCutoff(k) >> self
+
     def __repr__(self) -> str:
         return f"{self.bi_encoder_model!r}.query_encoder()"
 

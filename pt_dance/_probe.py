@@ -7,6 +7,7 @@ same result every time, and an interrupted indexing run only ends with the same 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import tempfile
@@ -134,7 +135,8 @@ def _settle(
     found = _read(file, valid)
     if found is None:
         found = measure()
-        try:
+        # Where the home cannot be written to, what was measured holds for this process.
+        with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=file.parent) as folder:
                 written = Path(folder) / file.name
@@ -143,9 +145,6 @@ def _settle(
                     os.link(written, file)
                 except FileExistsError:
                     found = _read(file, valid) or found
-        except OSError:
-            # A home that cannot be written to: what was measured then holds for this process.
-            pass
     _settled[name] = found
     return found
 
@@ -153,14 +152,16 @@ def _settle(
 def _read(file: Path, valid: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
     try:
         found = _files.read_json(file)
-    except FileNotFoundError:
+    except OSError:
         return None
     except ValueError:
         found = {}
-    if not valid(found):
+    if valid(found):
+        return found
+    # A damaged file would keep what is measured now from being written.
+    with contextlib.suppress(OSError):
         file.unlink(missing_ok=True)
-        return None
-    return found
+    return None
 
 
 def _measure_budgets(model: SentenceTransformer, reader: Reader, texts: list[str], task: str) -> dict[str, Any]:

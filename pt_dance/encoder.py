@@ -272,11 +272,9 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         with pt.validate.any(inp, context=self) as v:
             v.query_frame(extra_columns=["query"], mode="query_encoder")
             v.document_frame(extra_columns=[text], mode="doc_encoder")
-            v.result_frame(extra_columns=["query", text], mode="scorer")
-            v.columns(includes=["query", text], mode="scorer")
-            v.columns(includes=["query_vec", text], mode="scorer")
-            v.columns(includes=["query", "doc_vec"], mode="scorer")
-            v.columns(includes=["query_vec", "doc_vec"], mode="scorer")
+            for query in ("query", "query_vec"):
+                for doc in (text, "doc_vec"):
+                    v.columns(includes=["qid", query, doc], mode="scorer")
             v.columns(includes=["query"], mode="query_encoder")
             v.columns(includes=[text], mode="doc_encoder")
         # Outside inspection exactly one mode is set; inspection asks with frames that match none.
