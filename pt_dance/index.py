@@ -261,7 +261,7 @@ class DenseIndex(FlexIndex):
         Args:
             query_vecs: ``float32`` (q, d).
             k: How many documents a query gets.
-            progress: As for :func:`pt_dance._search.iter_exact_search`.
+            progress: Called with the number of queries finished since the last call.
 
         Returns:
             Scores, ``float32`` (q, min(k, n)), and rows, ``int64`` of the same shape, best first; equal scores in the
@@ -269,12 +269,10 @@ class DenseIndex(FlexIndex):
         """
         return exact_search(query_vecs, self._device_vectors(), k, tie_order=self.open().ranks, progress=progress)
 
-    def iter_search(
-        self, query_vecs: np.ndarray, k: int, *, progress: Any = None
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def iter_search(self, query_vecs: np.ndarray, k: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Search block by block, in bounded memory: yields first query number, scores and rows as :meth:`search`."""
         vectors, ranks = self._device_vectors(), self.open().ranks
-        return iter_exact_search(query_vecs, vectors, k, tie_order=ranks, progress=progress)
+        return iter_exact_search(query_vecs, vectors, k, tie_order=ranks)
 
     def score_pairs(self, query_vecs: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
         """Score pairs of a query vector and a row: the same bits that :meth:`search` gives. ``float32`` (m,)."""

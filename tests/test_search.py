@@ -7,11 +7,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pt_dance._search import Vectors, exact_search, iter_exact_search, score_pairs
+from pt_dance._search_gpu import TensorVectors
 
 
 def by_definition(queries, docs, k, tie_order):
@@ -149,14 +151,29 @@ def test_blocks_bound_the_memory(vectors):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # All products would take 160 MB.
-    assert count == 20000 and peak < 20 << 20
+    assert count == 20000 and peak < 40 << 20
 
 
-def test_progress_counts_every_product(vectors):
+def test_progress_counts_queries(vectors):
     queries, docs = vectors
     done = []
-    exact_search(queries, docs, 5, query_block=32, doc_block=4096, progress=done.append, device="cpu")
-    assert sum(done) == 3 * 6000
+    exact_search(queries, docs, 5, query_block=32, progress=done.append, device="cpu")
+    assert sum(done) == 70 and len(done) == 3
+
+
+def test_threads_change_nothing(vectors):
+    queries, docs = vectors
+    first = exact_search(queries, docs, 50, device="cpu")
+    query_of, row_of = np.repeat(np.arange(70), 300), np.random.default_rng(0).integers(0, 6000, 21000)
+    for threads in (1, 3):
+        with threadpoolctl.threadpool_limits(threads):
+            again = exact_search(queries, docs, 50, query_block=8, device="cpu")
+            pairs = score_pairs(queries, docs, query_of, row_of, device="cpu")
+            assert max(lib["num_threads"] for lib in threadpoolctl.threadpool_info()) == threads
+        assert (again[0] == first[0]).all() and (again[1] == first[1]).all()
+        assert (pairs == score_pairs(queries, docs, query_of, row_of, device="cpu")).all()
+    # Stopping half-way leaves no thread and no limit behind.
+    next(iter_exact_search(queries, docs, 50, query_block=8, device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -184,12 +201,15 @@ def test_no_queries(vectors):
 def test_the_path_of_a_gpu_on_a_cpu(vectors):
     # The same tensors and operations as on a GPU, where one is missing.
     queries, docs = vectors
-    first = exact_search(queries, docs, 50, device="cpu")
-    kept = Vectors(docs, "cpu")
-    kept.on_device = torch.from_numpy(docs.copy())
-    with torch.autocast("cpu", torch.bfloat16):
-        again = exact_search(queries, kept, 50, doc_block=700)
-    assert (again[0] == first[0]).all() and (again[1] == first[1]).all()
+    for keep in (True, False):
+        vectors = Vectors(docs, "cpu")
+        vectors.tensors = TensorVectors(docs, torch.device("cpu"))
+        vectors.tensors.kept = torch.from_numpy(docs.copy()) if keep else None
+        for tie_order in (None, np.random.default_rng(0).permutation(len(docs))):
+            first = exact_search(queries, docs, 50, tie_order=tie_order, device="cpu")
+            with torch.autocast("cpu", torch.bfloat16):
+                again = exact_search(queries, vectors, 50, tie_order=tie_order, doc_block=700)
+            assert (again[0] == first[0]).all() and (again[1] == first[1]).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -197,9 +217,9 @@ def test_a_gpu_gives_the_same_bits(vectors):
     queries, docs = vectors
     on_cpu = exact_search(queries, docs, 50, device="cpu")
     kept = Vectors(docs, "cuda")
-    assert kept.on_device is not None
+    assert kept.tensors.kept is not None
     streamed = Vectors(docs, "cuda")
-    streamed.on_device = None
+    streamed.tensors.kept = None
     for where in (kept, streamed):
         on_gpu = exact_search(queries, where, 50, doc_block=1024)
         assert (on_gpu[0] == on_cpu[0]).all() and (on_gpu[1] == on_cpu[1]).all()
