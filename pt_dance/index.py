@@ -11,12 +11,13 @@ import pandas as pd
 import pyterrier as pt
 from pyterrier_dr import FlexIndex, SimFn
 
-from . import _indexing
 from ._files import recover_folder
 from ._index_files import OpenIndex, read_meta
+from ._indexer import DenseIndexer
 from ._search import Vectors, exact_search, iter_exact_search, score_pairs
 
 if TYPE_CHECKING:
+    from .ann import AnnRetriever
     from .encoder import DualEncoder
     from .retriever import DenseRetriever
 
@@ -292,6 +293,22 @@ class DenseIndex(FlexIndex):
         verbose = self.verbose if verbose is None else verbose
         return DenseRetriever(self, num_results=num_results, drop_query_vec=drop_query_vec, verbose=verbose)
 
+    def ann_retriever(
+        self, num_results: int = 1000, method: str = "hnsw", *, verbose: bool | None = None, **options: Any
+    ) -> AnnRetriever:
+        """Return an approximate retriever, built if it is not there yet; see :class:`pt_dance.ann.AnnRetriever`.
+
+        Args:
+            num_results: Documents a query gets.
+            method: "hnsw" or "ivfpq".
+            verbose: Whether to show progress bars; as the index does by default.
+            **options: ``candidates``, ``threads``, ``build_options``, ``search_options``, ``drop_query_vec``.
+        """
+        from .ann import AnnRetriever
+
+        verbose = self.verbose if verbose is None else verbose
+        return AnnRetriever(self, method, num_results=num_results, verbose=verbose, **options).build()
+
     def scorer(self, **_: Any) -> DenseRetriever:
         """Return what re-scores result frames: the retriever."""
         return self.retriever()
@@ -312,40 +329,3 @@ class DenseIndex(FlexIndex):
         state.update(_opened=None, _vectors=None, _loaded_encoder=None, _meta=None, _docnos=None, _dvecs=None)
         state["_cache"] = {}
         return state
-
-
-class DenseIndexer(pt.Indexer):
-    """Writes a :class:`DenseIndex`; made by :meth:`DenseIndex.indexer`.
-
-    Args:
-        index: The index to write.
-        mode: "create", "overwrite" or "append".
-
-    Raises:
-        ValueError: If there is no such mode.
-    """
-
-    schematic = {"label": "DenseIndexer", "help_url": None}
-
-    def __init__(self, index: DenseIndex, *, mode: str = "create") -> None:
-        mode = getattr(mode, "value", mode)
-        if mode not in _indexing.MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, _indexing.MODES))}, not {mode!r}.")
-        self._index, self.mode = index, mode
-
-    def index(self, inp: Any, **_: Any) -> DenseIndex:
-        """Index documents; see :meth:`DenseIndex.index`."""
-        _indexing.run(self._index, inp, self.mode)
-        self._index.forget()
-        return self._index
-
-    def index_inputs(self) -> list[list[str]]:
-        """Return the columns that documents need, for PyTerrier's inspection."""
-        return self._index.index_inputs()
-
-    def subtransformers(self) -> dict[str, pt.Transformer]:
-        """Return no transformers: the index is what is written."""
-        return {}
-
-    def __repr__(self) -> str:
-        return f"{self._index!r}.indexer(mode={self.mode!r})"

@@ -121,12 +121,16 @@ class DenseRetriever(pt.Transformer):
         vectors = self._query_vectors(inp)
         docnos = self.index.open().docnos
         with pt.tqdm(desc=repr(self), total=len(inp), unit="q", disable=not self.verbose, delay=1) as bar:
-            for start, scores, rows in self.index.iter_search(vectors, self.num_results):
-                count, width = scores.shape
-                block = kept.iloc[np.repeat(np.arange(start, start + count), width)].reset_index(drop=True)
-                found = docnos.take(rows.reshape(-1)).to_pandas()
-                yield _with_results(block, found, scores.reshape(-1), np.tile(np.arange(width), count))
-                bar.update(count)
+            for start, scores, rows in self._search(vectors):
+                found, ranks = np.nonzero(rows >= 0)
+                block = kept.iloc[start + found].reset_index(drop=True)
+                docno = docnos.take(rows[found, ranks]).to_pandas()
+                yield _with_results(block, docno, scores[found, ranks], ranks)
+                bar.update(len(rows))
+
+    def _search(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield number of the first query, scores and rows of a block, best first; -1 where there are fewer."""
+        return self.index.iter_search(vectors, self.num_results)
 
     def _rescore(self, inp: pd.DataFrame) -> pd.DataFrame:
         kept = inp.drop(columns=[name for name in self._dropped() if name in inp.columns and name != "docno"])

@@ -1,0 +1,143 @@
+"""Approximate retrieval: exact scores, recall told truthfully, kept once for an index, never trusted blindly."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import pytest
+
+from pt_dance import DenseIndex
+from pt_dance.ann import AnnRetriever
+
+RNG = np.random.default_rng(0)
+CENTRES = RNG.standard_normal((40, 24))
+VECTORS = (CENTRES[RNG.integers(0, 40, 3000)] + 0.4 * RNG.standard_normal((3000, 24))).astype(np.float32)
+VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
+QUERIES = pd.DataFrame({"qid": [str(i) for i in range(60)], "query_vec": list(VECTORS[:60] + 0.05)})
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    records = ({"docno": f"d{i:05}", "doc_vec": v} for i, v in enumerate(VECTORS))
+    return DenseIndex(tmp_path_factory.mktemp("ann") / "index", verbose=False).index(records)
+
+
+@pytest.mark.parametrize("method", ["hnsw", "ivfpq"])
+def test_exact_scores_and_true_recall(index, method):
+    ann, exact = index.ann_retriever(20, method), index.retriever(20)
+    found, best = ann(QUERIES), exact(QUERIES)
+    assert list(found.columns) == list(best.columns)
+    everything = index.retriever(3000)(QUERIES).set_index(["qid", "docno"])["score"]
+    assert all(everything[q, d] == s for q, d, s in zip(found["qid"], found["docno"], found["score"], strict=True))
+    shares = []
+    for qid, mine in found.groupby("qid", sort=False):
+        assert mine["score"].is_monotonic_decreasing and mine["rank"].tolist() == list(range(len(mine)))
+        top = set(best[(best["qid"] == qid) & (best["rank"] < 10)]["docno"])
+        shares.append(len(top & set(mine[mine["rank"] < 10]["docno"])) / 10)
+    assert ann.recall(QUERIES, 10) == pytest.approx(np.mean(shares))
+    assert ann.recall(QUERIES, 10) > (0.98 if method == "hnsw" else 0.5)
+    # More candidates find more.
+    wide = index.ann_retriever(20, method, candidates=400)
+    assert wide.recall(QUERIES, 20) >= max(0.95, ann.recall(QUERIES, 20))
+    assert index.ann_retriever(20, method, candidates=3000, search_options=None).recall(QUERIES, 20) > 0.97
+
+
+def test_results_are_rescored_as_exactly(index):
+    results = index.retriever(300)(QUERIES).merge(QUERIES, on="qid").sample(500, random_state=1)
+    pd.testing.assert_frame_equal(index.ann_retriever(5)(results), index.retriever(5)(results))
+
+
+def test_built_once_and_kept_with_the_index(index, monkeypatch):
+    first = index.ann_retriever(10)
+    expected = first(QUERIES)
+    folders = sorted(p.name for p in (index.index_path / "ann").iterdir())
+    monkeypatch.setattr(AnnRetriever, "_write", lambda *_: pytest.fail("built again"))
+    again = DenseIndex(index.index_path, verbose=False).ann_retriever(10, search_options={"ef_search": 128})
+    assert again == first and hash(again) == hash(first)
+    pd.testing.assert_frame_equal(again(QUERIES), expected)
+    pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(first))(QUERIES), expected)
+    assert sorted(p.name for p in (index.index_path / "ann").iterdir()) == folders
+    assert index.built()
+    with pytest.raises(pytest.fail.Exception, match="built again"):
+        index.ann_retriever(10, build_options={"neighbours": 8})
+
+
+def test_cut_off_keeps_the_candidates(index):
+    ann = index.ann_retriever(50, "ivfpq")
+    fused = (ann % 5).compile()
+    assert isinstance(fused, AnnRetriever) and fused.num_results == 5
+    pd.testing.assert_frame_equal(fused(QUERIES), (ann % 5)(QUERIES))
+    assert fused != ann and ann != index.retriever(50) and index.retriever(50) != ann
+    assert ann != index.ann_retriever(50, "ivfpq", search_options={"probes": 3})
+
+
+def test_other_vectors_are_noticed(tmp_path):
+    def build(seed, mode):
+        vectors = np.random.default_rng(seed).standard_normal((300, 8)).astype(np.float32)
+        index = DenseIndex(tmp_path / "i", verbose=False)
+        return index.indexer(mode=mode).index({"docno": str(i), "doc_vec": v} for i, v in enumerate(vectors))
+
+    index = build(1, "create")
+    ann = index.ann_retriever(10)
+    queries = pd.DataFrame({"qid": ["a"], "query_vec": [np.ones(8)]})
+    assert ann(queries)["docno"].tolist() == index.retriever(10)(queries)["docno"].tolist()
+    index = build(2, "overwrite")
+    # The same object, and one that was made for the old vectors: both follow what is open in them.
+    ann.index.forget()
+    assert ann(queries)["docno"].tolist() == index.retriever(10)(queries)["docno"].tolist()
+    index.append([{"docno": "best", "doc_vec": np.full(8, 10)}])
+    assert index.ann_retriever(10)(queries)["docno"][0] == "best"
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "no metadata", "hostile metadata"])
+def test_damaged_files(tmp_path, damage):
+    index = DenseIndex(tmp_path / "i", verbose=False)
+    index.index({"docno": str(i), "doc_vec": v} for i, v in enumerate(VECTORS[:300]))
+    ann = index.ann_retriever(10)
+    expected = ann(QUERIES)
+    file, meta = ann._folder() / "index.faiss", ann._folder() / "pt_meta.json"
+    raw = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(raw[:100])
+    elif damage == "changed":
+        file.write_bytes(raw[:200] + bytes(50) + raw[250:])
+    elif damage == "no metadata":
+        meta.unlink()
+    else:
+        meta.write_text(json.dumps({**json.loads(meta.read_text()), "digest": ["x"], "of": 7}))
+    again = DenseIndex(tmp_path / "i", verbose=False)
+    if damage == "changed":
+        with pytest.raises(ValueError, match=r"index.faiss is not what was written there: remove"):
+            again.ann_retriever(10)(QUERIES)
+    else:
+        pd.testing.assert_frame_equal(again.ann_retriever(10)(QUERIES), expected)
+
+
+def test_bad_options(index, tmp_path):
+    for arguments, says in (
+        ({"method": "lsh"}, "method must be one of 'hnsw', 'ivfpq'"),
+        ({"build_options": {"lists": 5}}, "hnsw has no option 'lists': it has neighbours, ef_construction"),
+        ({"build_options": {"neighbours": 0}}, "neighbours must be a positive whole number, not 0"),
+        ({"search_options": {"ef_search": "many"}}, "ef_search must be a positive"),
+        ({"candidates": -5}, "candidates must be a positive"),
+        ({"threads": None}, "threads must be a positive"),
+        ({"num_results": 0}, "num_results must be"),
+        ({"method": "ivfpq", "build_options": {"subvectors": 7}}, "subvectors must divide the vectors' 24 numbers"),
+        ({"method": "ivfpq", "build_options": {"lists": 5000}}, "ivfpq needs at least 5000 documents and the index"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            index.ann_retriever(**arguments)
+    assert not [p for p in (index.index_path / "ann").iterdir() if p.name.startswith(".")]
+    with pytest.raises(ValueError, match="recall needs queries and a k from 1 to num_results"):
+        index.ann_retriever(10).recall(QUERIES, 11)
+
+
+class TestContract(pt.testing.transformer_test_class(lambda: None)):
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def make(cls, index):
+        cls.transformer = index.ann_retriever(10)
