@@ -22,7 +22,8 @@ from pt_dance.recipes import Round, check_recipe
 from pt_dance.recipes import dance as dance_recipe
 from pt_dance.retriever import DenseRetriever
 from pt_dance.training.examples import build_examples
-from pt_dance.training.inputs import TrainingInput, check_training_input
+from pt_dance.training.inputs import TrainingInput, check_in_corpus, check_query_texts, check_training_input
+from pt_dance.training.options import check_measures, check_options, is_whole
 from pt_dance.training.run_folder import META, RunFolder, read_json, read_meta
 from pt_dance.training.settings import fit_settings
 from pt_dance.training.teacher import TeacherScores
@@ -87,19 +88,14 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         """
         if not isinstance(encoder, DualEncoder):
             raise TypeError(f"encoder must be a pt_dance.DualEncoder, not {type(encoder).__name__}; DualEncoder(model) makes one")
-        if not isinstance(num_results, int) or num_results < 1:
-            raise ValueError(f"num_results={num_results!r} must be a whole number of at least 1")
-        if patience is not None and patience < 1:
-            raise ValueError(f"patience={patience!r} must be at least 1, or None")
-        if keep not in ("all", "best"):
-            raise ValueError(f"keep={keep!r} is unknown; choose 'all' or 'best'")
+        check_options(num_results=num_results, seed=seed, patience=patience, keep=keep, path=path)
         self.recipe = check_recipe(dance_recipe() if recipe is None else recipe)
         self.measure = measure
-        self.measures = list(measure) if isinstance(measure, (list, tuple)) else [measure]
+        self.measures = check_measures(measure)
         self._run = RunFolder(path)
         self.path = Path(path)
-        self.num_results = num_results
-        self.seed = seed
+        self.num_results = int(num_results)
+        self.seed = int(seed)
         self.patience = patience
         self.keep = keep
         self.verbose = verbose
@@ -156,6 +152,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             v.query_frame(["query_vec"])
         if len(inp) == 0:  # inspecting a pipeline must not make an index
             return DenseRetriever(DenseIndex(self._run.round(self._round) / "index"))(inp)
+        if self._retriever is None and "query_vec" not in inp.columns:
+            check_query_texts(inp, blank=True)  # an index may have to be made first, which bad input must not begin
         return self.retriever()(inp)
 
     def subtransformers(self) -> dict:
@@ -164,9 +162,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
 
     def __mod__(self, right: int) -> pt.Transformer:
         """The best ``right`` results of each query."""
-        if not isinstance(right, int) or right < 1:
+        if not is_whole(right) or right < 1:
             raise ValueError(f"% {right!r} makes no sense: the number of results to keep must be at least 1")
-        return super().__mod__(right)
+        return super().__mod__(int(right))
 
     # ------------------------------------------------------------------ training
 
@@ -193,7 +191,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         training = check_training_input(topics_or_res_tr, qrels_tr, corpus=self.corpus, context=self, what="training")
         validation = None
         if topics_or_res_va is not None:
-            validation = check_training_input(topics_or_res_va, qrels_va, corpus=None, context=self, what="validation")
+            validation = check_training_input(
+                topics_or_res_va, qrels_va, corpus=self.corpus, context=self, what="validation"
+            )
         if not (self._run.round(0) / "encoder").exists():
             self.initial_encoder.save(self._run.round(0) / "encoder")
         self._run.begin(fit_settings(self, training, validation))
@@ -273,6 +273,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             frame = mine_queries(index.encoder, training.topics, training.qrels, self.corpus, index=index, **options)
         else:
             frame = mine_queries(source, training.topics, training.qrels, self.corpus, **options)
+        check_in_corpus(frame["docno"], self.corpus, f"{what} of round {number}")
         report = frame.attrs["mining"]
         about = {**report, "per_source": report["negatives"] / max(report["sources"], 1)}
         earlier = next((f for n in range(number - 1, 0, -1) if (f := self._run.read_frame(n, what))), None)
@@ -367,8 +368,15 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     # ------------------------------------------------------------------ helpers
 
     def _own_corpus(self, source: object) -> Corpus:
-        folder = self.path / "corpus"
-        return Corpus(folder) if folder.exists() else Corpus.build(source, folder, verbose=self.verbose)
+        folder, is_new = self.path / "corpus", not self.path.exists()
+        if folder.exists():
+            return Corpus(folder)
+        try:
+            return Corpus.build(source, folder, verbose=self.verbose)
+        except BaseException:
+            if is_new and self.path.exists() and not any(self.path.iterdir()):
+                self.path.rmdir()
+            raise
 
     def _encoder_of(self, number: int) -> DualEncoder:
         if number == 0:

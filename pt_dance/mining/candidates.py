@@ -23,7 +23,11 @@ def check_options(depth: int, negatives: int, sampling: str, rank_range: tuple[i
     for name, value in (("depth", depth), ("negatives", negatives)):
         if not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-    if rank_range is not None and not (len(rank_range) == 2 and 0 <= rank_range[0] < rank_range[1]):
+    if rank_range is None:
+        return
+    is_pair = isinstance(rank_range, (tuple, list)) and len(rank_range) == 2
+    is_pair = is_pair and all(isinstance(rank, (int, np.integer)) for rank in rank_range)
+    if not is_pair or not 0 <= rank_range[0] < rank_range[1]:
         raise ValueError(f"rank_range={rank_range!r} must be (first, last) with 0 <= first < last")
 
 

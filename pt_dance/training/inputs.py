@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import pyterrier as pt
 
@@ -23,25 +24,29 @@ class TrainingInput:
     first_stage: pd.DataFrame | None
 
 
-def check_training_input(topics_or_res: pd.DataFrame, qrels: pd.DataFrame, *, corpus, context, what: str) -> TrainingInput:
+def check_training_input(
+    topics_or_res: pd.DataFrame, qrels: pd.DataFrame, *, corpus, context, what: str
+) -> TrainingInput:
     """Checks the frames given to ``fit``; each problem is one plain sentence.
 
     Args:
         topics_or_res: a query frame (``qid``, ``query``) or a result frame (``qid``, ``query``, ``docno``, ...).
         qrels: ``qid``, ``docno``, ``label``.
-        corpus: ``Corpus`` that every relevant document must be in; None leaves that unchecked.
+        corpus: ``Corpus`` that every relevant document and every result must be in; for validation, at least one
+            relevant document, since it may well be measured on a part of a collection.
         context: the transformer that validates, named in errors.
         what: "training" or "validation".
 
     Raises:
-        TypeError: if something else than data frames came.
+        TypeError: if something else than data frames came, or an id is no string or a label no number.
         KeyError: if a column is missing.
         ValueError: if nothing came, a query has no text, there are no qrels for the topics, or the qrels name documents
-            that are not in the corpus.
+            that are not in the corpus; if a column, or a pair of the qrels with another label, is there twice.
     """
     for name, frame in ((f"{what} topics", topics_or_res), (f"{what} qrels", qrels)):
         if not isinstance(frame, pd.DataFrame):
             raise TypeError(f"the {name} must be a pandas DataFrame, not {type(frame).__name__}")
+        _check_columns_once(frame, name)
     columns = set(topics_or_res.columns)
     if columns & {"score", "rank"} and "docno" not in columns:
         raise KeyError(
@@ -59,22 +64,35 @@ def check_training_input(topics_or_res: pd.DataFrame, qrels: pd.DataFrame, *, co
     else:
         pt.validate.query_frame(topics_or_res, ["query"], context=context)
     pt.validate.columns(qrels, includes=["qid", "docno", "label"], context=context)
+    if is_results:
+        _check_ids(topics_or_res, ("qid", "docno"), f"{what} results")
+    else:
+        _check_ids(topics_or_res, ("qid",), f"{what} topics")
+    _check_ids(qrels, ("qid", "docno"), f"{what} qrels")
     topics = topics_or_res
     if is_results:
         topics = topics[[c for c in topics.columns if c in ("qid", "query") or c.startswith("query_")]]
+    check_query_texts(topics, f"{what} topic")
     _check_one_text_per_qid(topics, what)
     # a retriever with several threads gives its queries back in any order, which must not change the training
     topics = topics.drop_duplicates("qid").sort_values("qid", kind="stable").reset_index(drop=True)
-    _check_texts(topics, what)
-    judged = qrels[qrels["qid"].isin(topics["qid"])]
+    judged = _checked_labels(qrels[qrels["qid"].isin(topics["qid"])], what)
     if not (judged["label"] > 0).any():
         example = f" (topics: qid {topics['qid'].iloc[0]!r}; qrels: qid {qrels['qid'].iloc[0]!r})" if len(qrels) else ""
         raise ValueError(
             f"the {what} qrels hold no relevant document for any of the {len(topics)} {what} topics{example}; "
-            "check that both come from the same split and that qids have the same type"
+            "check that both come from the same split"
         )
-    if corpus is not None:
-        check_in_corpus(judged.loc[judged["label"] > 0, "docno"], corpus, f"{what} qrels")
+    relevant = judged.loc[judged["label"] > 0, "docno"]
+    if what == "training":
+        check_in_corpus(relevant, corpus, f"{what} qrels")
+        if is_results:
+            check_in_corpus(topics_or_res["docno"], corpus, f"{what} results")
+    elif (corpus.rows(relevant.drop_duplicates().tolist()) < 0).all():
+        raise ValueError(
+            f"none of the relevant documents that the {what} qrels name is in the corpus, such as docno "
+            f"{relevant.iloc[0]!r}; check that both come from the same collection"
+        )
     judged = judged.sort_values(["qid", "docno"], kind="stable").reset_index(drop=True)
     if not is_results:
         return TrainingInput(topics, judged, None)
@@ -82,18 +100,110 @@ def check_training_input(topics_or_res: pd.DataFrame, qrels: pd.DataFrame, *, co
     return TrainingInput(topics, judged, topics_or_res.sort_values(order, kind="stable").reset_index(drop=True))
 
 
+def _check_columns_once(frame: pd.DataFrame, name: str) -> None:
+    twice = frame.columns[frame.columns.duplicated()]
+    if len(twice):
+        raise ValueError(f"the {name} have the column {twice[0]!r} more than once; keep one of them")
+
+
+def _check_ids(frame: pd.DataFrame, columns: tuple[str, ...], name: str) -> None:
+    for column in columns:
+        wrong = frame[column][~_are_strings(frame[column])]
+        if len(wrong):
+            raise TypeError(
+                f"the column {column!r} of the {name} holds {_plain(wrong.iloc[0])}, no string; ids are strings in "
+                f"PyTerrier: remove what is missing and turn the rest into strings with frame.astype({{{column!r}: str}})"
+            )
+
+
+def _are_strings(values: pd.Series) -> pd.Series:
+    if isinstance(values.dtype, pd.StringDtype):
+        return values.notna()
+    return values.map(lambda value: isinstance(value, str)).astype(bool)
+
+
+def _plain(value: object) -> str:
+    return repr(value.item() if isinstance(value, np.generic) else value)
+
+
+def _checked_labels(qrels: pd.DataFrame, what: str) -> pd.DataFrame:
+    """The qrels with labels of type int64 and no pair twice.
+
+    Raises:
+        TypeError: if a label is no number.
+        ValueError: if a label is no whole number, or a pair has two different ones.
+    """
+    labels = qrels["label"]
+    numbers = (int, float, np.integer, np.floating, np.bool_)
+    wrong = labels[~labels.map(lambda label: isinstance(label, numbers)).astype(bool)]
+    if len(wrong):
+        row = qrels.loc[wrong.index[0]]
+        raise TypeError(
+            f"the column 'label' of the {what} qrels holds {_plain(wrong.iloc[0])}, no number (qid {row['qid']!r}, "
+            f"docno {row['docno']!r}); turn labels into numbers with qrels.astype({{'label': int}})"
+        )
+    labels = labels.astype(float)
+    broken = ~np.isfinite(labels) | (labels % 1 != 0)
+    if broken.any():
+        row = qrels[broken].iloc[0]
+        raise ValueError(
+            f"the {what} qrels have the label {_plain(row['label'])} for qid {row['qid']!r}, docno {row['docno']!r}; "
+            "labels are whole numbers, above 0 for what is relevant"
+        )
+    qrels = qrels.assign(label=labels.astype("int64")).drop_duplicates(["qid", "docno", "label"])
+    twice = qrels.duplicated(["qid", "docno"])
+    if twice.any():
+        row = qrels[twice].iloc[0]
+        raise ValueError(
+            f"the {what} qrels judge docno {row['docno']!r} for qid {row['qid']!r} more than once, with different "
+            "labels; keep one"
+        )
+    return qrels
+
+
 def _check_one_text_per_qid(topics: pd.DataFrame, what: str) -> None:
     pairs = topics[["qid", "query"]].drop_duplicates()
     twice = pairs["qid"][pairs["qid"].duplicated()]
     if len(twice):
-        raise ValueError(f"qid {twice.iloc[0]!r} occurs with two different texts in the {what} topics; give each query its own qid")
+        raise ValueError(
+            f"qid {twice.iloc[0]!r} occurs with two different texts in the {what} topics; give each query its own qid"
+        )
 
 
-def _check_texts(topics: pd.DataFrame, what: str) -> None:
-    is_text = topics["query"].map(lambda text: isinstance(text, str) and bool(text.strip()))
-    if not is_text.all():
-        row = topics[~is_text].iloc[0]
-        raise ValueError(f"the {what} topic {row['qid']!r} has no text in column 'query' ({row['query']!r}); remove or mend it")
+def check_query_texts(topics: pd.DataFrame, name: str = "query", *, blank: bool = False) -> None:
+    """Raises a plain error naming the first qid whose text cannot be encoded.
+
+    Args:
+        topics: ``qid`` and ``query``; a query may have several rows.
+        name: what an error calls a row.
+        blank: whether texts may be empty, as those that are searched may, unlike those that are learnt from.
+
+    Raises:
+        ValueError: if a text is missing, empty, no string, or no valid Unicode.
+    """
+    texts = topics["query"]
+    good = _are_strings(texts)
+    if not blank:
+        good[good] = texts[good].str.strip() != ""
+    if not good.all():
+        row = topics[~good].iloc[0]
+        raise ValueError(
+            f"the {name} {row['qid']!r} has no text in column 'query' ({row['query']!r}); remove or mend it"
+        )
+    broken = texts.drop_duplicates().map(lambda text: not text.isascii() and _has_surrogate(text))
+    if broken.any():
+        qid = topics.loc[broken.index[broken.to_numpy(dtype=bool)][0], "qid"]
+        raise ValueError(
+            f"the {name} {qid!r} has a text in column 'query' that is no valid Unicode (a lone surrogate); mend it"
+        )
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def check_in_corpus(docnos: pd.Series, corpus, what: str) -> None:
@@ -101,7 +211,7 @@ def check_in_corpus(docnos: pd.Series, corpus, what: str) -> None:
     distinct = docnos.drop_duplicates()
     rows = corpus.rows(distinct.tolist())
     if (rows < 0).any():
-        missing = distinct.to_numpy()[rows < 0]
+        missing = distinct[rows < 0].tolist()
         raise ValueError(
             f"the {what} name {len(missing)} document(s) that are not in the corpus, such as docno {missing[0]!r}; "
             "remove these rows or build the corpus with them"
