@@ -173,8 +173,13 @@ def check_recipe(recipe: object) -> list[Round]:
         ValueError: if it is empty.
     """
     rounds = [recipe] if isinstance(recipe, Round) else recipe
-    if not isinstance(rounds, (list, tuple)) or not all(isinstance(entry, Round) for entry in rounds):
+    if not isinstance(rounds, (list, tuple)):
         raise TypeError(f"recipe={recipe!r} must be a list of pt_dance.Round, such as recipes.ance() gives")
+    for number, entry in enumerate(rounds, start=1):
+        if not isinstance(entry, Round):
+            raise TypeError(
+                f"entry {number} of the recipe is {entry!r}; it must be a pt_dance.Round, such as those of recipes.ance()"
+            )
     if not rounds:
         raise ValueError("the recipe has no round; give at least one pt_dance.Round")
     return list(rounds)
