@@ -178,7 +178,7 @@ def check_recipe(recipe: object) -> list[Round]:
     for number, entry in enumerate(rounds, start=1):
         if not isinstance(entry, Round):
             raise TypeError(
-                f"entry {number} of the recipe is {entry!r}; it must be a pt_dance.Round, such as those of recipes.ance()"
+                f"entry {number} of the recipe is {entry!r}; it must be a pt_dance.Round, like those of recipes.ance()"
             )
     if not rounds:
         raise ValueError("the recipe has no round; give at least one pt_dance.Round")
