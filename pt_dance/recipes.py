@@ -1,7 +1,7 @@
-"""Rounds and the published recipes.
+r"""Rounds and the published recipes.
 
-A recipe is a list of :class:`Round`\\ s. Each function here spells one published method out, so that reading it tells what
-the method does; ``dataclasses.replace(round, ...)`` changes what you want changed.
+A recipe is a list of :class:`Round`\\ s. Each function here spells one published method out, so that reading it tells
+what the method does; ``dataclasses.replace(round, ...)`` changes what you want changed.
 """
 
 from __future__ import annotations
@@ -38,19 +38,18 @@ def mnrl(epochs: int = 1, *, negatives: object = FIRST_STAGE, temperature: float
                                 negatives=negatives, epochs=epochs), options))]  # fmt: skip
 
 
-def ance(
-    rounds: int = 3, *, loss: str = "pairwise", warm_up: int = 1, epochs: int = 1, **options
-) -> list[Round]:
-    """ANCE (Xiong et al., ICLR 2021, arXiv 2007.00808): warm-up on first-stage negatives, then negatives of the model itself.
+def ance(rounds: int = 3, *, loss: str = "pairwise", warm_up: int = 1, epochs: int = 1, **options) -> list[Round]:
+    """ANCE (Xiong et al., ICLR 2021, arXiv 2007.00808): warm-up on first-stage negatives, then the model's own.
 
-    As published: raw dot products, 2-way negative log-likelihood with one negative a row and no in-batch negatives, the top
-    200 of the current model without the positives, 20 drawn uniformly. Where the release keeps one positive of a query and
-    may mine its others as negatives, here all positives are removed.
+    As published: raw dot products, 2-way negative log-likelihood with one negative a row and no in-batch negatives,
+        the top
+    200 of the current model without the positives, 20 drawn uniformly. Where the release keeps one positive of a
+    query and may mine its others as negatives, here all positives are removed.
 
     Args:
         rounds: refreshes of the index, each followed by training on the negatives it gives.
-        loss: "pairwise" as published; "contrastive" adds in-batch negatives, which small collections and encoders trained
-            from nothing gain from.
+        loss: "pairwise" as published; "contrastive" adds in-batch negatives, which small collections and encoders
+            trained from nothing gain from.
         warm_up: epochs of warm-up on the first stage's negatives (in-batch negatives where plain topics are given to
             ``fit``); 0 starts with the model's own negatives.
         epochs: passes over the training pairs in each round.
@@ -67,14 +66,14 @@ def ance(
 
 
 def dance(
-    rounds: int = 1, *, warm_up: int = 1, ance_rounds: int = 1, epochs: int = 1, normalize: bool = True, dual: bool = True,
-    temperature: float = 0.01, dual_weight: float = 0.1, query_negatives: object = "dense", **options
+    rounds: int = 1, *, warm_up: int = 1, ance_rounds: int = 1, epochs: int = 1, normalize: bool = True,
+    dual: bool = True, temperature: float = 0.01, dual_weight: float = 0.1, query_negatives: object = "dense", **options
 ) -> list[Round]:  # fmt: skip
     """DANCE (Li et al., arXiv 2107.07773): from an ANCE model, normalisation tuning, then dual training.
 
-    Stage 1 trains ANCE's loss on L2-normalised embeddings with temperature .01; stage 2 adds the dual loss with weight .1,
-    whose negatives are training queries mined with the positive documents' vectors. Document and query negatives of a
-    round come from the same weights.
+    Stage 1 trains ANCE's loss on L2-normalised embeddings with temperature .01; stage 2 adds the dual loss with
+    weight .1, whose negatives are training queries mined with the positive documents' vectors. Document and query
+    negatives of a round come from the same weights.
 
     Args:
         rounds: rounds of each stage, every one with refreshed negatives.
@@ -199,9 +198,16 @@ def margin_mse_mnrl_dual(
         ("contrastive", mnrl_weight, {"temperature": mnrl_temperature, "similarity": "cosine"}),
     ]
     rounds = margin_mse_dual(
-        teacher, epochs, dual_weight=dual_weight, document_weight=document_weight, **{"name": "margin-mse + mnrl dual", **options}
+        teacher,
+        epochs,
+        dual_weight=dual_weight,
+        document_weight=document_weight,
+        **{"name": "margin-mse + mnrl dual", **options},
     )
-    return [replace(r, loss=parts, loss_options={k: v for k, v in r.loss_options.items() if k != "temperature"}) for r in rounds]
+    return [
+        replace(r, loss=parts, loss_options={k: v for k, v in r.loss_options.items() if k != "temperature"})
+        for r in rounds
+    ]
 
 
 def _merge(given: dict, options: Mapping[str, object], *, known: bool = True) -> dict:

@@ -16,10 +16,10 @@ import pyterrier as pt
 import pytest
 import torch
 from ir_measures import RR, nDCG
-from small_collection import standard_library
 
 from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round, recipes
 from pt_dance.training.run_folder import RunFolder
+from small_collection import standard_library
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
@@ -92,7 +92,7 @@ def test_the_encoder_given_is_not_changed(collection, fitted):
 def test_linear_and_tree_plans_agree_before_and_after_training(collection, fitted):
     dance, before = fitted
     rounds = [before % 20, dance.retriever(round=1) % 20, dance.retriever(round=2) % 20, dance % 20]
-    systems = rounds + [collection.bm25 % 20 >> before, collection.bm25 % 20 >> dance.retriever(round=2)]
+    systems = [*rounds, collection.bm25 % 20 >> before, collection.bm25 % 20 >> dance.retriever(round=2)]
     measures = [nDCG @ 10, RR @ 10]
     linear = pt.Experiment(systems, collection.dev, collection.qrels, measures, plan="linear")
     tree = pt.Experiment(systems, collection.dev, collection.qrels, measures, plan="tree")
@@ -137,11 +137,14 @@ def test_rescoring_keeps_rows_and_columns_and_equals_the_dense_scores(collection
     rescored = dance(candidates)
     assert len(rescored) == len(candidates) and rescored["docno"].tolist() == candidates["docno"].tolist()
     assert set(candidates.columns) - {"docid"} <= set(rescored.columns) and (rescored["title"] == "kept").all()
-    queries = dict(zip(collection.dev["qid"], dance.encoder.encode_queries(collection.dev["query"].tolist())))
+    vectors = dance.encoder.encode_queries(collection.dev["query"].tolist())
+    queries = dict(zip(collection.dev["qid"], vectors, strict=True))
     documents = dance.encoder.encode_docs(collection.corpus.texts(candidates["docno"].tolist()))
-    expected = [queries[qid] @ vector for qid, vector in zip(candidates["qid"], documents)]
+    expected = [queries[qid] @ vector for qid, vector in zip(candidates["qid"], documents, strict=False)]
     np.testing.assert_allclose(rescored["score"], expected, atol=1e-5)
-    in_rank_order = rescored.sort_values(["qid", "rank"]).groupby("qid")["score"].apply(lambda s: s.is_monotonic_decreasing)
+    in_rank_order = (
+        rescored.sort_values(["qid", "rank"]).groupby("qid")["score"].apply(lambda s: s.is_monotonic_decreasing)
+    )
     assert in_rank_order.all()
     nothing = dance(candidates.iloc[:0])
     assert len(nothing) == 0 and list(nothing.columns) == list(rescored.columns)

@@ -41,7 +41,7 @@ class Fixed(pt.Transformer):
 
 def test_topics_of_one_text_share_their_positives():
     pairs = mining.positive_pairs(TOPICS, QRELS)
-    assert set(zip(pairs["qid"], pairs["docno"])) == {
+    assert set(zip(pairs["qid"], pairs["docno"], strict=False)) == {
         ("a", "d1"), ("a", "d4"), ("b", "d3"), ("c", "d1"), ("c", "d4")
     }  # fmt: skip
 
@@ -107,7 +107,9 @@ def test_rule_one_for_document_mining(data):
     texts = data.draw(st.lists(st.sampled_from(["one", "two", "three", "four"]), min_size=1, max_size=6))
     topics = pd.DataFrame({"qid": [f"q{i}" for i in range(len(texts))], "query": texts})
     judged = data.draw(
-        st.lists(st.tuples(st.integers(0, len(texts) - 1), st.integers(0, 14), st.integers(0, 2)), min_size=1, max_size=30)
+        st.lists(
+            st.tuples(st.integers(0, len(texts) - 1), st.integers(0, 14), st.integers(0, 2)), min_size=1, max_size=30
+        )
     )
     qrels = pd.DataFrame([(f"q{q}", f"d{d}", label) for q, d, label in judged], columns=["qid", "docno", "label"])
     mined = mine_documents(
@@ -115,9 +117,9 @@ def test_rule_one_for_document_mining(data):
         depth=data.draw(st.integers(1, 15)), negatives=data.draw(st.integers(1, 15)),
         sampling=data.draw(st.sampled_from(["uniform", "top"])), seed=data.draw(st.integers(0, 5)), query_block=2,
     )  # fmt: skip
-    text_of = dict(zip(topics["qid"], topics["query"]))
+    text_of = dict(zip(topics["qid"], topics["query"], strict=False))
     relevant = {(text_of[q], d) for q, d, label in qrels.itertuples(index=False) if label > 0}
-    assert not relevant & {(text_of[q], d) for q, d in zip(mined["qid"], mined["docno"])}
+    assert not relevant & {(text_of[q], d) for q, d in zip(mined["qid"], mined["docno"], strict=False)}
 
 
 def test_rank_range_and_teacher_score_filters():
@@ -214,10 +216,12 @@ def test_query_negatives_are_the_nearest_queries_that_are_not_relevant(static_en
         columns=["qid", "docno", "label"],
     )
     corpus = Texts(documents)
-    mined = mine_queries(static_encoder, topics, qrels, corpus, depth=12, negatives=12, sampling="top", document_block=7)
-    text_of = dict(zip(topics["qid"], topics["query"]))
+    mined = mine_queries(
+        static_encoder, topics, qrels, corpus, depth=12, negatives=12, sampling="top", document_block=7
+    )
+    text_of = dict(zip(topics["qid"], topics["query"], strict=False))
     relevant = {(text_of[q], d) for q, d, _ in qrels.itertuples(index=False)}
-    assert not relevant & {(text_of[q], d) for d, q in zip(mined["docno"], mined["qid"])}
+    assert not relevant & {(text_of[q], d) for d, q in zip(mined["docno"], mined["qid"], strict=False)}
     distinct = topics.drop_duplicates("query")
     vectors = static_encoder.encode_queries(distinct["query"].tolist())
     for docno, found in mined.groupby("docno"):
@@ -237,6 +241,6 @@ def test_query_negatives_from_a_pipeline_with_documents_as_queries():
     pairs = QRELS[QRELS["docno"].isin(["d1", "d3"])]
     mined = mine_queries(Fixed(found), TOPICS, pairs, corpus)
     # zz is no training query; a and c are one text, for which d1 is relevant
-    assert list(zip(mined["docno"], mined["qid"])) == [("d1", "b"), ("d3", "a")]
+    assert list(zip(mined["docno"], mined["qid"], strict=False)) == [("d1", "b"), ("d3", "a")]
     with pytest.raises(ValueError, match="corpus="):
         mine_queries(Fixed(found), TOPICS, pairs)

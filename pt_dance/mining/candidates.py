@@ -16,6 +16,7 @@ from pt_dance.mining.filters import Filter, MiningContext
 
 SAMPLING = ("uniform", "top")
 
+
 def check_options(depth: int, negatives: int, sampling: str, rank_range: tuple[int, int] | None) -> None:
     """Raises ValueError where an option of the mining functions makes no sense."""
     if sampling not in SAMPLING:
@@ -61,12 +62,12 @@ def share_of(qids: pd.Series, share: float, *, turn: int, seed: int) -> pd.Serie
     if share == 1:
         return qids
     order = qids.iloc[np.argsort(random_keys(seed, qids, qids), kind="stable")]
-    size = max(int(round(len(qids) * share)), 1)
+    size = max(round(len(qids) * share), 1)
     return order.iloc[np.sort((turn * size + np.arange(size)) % len(qids))]
 
 
 def ranked(results: pd.DataFrame, source_column: str, candidate_column: str) -> pd.DataFrame:
-    """The columns mining needs, each candidate once, with ``rank`` 0, 1, 2 ... for each source in order of the results."""
+    """The columns mining needs, each candidate once, with ``rank`` 0, 1, 2 ... for each source as in the results."""
     frame = pd.DataFrame({c: results[c].to_numpy(dtype=object) for c in (source_column, candidate_column)})
     if "score" in results.columns:
         frame["score"] = results["score"].to_numpy(dtype=np.float64)
@@ -77,7 +78,9 @@ def ranked(results: pd.DataFrame, source_column: str, candidate_column: str) -> 
         order = [source_column, "rank", candidate_column]
         frame = frame.sort_values(order, kind="stable")
     else:
-        frame = frame.sort_values([source_column, "score", candidate_column], ascending=[True, False, True], kind="stable")
+        frame = frame.sort_values(
+            [source_column, "score", candidate_column], ascending=[True, False, True], kind="stable"
+        )
     frame = frame.drop_duplicates([source_column, candidate_column])
     frame["rank"] = frame.groupby(source_column, sort=False).cumcount().to_numpy()
     return frame.reset_index(drop=True)
@@ -93,10 +96,14 @@ def draw(frame: pd.DataFrame, number: int, sampling: str, seed: int, source_colu
     """At most ``number`` candidates of each source, drawn as ``sampling`` says, in rank order."""
     if sampling == "uniform":
         frame = frame.assign(_key=random_keys(seed, frame[source_column], frame[candidate_column]))
-        frame = frame.sort_values([source_column, "_key"], kind="stable").groupby(source_column, sort=False).head(number)
+        frame = (
+            frame.sort_values([source_column, "_key"], kind="stable").groupby(source_column, sort=False).head(number)
+        )
         frame = frame.drop(columns="_key")
     else:
-        frame = frame.sort_values([source_column, "rank"], kind="stable").groupby(source_column, sort=False).head(number)
+        frame = (
+            frame.sort_values([source_column, "rank"], kind="stable").groupby(source_column, sort=False).head(number)
+        )
     return frame.sort_values([source_column, "rank"], kind="stable")
 
 
@@ -135,7 +142,9 @@ class CandidateSelection:
         frame = frame[frame["rank"] < self.depth]
         self.counts["candidates"] += len(frame)
         if self.rank_range is not None:
-            frame = self._keep("rank range", frame, frame[frame["rank"].between(self.rank_range[0], self.rank_range[1] - 1)])
+            frame = self._keep(
+                "rank range", frame, frame[frame["rank"].between(self.rank_range[0], self.rank_range[1] - 1)]
+            )
         frame = self._keep("positives", frame, without_pairs(frame, self.context.pairs))
         for a_filter in self.filters:
             frame = self._keep(repr(a_filter), frame, frame[np.asarray(a_filter(frame, self.context), dtype=bool)])
@@ -149,7 +158,9 @@ class CandidateSelection:
         """Negatives of one block, from one frame of results for each source pipeline and that pipeline's weight."""
         cleaned = [self.clean(results) for results, _ in weighted]
         if len(cleaned) == 1:
-            chosen = draw(cleaned[0], self.negatives, self.sampling, self.seed, self.source_column, self.candidate_column)
+            chosen = draw(
+                cleaned[0], self.negatives, self.sampling, self.seed, self.source_column, self.candidate_column
+            )
         else:
             chosen = self._mix(cleaned, [weight for _, weight in weighted])
         found = chosen.groupby(self.source_column, sort=False).size().reindex(list(block_sources), fill_value=0)

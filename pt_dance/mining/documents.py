@@ -56,8 +56,9 @@ def mine_documents(
 
     Returns:
         A frame with columns ``qid``, ``docno``, ``score`` (float64, the source's), ``rank`` (int, position among the
-        source's documents, from 0), ordered by qid as in ``topics`` and then by rank. ``attrs["mining"]`` counts queries, negatives,
-        queries that got fewer than asked (``short``), queries that got none (``none``), and removals by reason.
+        source's documents, from 0), ordered by qid as in ``topics`` and then by rank. ``attrs["mining"]`` counts
+        queries, negatives, queries that got fewer than asked (``short``), queries that got none (``none``), and
+        removals by reason.
 
     Raises:
         ValueError: if an option makes no sense.

@@ -51,7 +51,9 @@ class MiningContext:
             rows["text"] = self.corpus.texts(rows["docno"].tolist())
         scores = scorer(rows)
         if len(scores) != len(rows):
-            raise ValueError(f"the scorer of {needed_by} gave {len(scores)} rows for {len(rows)}; it must score every row")
+            raise ValueError(
+                f"the scorer of {needed_by} gave {len(scores)} rows for {len(rows)}; it must score every row"
+            )
         known = scores.set_index(["qid", "docno"])["score"]
         return known.loc[pd.MultiIndex.from_frame(frame[["qid", "docno"]])].to_numpy(dtype=np.float64)
 
@@ -80,8 +82,8 @@ class RankRange:
 class PositiveMargin:
     """Keeps candidates that score clearly below the query's best positive.
 
-    NV-Retriever (arXiv 2407.15831) compares mining variants: a candidate must score at most ``relative`` (95 % works best
-    there) of the positive's score, or at least ``absolute`` below it.
+    NV-Retriever (arXiv 2407.15831) compares mining variants: a candidate must score at most ``relative`` (95 % works
+    best there) of the positive's score, or at least ``absolute`` below it.
 
     Attributes:
         scorer: pipeline that scores (query, docno) rows, such as a dense retriever or a cross-encoder.
@@ -103,7 +105,11 @@ class PositiveMargin:
         if not len(candidates):
             return np.zeros(0, dtype=bool)
         positives = context.pairs[context.pairs["qid"].isin(candidates["qid"])]
-        best = pd.Series(context.scored(self.scorer, positives, "PositiveMargin")).groupby(positives["qid"].to_numpy()).max()
+        best = (
+            pd.Series(context.scored(self.scorer, positives, "PositiveMargin"))
+            .groupby(positives["qid"].to_numpy())
+            .max()
+        )
         ceiling = best.reindex(candidates["qid"]).to_numpy()
         # a query without any positive has nothing to be compared with
         ceiling = np.where(np.isnan(ceiling), np.inf, ceiling)
@@ -147,7 +153,9 @@ class NearDuplicate:
     def __post_init__(self):
         """Raises ValueError where an option makes no sense."""
         if not 0 < self.threshold <= 1 or self.n < 1:
-            raise ValueError(f"NearDuplicate takes 0 < threshold <= 1 and n >= 1, not {self.threshold!r} and {self.n!r}")
+            raise ValueError(
+                f"NearDuplicate takes 0 < threshold <= 1 and n >= 1, not {self.threshold!r} and {self.n!r}"
+            )
 
     def __call__(self, candidates: pd.DataFrame, context: MiningContext) -> np.ndarray:
         """Which candidates to keep."""

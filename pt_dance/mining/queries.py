@@ -43,9 +43,11 @@ def mine_queries(
         source: a ``DualEncoder``, whose query vectors make the index that is searched; or a PyTerrier pipeline over the
             training queries (a BM25 index of them, say) that takes a frame of ``qid`` (a docno) and ``query`` (the
             document's text) and gives back queries' qids in the column ``docno``.
-        topics: all training queries, columns ``qid`` and ``query``. Of topics with the same text only the first is a candidate.
+        topics: all training queries, columns ``qid`` and ``query``. Of topics with the same text only the first is a
+            candidate.
         qrels: columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
-        corpus: ``Corpus`` with the positive documents' texts; not needed where ``index`` holds their vectors, unless filters read texts.
+        corpus: ``Corpus`` with the positive documents' texts; not needed where ``index`` holds their vectors, unless
+            filters read texts.
         index: ``DenseIndex`` made with the same weights as ``source``, whose stored vectors are searched with instead
             of encoding the documents once more.
         depth: how many of the best queries of a document are candidates.
@@ -60,7 +62,8 @@ def mine_queries(
 
     Returns:
         A frame with columns ``docno`` (the positive document), ``qid`` (the query negative), ``score`` (float64),
-        ``rank`` (int), ordered by docno as the positives come and by rank; ``attrs["mining"]`` as in :func:`mine_documents`.
+        ``rank`` (int), ordered by docno as the positives come and by rank; ``attrs["mining"]`` as in
+        :func:`mine_documents`.
 
     Raises:
         ValueError: if an option makes no sense, ``index`` holds other weights, or neither corpus nor index is given.

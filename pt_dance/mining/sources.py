@@ -29,7 +29,11 @@ def check_source(source: object, option: str) -> None:
     if source is None:
         return
     for entry, _ in _pairs(source):
-        if entry == FIRST_STAGE if isinstance(entry, str) else isinstance(entry, (pt.Transformer, pd.DataFrame)) or callable(entry):
+        if (
+            entry == FIRST_STAGE
+            if isinstance(entry, str)
+            else isinstance(entry, (pt.Transformer, pd.DataFrame)) or callable(entry)
+        ):
             continue
         raise TypeError(
             f"{option}={entry!r} is no negative source; give a pipeline, a function from the dense retriever to a "

@@ -23,8 +23,8 @@ class Examples:
     """What the trainer needs.
 
     Attributes:
-        dataset: one row a training row of every epoch, columns query, positive, negative_1.., query_negative_1.. (str) and
-            label (int, the row's number), texts read on access.
+        dataset: one row a training row of every epoch, columns query, positive, negative_1.., query_negative_1..
+            (str) and label (int, the row's number), texts read on access.
         rows: what the loss knows of each row.
         pairs: how many (query, positive) pairs an epoch has.
         epochs: how many epochs the rows hold, each with its own draw of negatives.
@@ -37,8 +37,10 @@ class Examples:
 
 
 class Pools:
-    """The mined candidates of each source (query or document), as arrays: candidates of source i are
-    ``values[start[i]:start[i + 1]]``, in an order shuffled by the seed."""
+    """The mined candidates of each source (query or document), as arrays.
+
+    Candidates of source i are ``values[start[i]:start[i + 1]]``, in an order shuffled by the seed.
+    """
 
     def __init__(self, source: np.ndarray, value: np.ndarray, sources: int, seed: int):
         order = np.random.default_rng(seed).permutation(len(source))
@@ -88,8 +90,8 @@ def build_examples(
 
     Args:
         topics: ``qid``, ``query``; all training topics.
-        pairs: known-relevant pairs of these topics as :func:`pt_dance.mining.positive_pairs` gives them; each is a row of
-            every epoch.
+        pairs: known-relevant pairs of these topics as :func:`pt_dance.mining.positive_pairs` gives them; each is a
+            row of every epoch.
         corpus: ``Corpus`` with the documents.
         negatives: mined documents, ``qid`` and ``docno``; None trains with in-batch negatives only.
         query_negatives: mined queries, ``docno`` and ``qid``; None where the loss has no dual direction.
@@ -122,11 +124,30 @@ def build_examples(
         query=query.astype(np.int32),
         positive=positive.astype(np.int32),
         negatives=_drawn(
-            negatives, "qid", "docno", query_of_qid, corpus, len(texts), pair_query, query, epoch, negatives_per_row, seed
+            negatives,
+            "qid",
+            "docno",
+            query_of_qid,
+            corpus,
+            len(texts),
+            pair_query,
+            query,
+            epoch,
+            negatives_per_row,
+            seed,
         ),
         query_negatives=_drawn(
-            query_negatives, "docno", "qid", query_of_qid, corpus, len(corpus), pair_document, positive, epoch,
-            query_negatives_per_row, seed + 1,
+            query_negatives,
+            "docno",
+            "qid",
+            query_of_qid,
+            corpus,
+            len(corpus),
+            pair_document,
+            positive,
+            epoch,
+            query_negatives_per_row,
+            seed + 1,
         ),
         relevance=relevance,
     )
@@ -145,7 +166,7 @@ def _drawn(
     mined: pd.DataFrame | None, source_column: str, value_column: str, query_of_qid: pd.Series, corpus, sources: int,
     pair_source: np.ndarray, row_source: np.ndarray, epoch: np.ndarray, per_row: int, seed: int,
 ) -> np.ndarray:  # fmt: skip
-    """Negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) where nothing was mined."""
+    """Negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) without any mined."""
     if mined is None or per_row == 0:
         return np.empty((len(row_source), 0), dtype=np.int32)
     numbers = {
@@ -184,7 +205,10 @@ def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
 
     def read(batch: dict[str, list[int]]) -> dict[str, list]:
         number = np.asarray(batch["label"])
-        columns: dict[str, list] = {"query": of_queries(rows.query[number]), "positive": of_documents(rows.positive[number])}
+        columns: dict[str, list] = {
+            "query": of_queries(rows.query[number]),
+            "positive": of_documents(rows.positive[number]),
+        }
         for i in range(rows.negatives.shape[1]):
             columns[f"negative_{i + 1}"] = of_documents(rows.negatives[number, i])
         for i in range(rows.query_negatives.shape[1]):
@@ -204,7 +228,7 @@ def columns_of(rows: TrainingRows) -> dict[str, str]:
 
 
 class EpochBatchSampler(DefaultBatchSampler):
-    """Batches of one epoch's rows, shuffled, without the same query or positive twice in a batch while that is possible.
+    """Batches of one epoch's rows, shuffled, with no query or positive twice in a batch as long as that is possible.
 
     A second row of a query, or of a document, adds no negative to its batch (it is masked), so it waits for a later
     batch. Every row of the epoch comes exactly once. The order depends on the seed and the epoch alone.

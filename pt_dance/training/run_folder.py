@@ -1,12 +1,12 @@
 """The folder of a fit: one sub-folder a round, each step of a round finished or absent.
 
-    path/
-      pt_meta.json          written last: which round is the best, so that the folder loads as a DanceRetriever
-      settings.json         what the fit depends on; another fit on the same path must have the same
-      corpus/               where the corpus was built here
-      rounds/00/index       index of the encoder as it came
-      rounds/01/negatives.parquet, query_negatives.parquet, checkpoints/, encoder/, index/, round.json
-      rounds/02/...
+path/
+  pt_meta.json          written last: which round is the best, so that the folder loads as a DanceRetriever
+  settings.json         what the fit depends on; another fit on the same path must have the same
+  corpus/               where the corpus was built here
+  rounds/00/index       index of the encoder as it came
+  rounds/01/negatives.parquet, query_negatives.parquet, checkpoints/, encoder/, index/, round.json
+  rounds/02/...
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RunFolder:
             ours = {SETTINGS, META, "rounds", "corpus", ".corpus.building"}
             if names and not names & ours:
                 raise FileExistsError(
-                    f"the folder {str(self.path)!r} exists and is no pt_dance run; give a new path or empty the folder first"
+                    f"the folder {str(self.path)!r} exists and is no pt_dance run; give a new path, or empty the folder"
                 )
 
     def round(self, number: int) -> Path:
@@ -69,7 +69,8 @@ class RunFolder:
         if differing:
             details = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(settings[key])}" for key in differing)
             raise ValueError(
-                f"the run in {str(self.path)!r} was begun with other settings ({details}); give another path to start anew"
+                f"the run in {str(self.path)!r} was begun with other settings ({details}); "
+                "give another path to start anew"
             )
 
     def finished(self, number: int) -> dict | None:
@@ -93,7 +94,9 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         table = pa.Table.from_pandas(frame, preserve_index=False)
         beside = folder / f".{name}.parquet.building"
-        pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), b"about": json.dumps(about)}), beside)
+        pq.write_table(
+            table.replace_schema_metadata({**(table.schema.metadata or {}), b"about": json.dumps(about)}), beside
+        )
         beside.replace(folder / f"{name}.parquet")
 
     def read_frame(self, number: int, name: str) -> tuple[pd.DataFrame, dict] | None:
@@ -138,7 +141,9 @@ def read_meta(path: Path, artifact: type) -> dict:
         )
     for key in ("round", "num_results", "seed"):
         if type(meta.get(key)) is not int or meta[key] < 0:
-            raise ValueError(f"{str(path / META)!r} is damaged: {key!r} is {meta.get(key)!r}, no whole number of 0 or more")
+            raise ValueError(
+                f"{str(path / META)!r} is damaged: {key!r} is {meta.get(key)!r}, no whole number of 0 or more"
+            )
     if not isinstance(meta.get("corpus"), (str, type(None))):
         raise ValueError(f"{str(path / META)!r} is damaged: 'corpus' is {meta['corpus']!r}, no path")
     history = meta.get("history")

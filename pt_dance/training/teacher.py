@@ -55,7 +55,9 @@ class TeacherScores:
         distinct = np.unique(np.concatenate([key.ravel() for key in keys]))
         distinct = distinct[distinct >= 0]
         scores = self._scores(distinct // width, distinct % width, query_texts, corpus)
-        found = [np.where(key < 0, 0, scores[np.minimum(np.searchsorted(distinct, key), len(distinct) - 1)]) for key in keys]
+        found = [
+            np.where(key < 0, 0, scores[np.minimum(np.searchsorted(distinct, key), len(distinct) - 1)]) for key in keys
+        ]
         return replace(
             rows,
             teacher_positive=found[0][:, 0].astype(np.float32),
@@ -106,13 +108,19 @@ class TeacherScores:
         answer = self.teacher(frame)
         if "score" not in answer.columns or len(answer) != len(frame):
             raise ValueError(
-                f"the teacher {self.teacher!r} must give a column 'score' and every row back; it gave {len(answer)} rows "
-                f"for {len(frame)}, with columns {list(answer.columns)}"
+                f"the teacher {self.teacher!r} must give a column 'score' and every row back; it gave {len(answer)} "
+                f"rows for {len(frame)}, with columns {list(answer.columns)}"
             )
-        scores = answer.set_index(["qid", "docno"])["score"].loc[pd.MultiIndex.from_frame(frame[["qid", "docno"]])].to_numpy(float)
+        scores = (
+            answer.set_index(["qid", "docno"])["score"]
+            .loc[pd.MultiIndex.from_frame(frame[["qid", "docno"]])]
+            .to_numpy(float)
+        )
         if not np.isfinite(scores).all():
             row = frame[~np.isfinite(scores)].iloc[0]
-            raise ValueError(f"the teacher {self.teacher!r} scored docno {row.docno!r} for {row['query']!r} with no finite number")
+            raise ValueError(
+                f"the teacher {self.teacher!r} scored docno {row.docno!r} for {row['query']!r} with no finite number"
+            )
         return scores
 
     def _key(self, query: str, text: str) -> bytes:

@@ -16,7 +16,7 @@ from pt_dance._reading import prompt_for
 from pt_dance.training.examples import EpochBatchSampler, Examples, columns_of
 from pt_dance.training.token_cache import TokenCache
 
-STATIC_LEARNING_RATE = 1e-2
+STATIC_LEARNING_RATE = 2e-2
 TRANSFORMER_LEARNING_RATE = 2e-5
 
 
@@ -63,8 +63,9 @@ class Trained:
 def train(encoder, examples: Examples, round_, folder: str | Path, *, seed: int, verbose: bool) -> Trained:
     """Trains ``encoder`` in place on the examples of one round.
 
-    Checkpoints go to ``folder``; if it holds one, training goes on from there. On a CPU the weights that come out depend
-    on the encoder's weights, the examples, the round and the seed alone, whether training was interrupted or not.
+    Checkpoints go to ``folder``; if it holds one, training goes on from there. On a CPU the weights that come out
+    depend on the encoder's weights, the examples, the round and the seed alone, whether training was interrupted or
+    not.
 
     Args:
         encoder: ``DualEncoder`` whose weights are trained.

@@ -16,8 +16,9 @@ REVERSED = "d→q {}"
 def validate(dense, validation: TrainingInput, measures: list) -> dict[str, float]:
     """Measures of a dense retriever on validation topics, in both directions.
 
-    Backwards ("d→q nDCG@10"), every relevant document is a query for the validation queries, against the reversed qrels:
-    the dual evaluation of DANCE (arXiv 2107.07773). Its release logs the forward value under that name; this does not.
+    Backwards ("d→q nDCG@10"), every relevant document is a query for the validation queries, against the reversed
+    qrels: the dual evaluation of DANCE (arXiv 2107.07773). Its release logs the forward value under that name; this
+        does not.
 
     Args:
         dense: ``DenseRetriever`` with stored vectors of the documents.
