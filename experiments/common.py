@@ -77,7 +77,7 @@ def quiet():
 
 
 def make_encoder(
-    name: str, corpus: Corpus, *, queries: pd.Series | None = None, dim: int = 256, seed: int = 42
+    name: str, corpus: Corpus, *, queries: pd.Series | None = None, dim: int = 384, seed: int = 42
 ) -> DualEncoder:
     """An encoder by a short name.
 

@@ -60,7 +60,12 @@ def make_recipe(args: argparse.Namespace) -> list:
     """The rounds that the options ask for."""
     static = args.encoder.startswith("static")
     rate = args.learning_rate or (0.03 if static else 3e-5)
-    more = dict(epochs=args.epochs, learning_rate=rate, batch_size=args.batch_size or (256 if static else 32))
+    more = dict(
+        epochs=args.epochs,
+        learning_rate=rate,
+        batch_size=args.batch_size or (256 if static else 32),
+        negatives_per_row=2 if static else 1,
+    )
     if args.recipe == "mnrl":
         return recipes.mnrl(**{**more, "epochs": args.warm_up + args.rounds * args.epochs})
     if args.recipe == "dance":
@@ -121,7 +126,7 @@ def main() -> None:
     dev_topics, dev_qrels = split(dataset, "dev")
     test_topics, test_qrels = split(dataset, args.test_split)
     print(
-        f"{len(corpus)} documents; queries: {len(train_topics)} training, {len(dev_topics)} dev, {len(test_topics)} test"
+        f"{len(corpus)} documents; {len(train_topics)} training, {len(dev_topics)} dev, {len(test_topics)} test queries"
     )
 
     encoder = make_encoder(args.encoder, corpus, queries=train_topics["query"], seed=args.seed)
