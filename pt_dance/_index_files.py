@@ -193,7 +193,8 @@ class OpenIndex:
         count = meta["doc_count"]
         file = path / VECTORS[meta["vec_dtype"]]
         dtype = np.dtype(meta["vec_dtype"]).newbyteorder("<")
-        self.vectors = np.memmap(file, mode="r", dtype=dtype, shape=(count, meta["vec_size"]))
+        # Mapped so that writing would stay in memory: torch takes no arrays that cannot be written.
+        self.vectors = np.memmap(file, mode="c", dtype=dtype, shape=(count, meta["vec_size"]))
         self._lookup: Any = None
         if (path / DOCNOS).exists():
             self.docnos = DocnoColumn(np.memmap(path / DOCNOS, dtype=np.uint8, mode="r"), count, path / DOCNOS)

@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from . import _prefilter
+from ._prefilter import LEAST_QUERIES
 from ._topk import ArrayBlock
 
-QUERY_BLOCK = 256
+QUERY_BLOCK = 512
 DOC_BLOCK = 4096
 # Longer vectors could give dot products that float32 does not hold.
 MAX_NORM = 1e18
@@ -159,7 +161,9 @@ def iter_exact_search(
     if threads == 1 or len(starts) <= 1:
         yield from map(search, starts)
         return
-    with _one_threaded_products(), ThreadPoolExecutor(threads) as pool:
+    with _one_threaded_products(), ThreadPoolExecutor(threads, initializer=_prefilter.use_one_thread) as pool:
+        if len(queries) > threads * LEAST_QUERIES and len(docs) > 4 * doc_block:
+            vectors.prefilter = pool.submit(_prefilter.pays).result()
         running: deque[Future] = deque()
         try:
             for start in starts:
@@ -184,12 +188,16 @@ class Vectors:
 
     Attributes:
         tensors: Does the work on other devices than the CPU; None there.
+        prefilter: Whether products are looked at in bfloat16 first; set by the search, changes no result.
     """
 
     def __init__(self, docs: np.ndarray, device: str | None = None) -> None:
-        self.docs = docs
+        # A plain view: indexing a memmap object costs more for every block.
+        self.docs = docs.view(np.ndarray)
         self._norms: dict[tuple[int, int], float] = {}
+        self._roundings: dict[tuple[int, int], float] = {}
         self.tensors: Any = None
+        self.prefilter = False
         if device != "cpu":
             from ._search_gpu import TensorVectors
 
@@ -233,6 +241,13 @@ class Vectors:
             norm *= 1 + 2 * block.shape[1] * UNIT  # the rounding errors of its own sum
             self._norms[first, len(block)] = norm
         return norm
+
+    def rounding(self, first: int, block: np.ndarray) -> float:
+        """Return an upper bound of what rounding a block's vectors to bfloat16 changes, as a length."""
+        rest = self._roundings.get((first, len(block)))
+        if rest is None:
+            rest = self._roundings[first, len(block)] = _prefilter.rounding(block)
+        return rest
 
     def score_pairs(self, queries: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
         """Do what :func:`score_pairs` does, in this thread."""

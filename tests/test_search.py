@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pt_dance._prefilter import HALF_ULP, Prefilter, rounding
 from pt_dance._search import Vectors, exact_search, iter_exact_search, score_pairs
 from pt_dance._search_gpu import TensorVectors
+from pt_dance._topk import ArrayBlock
 
 
 def by_definition(queries, docs, k, tie_order):
@@ -223,3 +225,52 @@ def test_a_gpu_gives_the_same_bits(vectors):
     for where in (kept, streamed):
         on_gpu = exact_search(queries, where, 50, doc_block=1024)
         assert (on_gpu[0] == on_cpu[0]).all() and (on_gpu[1] == on_cpu[1]).all()
+
+
+@pytest.mark.parametrize("kind", ["apart", "close", "equal", "negative", "tiny", "long"])
+@pytest.mark.parametrize("k", [1, 20, 150])
+def test_a_first_look_in_bfloat16_changes_no_bit(kind, k):
+    rng = np.random.default_rng(7)
+    docs, queries = (rng.standard_normal((n, 64)).astype(np.float32) for n in (3000, 40))
+    if kind == "close":
+        # Far closer together than bfloat16 can tell.
+        docs = docs[0] + 1e-4 * docs
+    elif kind == "equal":
+        docs[200:2800] = docs[3]
+    elif kind == "negative":
+        docs, queries = np.abs(docs), -np.abs(queries)
+    elif kind == "tiny":
+        docs, queries = docs * np.float32(1e-20), queries * np.float32(1e-18)
+    elif kind == "long":
+        docs *= np.geomspace(1e-3, 1e6, 3000, dtype=np.float32)[:, None]
+    tie_order = rng.permutation(3000)
+    plain = exact_search(queries, docs, k, tie_order=tie_order, query_block=40, doc_block=400, device="cpu")
+    looked = Vectors(docs, "cpu")
+    looked.prefilter = True
+    for start in (0, 5):
+        block = ArrayBlock(queries[start:], np.linalg.norm(queries[start:], axis=1), looked, k, tie_order)
+        assert block._look is not None
+        for first in range(0, 3000, 400):
+            block.add(first, min(first + 400, 3000))
+        scores, rows = block.best()
+        assert (scores == plain[0][start:]).all() and (rows == plain[1][start:]).all()
+
+
+def test_the_bound_of_the_first_look_holds_and_is_of_use():
+    rng = np.random.default_rng(8)
+    docs, queries = (rng.standard_normal((n, 96)).astype(np.float32) for n in (500, 40))
+    docs *= rng.lognormal(0, 2, (500, 1)).astype(np.float32)
+    norms, dim = np.linalg.norm(queries, axis=1), 96
+    look = Prefilter(queries, norms)
+    exact = queries.astype(np.float64) @ docs.T.astype(np.float64)
+    error = look.error(np.linalg.norm(docs, axis=1).max(), rounding(docs), dim)
+    least = np.full(40, np.float32(1e-3))
+    at, products = look.passing(docs[:, :], least) or (np.empty(0, int), np.empty(0))
+    if not len(at):
+        order = np.sort(exact, axis=1)[:, -20].astype(np.float32)
+        at, products = look.passing(docs, order)
+    query, column = np.divmod(at, 500)
+    difference = np.abs(products - exact[query, column])
+    assert (difference <= error[query] + np.abs(products) * HALF_ULP).all()
+    # A bound a hundred times too large would pass, too, and filter nothing.
+    assert (difference / (error[query] + np.abs(products) * HALF_ULP)).max() > 0.05
