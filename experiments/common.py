@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import pandas as pd
@@ -14,9 +15,31 @@ import pyterrier as pt
 from pt_dance import Corpus, DualEncoder
 
 
-def open_corpus(dataset, path: Path) -> Corpus:
-    """The collection's documents on disk, built on the first run."""
-    return Corpus(path) if path.exists() else Corpus.build(dataset, path)
+def open_corpus(dataset, path: Path, *, most: int | None = None, needed: set[str] = frozenset()) -> Corpus:
+    """The collection's documents on disk, built on the first run.
+
+    Args:
+        dataset: the collection.
+        path: folder of the corpus.
+        most: keep only about so many documents, always the same ones, and all that are needed.
+        needed: docnos that are kept whatever ``most`` says.
+    """
+    if most is not None:
+        path = path.with_name(f"{path.name}.{most}")
+    if path.exists():
+        return Corpus(path)
+    if most is None:
+        return Corpus.build(dataset, path)
+    total = sum(1 for _ in dataset.get_corpus_iter(verbose=False))
+    share = (most - len(needed)) / max(total, 1)
+    return Corpus.build(
+        (
+            document
+            for document in dataset.get_corpus_iter(verbose=False)
+            if document["docno"] in needed or zlib.crc32(document["docno"].encode()) < share * 2**32
+        ),
+        path,
+    )
 
 
 def bm25(corpus: Corpus, path: Path, *, engine: str = "auto", threads: int = 2) -> pt.Transformer:

@@ -45,6 +45,7 @@ def options() -> argparse.Namespace:
         help="of the warm-up; a third of it afterwards (default: .03 static)",
     )
     parser.add_argument("--topics", type=int, default=None, help="train on a random part of the topics")
+    parser.add_argument("--documents", type=int, help="keep about so many documents, all relevant ones among them")
     parser.add_argument("--test-split", default="test", help="split of the table (default: %(default)s)")
     parser.add_argument(
         "--engine", default="auto", choices=["auto", "pisa", "terrier"], help="BM25 by (default: %(default)s)"
@@ -120,17 +121,18 @@ def main() -> None:
     started = time.perf_counter()
     dataset = pt.get_dataset(args.dataset)
     args.out.mkdir(parents=True, exist_ok=True)
-    corpus = open_corpus(dataset, args.out / "corpus")
-    first_stage = bm25(corpus, args.out / "bm25", engine=args.engine)
     train_topics, train_qrels = split(dataset, "train", most=args.topics, seed=args.seed)
     dev_topics, dev_qrels = split(dataset, "dev")
     test_topics, test_qrels = split(dataset, args.test_split)
+    needed = {docno for qrels in (train_qrels, dev_qrels, test_qrels) for docno in qrels["docno"]}
+    corpus = open_corpus(dataset, args.out / "corpus", most=args.documents, needed=needed)
+    first_stage = bm25(corpus, args.out / f"bm25-{len(corpus)}", engine=args.engine)
     print(
         f"{len(corpus)} documents; {len(train_topics)} training, {len(dev_topics)} dev, {len(test_topics)} test queries"
     )
 
     encoder = make_encoder(args.encoder, corpus, queries=train_topics["query"], seed=args.seed)
-    run = args.out / f"{args.encoder}-{args.recipe}-{args.seed}".replace("/", "_")
+    run = args.out / f"{args.encoder}-{args.recipe}-{len(corpus)}-{args.seed}".replace("/", "_")
     dance = DanceRetriever(encoder, corpus, run, recipe=make_recipe(args), seed=args.seed)
     before = dance.retriever(round=0)
     (first_stage % 100 >> dance).fit(train_topics, train_qrels, dev_topics, dev_qrels)
