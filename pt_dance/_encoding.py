@@ -129,7 +129,7 @@ def forward(model: SentenceTransformer, features: dict[str, Any], task: str, bfl
     }
     if isinstance(model[0], Router):
         features |= {"task": task, "modality": "text"}
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
         vectors = model(features, task=task)["sentence_embedding"]
     if model.truncate_dim is not None:
         vectors = vectors[..., : model.truncate_dim]

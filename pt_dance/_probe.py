@@ -27,7 +27,7 @@ from pt_dance import _encoding, _files
 from pt_dance._fingerprint import fingerprint
 from pt_dance._reading import Reader, TransformerReader, reader_for
 
-LARGE = 200_000
+LARGE = 100_000
 """Tokens from which on an encode is worth a probe; smaller ones use the default batches and float32."""
 
 MIN_COSINE = 0.9999
