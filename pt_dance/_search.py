@@ -26,7 +26,7 @@ from . import _prefilter
 from ._prefilter import LEAST_QUERIES
 from ._topk import ArrayBlock
 
-QUERY_BLOCK = 512
+QUERY_BLOCK = 256
 DOC_BLOCK = 4096
 # Longer vectors could give dot products that float32 does not hold.
 MAX_NORM = 1e18

@@ -73,8 +73,8 @@ class ArrayBlock:
         products, passed = (room[: shape[0] * shape[1]].reshape(shape) for room in self._room)
         np.matmul(self.queries, docs.T, out=products)
         if is_first and len(docs) > self.slots:
-            # Nothing is known yet, so this block's own k-th best product counts.
-            threshold = self._threshold(self._kth_of(products))
+            # Nothing is known yet, so this block's own k-th best product counts, or that of its first half.
+            threshold = self._threshold(self._kth_of(products[:, : max(len(docs) // 2, self.k)]))
         else:
             threshold = self._threshold(self._kth)
         np.greater_equal(products, threshold[:, None], out=passed)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .encoder import DualEncoder
     from .index import DenseIndex
 
+# Queries that are encoded and searched together: more would grow the memory, not the speed.
+_QUERY_CHUNK = 4096
 _REPLACED = ("docno", "docid", "score", "rank")
 
 
@@ -76,20 +78,18 @@ class DenseRetriever(pt.Transformer):
 
         Args:
             inp: Queries (``qid``, and ``query`` or ``query_vec``), or results (``docno`` too). A ``docid`` column is
-            not looked at: it may be another
-                index's.
+                not looked at: it may be another index's.
 
         Returns:
             For queries: all their columns with ``docno``, ``score`` and ``rank`` (from 0), a query's rows together,
-            best first. For results: the same rows in the same order with all their columns, ``score`` and ``rank`` new,
-            ``docid`` gone.
+            best first. For results: the same rows in the same order with all their columns, ``score`` and ``rank``
+            new, ``docid`` gone.
 
         Raises:
             KeyError: Naming a docno that is not in the index, or missing columns.
             TypeError: If a query is no string; names the qid.
             ValueError: If the encoder's weights are not those the index was made with, there is no encoder, or a query
-            vector has the wrong
-                size or is not finite; names the qid.
+                vector has the wrong size or is not finite; names the qid.
         """
         with pt.validate.any(inp, context=self) as v:
             v.result_frame(extra_columns=["query_vec"], mode="rescore")
@@ -98,7 +98,8 @@ class DenseRetriever(pt.Transformer):
             v.query_frame(extra_columns=["query"], mode="retrieve")
         if v.mode == "rescore":
             return self._rescore(inp)
-        return pd.concat(list(self.iter_blocks(inp)), ignore_index=True)
+        # In one piece rather than from blocks, which would be in memory twice when they are put together.
+        return next(self._retrieve(inp, len(inp)))
 
     def iter_blocks(self, inp: pd.DataFrame) -> Iterator[pd.DataFrame]:
         """Retrieve for queries block by block, in bounded memory: the rows of :meth:`transform`, cut into pieces.
@@ -112,21 +113,36 @@ class DenseRetriever(pt.Transformer):
         with pt.validate.any(inp, context=self) as v:
             v.query_frame(extra_columns=["query_vec"])
             v.query_frame(extra_columns=["query"])
+        yield from self._retrieve(inp, 1)
+
+    def _retrieve(self, inp: pd.DataFrame, least: int) -> Iterator[pd.DataFrame]:
+        """Yield result frames of at least so many queries each, except for the last one."""
         kept = inp.drop(columns=[name for name in self._dropped() if name in inp.columns])
         if not len(inp):
             yield _with_results(
                 kept.reset_index(drop=True), pd.Series([], dtype=str), np.empty(0), np.empty(0, np.int64)
             )
             return
-        vectors = self._query_vectors(inp)
+        chunks = [inp.iloc[first : first + _QUERY_CHUNK] for first in range(0, len(inp), _QUERY_CHUNK)]
+        if len(chunks) > 1:
+            # What is wrong with a late query is said before the first one is searched.
+            for chunk in chunks:
+                self._check_queries(chunk)
         docnos = self.index.open().docnos
+        blocks: list[tuple[np.ndarray, ...]] = []
+        written = done = 0
         with pt.tqdm(desc=repr(self), total=len(inp), unit="q", disable=not self.verbose, delay=1) as bar:
-            for start, scores, rows in self._search(vectors):
-                found, ranks = np.nonzero(rows >= 0)
-                block = kept.iloc[start + found].reset_index(drop=True)
-                docno = docnos.take(rows[found, ranks]).to_pandas()
-                yield _with_results(block, docno, scores[found, ranks], ranks)
-                bar.update(len(rows))
+            for number, chunk in enumerate(chunks):
+                for first, scores, rows in self._search(self._query_vectors(chunk)):
+                    query, rank = np.nonzero(rows >= 0)
+                    blocks.append((query + number * _QUERY_CHUNK + first, rank, scores[query, rank], rows[query, rank]))
+                    done += len(rows)
+                    bar.update(len(rows))
+                    if done - written >= least or done == len(inp):
+                        query, rank, scores, rows = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+                        blocks, written = [], done
+                        found = docnos.take(rows).to_pandas()
+                        yield _with_results(kept.iloc[query].reset_index(drop=True), found, scores, rank)
 
     def _search(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield number of the first query, scores and rows of a block, best first; -1 where there are fewer."""
@@ -159,42 +175,43 @@ class DenseRetriever(pt.Transformer):
     def _dropped(self) -> tuple[str, ...]:
         return (*_REPLACED, "query_vec") if self.drop_query_vec else _REPLACED
 
-    def _query_vectors(self, inp: pd.DataFrame) -> np.ndarray:
-        """Return a checked vector for every row, ``float32`` (rows, d)."""
-        dim, qids = self.index.open().meta["vec_size"], inp["qid"]
-        if "query_vec" in inp.columns:
-            vectors = np.empty((len(inp), dim), dtype=np.float32)
-            for position, value in enumerate(inp["query_vec"]):
-                vector = np.asarray(value)
-                if vector.shape != (dim,) or vector.dtype.kind not in "fiu":
-                    found = "no numbers" if vector.dtype.kind not in "fiu" else f"shape {vector.shape}"
-                    raise ValueError(
-                        f"query {qids.iloc[position]!r} has a query_vec with {found} where the index has vectors of "
-                        f"{dim} numbers: encode it with the encoder of this index."
-                    )
-                vectors[position] = vector
-        else:
-            encoder = self._checked_encoder()
+    def _check_queries(self, inp: pd.DataFrame) -> np.ndarray | list[str]:
+        """Return vectors, ``float32`` (rows, d), or queries as they are given, if nothing is wrong with them."""
+        qids = inp["qid"]
+        if "query_vec" not in inp.columns:
             queries = inp["query"].tolist()
             for position, query in enumerate(queries):
                 if not isinstance(query, str):
                     raise TypeError(
                         f"query {qids.iloc[position]!r} is {query!r}, no string: give its text or leave it out."
                     )
-            vectors = np.asarray(encoder.encode_queries(queries), dtype=np.float32)
-            if vectors.shape != (len(inp), dim):
+            return queries
+        dim = self.index.open().meta["vec_size"]
+        vectors = np.empty((len(inp), dim), dtype=np.float32)
+        for position, value in enumerate(inp["query_vec"]):
+            vector = np.asarray(value)
+            if vector.shape != (dim,) or vector.dtype.kind not in "fiu":
+                found = "no numbers" if vector.dtype.kind not in "fiu" else f"shape {vector.shape}"
                 raise ValueError(
-                    f"the encoder gives vectors of {vectors.shape[-1]} numbers and the index {self.index.index_path} "
-                    f"has {dim}: use the encoder it was made with."
+                    f"query {qids.iloc[position]!r} has a query_vec with {found} where the index has vectors of {dim} "
+                    "numbers: encode it with the encoder of this index."
                 )
-        norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
-        bad = ~(norms <= MAX_NORM)
-        if bad.any():
+            vectors[position] = vector
+        return _checked_lengths(vectors, qids)
+
+    def _query_vectors(self, inp: pd.DataFrame) -> np.ndarray:
+        """Return a checked vector for every row, ``float32`` (rows, d)."""
+        given = self._check_queries(inp)
+        if isinstance(given, np.ndarray):
+            return given
+        vectors = np.asarray(self._checked_encoder().encode_queries(given), dtype=np.float32)
+        dim = self.index.open().meta["vec_size"]
+        if vectors.shape != (len(inp), dim):
             raise ValueError(
-                f"query {qids.iloc[int(bad.argmax())]!r} has NaN, infinity or numbers beyond float32's dot products in "
-                "its vector: look at its text and the encoder's weights."
+                f"the encoder gives vectors of {vectors.shape[-1]} numbers and the index {self.index.index_path} has "
+                f"{dim}: use the encoder it was made with."
             )
-        return vectors
+        return _checked_lengths(vectors, inp["qid"])
 
     def _checked_encoder(self) -> DualEncoder:
         encoder = self.encoder or self.index.encoder
@@ -250,6 +267,16 @@ class DenseRetriever(pt.Transformer):
     def subtransformers(self) -> dict[str, pt.Transformer]:
         """Return no transformers: index and encoder are parts of this one."""
         return {}
+
+
+def _checked_lengths(vectors: np.ndarray, qids: pd.Series) -> np.ndarray:
+    bad = ~(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64) <= MAX_NORM**2)
+    if bad.any():
+        raise ValueError(
+            f"query {qids.iloc[int(bad.argmax())]!r} has NaN, infinity or numbers beyond float32's dot products in its "
+            "vector: look at its text and the encoder's weights."
+        )
+    return vectors
 
 
 def _with_results(frame: pd.DataFrame, docnos: Any, scores: np.ndarray, ranks: np.ndarray) -> pd.DataFrame:
