@@ -106,6 +106,19 @@ def sync_folder(path: str | Path) -> None:
         _sync(Path(root))
 
 
+def publish_file(building: str | Path, final: str | Path) -> None:
+    """Give a finished file its final name in one step, in the place of an older one if there is one.
+
+    Args:
+        building: File with the finished content, in the same folder as ``final``.
+        final: Its name from now on.
+    """
+    building, final = Path(building), Path(final)
+    _sync(building)
+    os.replace(building, final)
+    _sync(final.absolute().parent)
+
+
 def publish_folder(building: str | Path, final: str | Path) -> None:
     """Give a finished folder its final name in one step.
 

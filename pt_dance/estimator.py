@@ -13,7 +13,7 @@ import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
 
-from pt_dance._files import publish_folder, write_json
+from pt_dance._files import publish_folder, remove_folder, write_json
 from pt_dance.corpus import Corpus
 from pt_dance.encoder import DualEncoder
 from pt_dance.index import DenseIndex
@@ -24,7 +24,7 @@ from pt_dance.retriever import DenseRetriever
 from pt_dance.training.examples import build_examples
 from pt_dance.training.inputs import TrainingInput, check_in_corpus, check_query_texts, check_training_input
 from pt_dance.training.options import check_measures, check_options, is_whole
-from pt_dance.training.run_folder import META, RunFolder, read_json, read_meta
+from pt_dance.training.run_folder import META, RunFolder, read_meta
 from pt_dance.training.settings import fit_settings
 from pt_dance.training.teacher import TeacherScores
 from pt_dance.training.trainer import train
@@ -198,21 +198,23 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             validation = check_training_input(
                 topics_or_res_va, qrels_va, corpus=self.corpus, context=self, what="validation"
             )
+        self._run.begin(fit_settings(self, training, validation))
         if not (self._run.round(0) / "encoder").exists():
             self.initial_encoder.save(self._run.round(0) / "encoder")
-        self._run.begin(fit_settings(self, training, validation))
         pairs = positive_pairs(training.topics, training.qrels)
 
+        measured = [] if validation is None else [str(measure) for measure in self.measures]
         history: list[dict] = []
         for number, round_ in enumerate(self.recipe, start=1):
-            row = self._run.finished(number)
-            if row is None:
+            row = self._run.finished(number, measured)
+            is_new = row is None
+            if is_new:
                 row = self._fit_round(number, round_, training, validation, pairs)
                 self._run.finish(number, row)
                 if self.verbose:
                     print(_line(row, len(self.recipe), self.measures))
             history.append(row)
-            if self.keep == "best":
+            if self.keep == "best" and (is_new or number == len(self.recipe)):
                 self._run.drop_indexes(keep={self._best(history), number})
             if self.patience is not None and len(history) - self._best(history) >= self.patience:
                 break
@@ -293,7 +295,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         if negatives is None and round_.loss == "pairwise":
             # without any mined negative there is nothing to compare in pairs: in-batch negatives warm the model up
             round_ = replace(round_, loss="contrastive", loss_options={"temperature": 0.05, "similarity": "cosine"})
-        if (stored := read_json(self._run.round(number) / "trained.json")) is not None:
+        if (stored := self._run.trained(number)) is not None:
+            remove_folder(self._run.checkpoints(number))
             return stored, round_.loss
         encoder = self._encoder_of(number - 1).copy()
         if round_.similarity is not None:
@@ -307,17 +310,19 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             query_negatives_per_row=round_.query_negatives_per_row, epochs=round_.epochs, seed=self.seed + 1000 *
             number,
         )  # fmt: skip
-        checkpoints = self._run.round(number) / "checkpoints"
+        checkpoints = self._run.checkpoints(number)
         trained = train(encoder, examples, round_, checkpoints, seed=self.seed + 1000 * number, verbose=self.verbose)
         if not folder.exists():
             encoder.save(folder)
-        stored = {"loss": trained.loss, "steps": trained.steps}
-        write_json(self._run.round(number) / "trained.json", stored)
-        return stored, round_.loss
+        self._run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint)
+        remove_folder(checkpoints)
+        return self._run.trained(number), round_.loss
 
     def _refreshed(self, number: int) -> DenseIndex:
         """The index of a round's encoder, in a folder of its own; made where it is not there yet."""
         index = DenseIndex(self._run.round(number) / "index", self._encoder_of(number), verbose=self.verbose)
+        if not index.built() and (self._run.round(number) / "index").exists():
+            index.open()  # says which of its files is damaged
         return index if index.built() else index.index(self.corpus)
 
     def _best(self, history: list[dict]) -> int:
@@ -364,7 +369,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         path = Path(path)
         meta = read_meta(path, cls)
         run = RunFolder(path)
-        started = next(run.round(n) for n in (0, meta["round"]) if (run.round(n) / "encoder").exists())
+        started = run.round(0 if (run.round(0) / "encoder").exists() else meta["round"])
         if corpus is None and meta["corpus"] is not None and (path / meta["corpus"]).exists():
             corpus = Corpus(path / meta["corpus"])
         options = {"num_results": meta["num_results"], "seed": meta["seed"], "verbose": False, **kwargs}
@@ -386,8 +391,12 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def _encoder_of(self, number: int) -> DualEncoder:
         if number == 0:
             return self.initial_encoder
-        given = self.initial_encoder
-        return DualEncoder.load(self._run.round(number) / "encoder", device=str(given.device), verbose=given.verbose)
+        folder, given = self._run.round(number) / "encoder", self.initial_encoder
+        encoder = DualEncoder.load(folder, device=str(given.device), verbose=given.verbose)
+        trained = self._run.trained(number)
+        if trained is not None and trained["fingerprint"] != encoder.fingerprint:
+            raise ValueError(f"{str(folder)!r} is damaged: its weights are not those that round {number} gave")
+        return encoder
 
     def _settle(self, number: int, history: list[dict]) -> None:
         self._round, self._history, self._retriever = number, history, None

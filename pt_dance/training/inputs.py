@@ -112,7 +112,7 @@ def _check_ids(frame: pd.DataFrame, columns: tuple[str, ...], name: str) -> None
         if len(wrong):
             raise TypeError(
                 f"the column {column!r} of the {name} holds {_plain(wrong.iloc[0])}, no string; ids are strings in "
-                f"PyTerrier: remove what is missing and turn the rest into strings with frame.astype({{{column!r}: str}})"
+                f"PyTerrier: remove what is missing and turn the rest into strings, frame.astype({{{column!r}: str}})"
             )
 
 

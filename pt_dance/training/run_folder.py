@@ -12,16 +12,20 @@ path/
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pt_dance._files import remove_folder, write_json
+from pt_dance import _files
+from pt_dance._files import publish_file, remove_folder, write_json
 
 SETTINGS = "settings.json"
 META = "pt_meta.json"
+_ADVICE = "remove this round's folder and those of later rounds, and fit goes on from there"
 
 
 class RunFolder:
@@ -40,7 +44,7 @@ class RunFolder:
             raise FileExistsError(f"{str(self.path)!r} is a file; give the path of a new folder or of a pt_dance run")
         if self.path.is_dir():
             names = {entry.name for entry in self.path.iterdir()}
-            ours = {SETTINGS, META, "rounds", "corpus", ".corpus.building"}
+            ours = {SETTINGS, META, "rounds", "corpus", ".corpus.building", f".{SETTINGS}.new", f".{META}.new"}
             if names and not names & ours:
                 raise FileExistsError(
                     f"the folder {str(self.path)!r} exists and is no pt_dance run; give a new path, or empty the folder"
@@ -73,20 +77,56 @@ class RunFolder:
                 "give another path to start anew"
             )
 
-    def finished(self, number: int) -> dict | None:
-        """The history row of a finished round, None where it is not finished."""
-        return read_json(self.round(number) / "round.json")
+    def finished(self, number: int, needed: Sequence[str] = ()) -> dict | None:
+        """The history row of a finished round, None where it is not finished.
+
+        Raises:
+            ValueError: if the row is damaged or lacks one of the ``needed`` entries.
+        """
+        row = read_json(self.round(number) / "round.json")
+        if row is None:
+            return None
+        missing = [key for key in ("round", "name", "loss", "training_loss", *needed) if key not in row]
+        if missing or row["round"] != number:
+            problem = f"{missing[0]!r} is missing" if missing else f"it is of round {row['round']!r}"
+            raise ValueError(f"{str(self.round(number) / 'round.json')!r} is damaged: {problem}; {_ADVICE}")
+        return row
 
     def finish(self, number: int, row: dict) -> None:
-        """Marks a round as finished; what only a resumed round needs is removed."""
+        """Marks a round as finished."""
         write_json(self.round(number) / "round.json", row)
-        remove_folder(self.round(number) / "checkpoints")
+
+    def checkpoints(self, number: int) -> Path:
+        """Where the checkpoints of a round's training are."""
+        return self.round(number) / "checkpoints"
+
+    def trained(self, number: int) -> dict | None:
+        """What a round's training gave: ``loss``, ``steps``, ``fingerprint``; None where it is not done.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        path = self.round(number) / "trained.json"
+        trained = read_json(path)
+        for key, kind in {"loss": (int, float), "steps": int, "fingerprint": str}.items():
+            if trained is not None and not isinstance(trained.get(key), kind):
+                raise ValueError(f"{str(path)!r} is damaged: {key!r} is {trained.get(key)!r}; {_ADVICE}")
+        return trained
+
+    def finish_training(self, number: int, loss: float, steps: int, fingerprint: str) -> None:
+        """Marks the training of a round, whose encoder is written, as done."""
+        write_json(self.round(number) / "trained.json", {"loss": loss, "steps": steps, "fingerprint": fingerprint})
 
     def drop_indexes(self, keep: set[int]) -> None:
         """Removes the indexes of all rounds but these, to save disk; they can be made again from the encoders."""
         for folder in sorted((self.path / "rounds").iterdir()):
             if folder.name.isdigit() and int(folder.name) not in keep:
-                remove_folder(folder / "index")
+                # under another name first: what a kill leaves of it must not lie where an index belongs
+                dropped = folder / ".index.dropped"
+                remove_folder(dropped)
+                if (folder / "index").exists():
+                    os.rename(folder / "index", dropped)
+                    remove_folder(dropped)
 
     def write_frame(self, number: int, name: str, frame: pd.DataFrame, about: dict) -> None:
         """Writes a frame and what is to be known about it, whole or not at all."""
@@ -94,18 +134,28 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         table = pa.Table.from_pandas(frame, preserve_index=False)
         beside = folder / f".{name}.parquet.building"
-        pq.write_table(
-            table.replace_schema_metadata({**(table.schema.metadata or {}), b"about": json.dumps(about)}), beside
-        )
-        beside.replace(folder / f"{name}.parquet")
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"about": json.dumps(about)})
+        pq.write_table(table, beside, write_page_checksum=True)
+        publish_file(beside, folder / f"{name}.parquet")
 
     def read_frame(self, number: int, name: str) -> tuple[pd.DataFrame, dict] | None:
-        """What :meth:`write_frame` wrote, None where it wrote nothing."""
+        """What :meth:`write_frame` wrote, None where it wrote nothing.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
         path = self.round(number) / f"{name}.parquet"
         if not path.exists():
             return None
-        table = pq.read_table(path)
-        return table.to_pandas(), json.loads(table.schema.metadata[b"about"])
+        try:
+            table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+            frame, about = table.to_pandas(), json.loads(table.schema.metadata[b"about"])
+            damage = None if {"qid", "docno"} <= set(frame.columns) and isinstance(about, dict) else "it lacks columns"
+        except Exception as error:  # whatever pyarrow makes of bytes that are no Parquet file, the user gets one line
+            damage = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if damage is not None:
+            raise ValueError(f"{str(path)!r} is damaged ({damage}); remove it, and these negatives are mined again")
+        return frame, about
 
 
 def read_json(path: Path) -> dict | None:
@@ -115,14 +165,9 @@ def read_json(path: Path) -> dict | None:
         ValueError: if the file holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return _files.read_json(path)
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is damaged: it holds no JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} is damaged: it holds no JSON object")
-    return content
 
 
 def read_meta(path: Path, artifact: type) -> dict:

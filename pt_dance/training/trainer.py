@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from pt_dance import losses
+from pt_dance._files import remove_folder
 from pt_dance._reading import prompt_for
+from pt_dance.training import checkpoints
 from pt_dance.training.examples import EpochBatchSampler, Examples, columns_of
 from pt_dance.training.token_cache import TokenCache
 
@@ -34,10 +36,16 @@ class _Bar(ProgressCallback):
 
 
 class RoundTrainer(SentenceTransformerTrainer):
-    """The trainer, with the batches of :class:`EpochBatchSampler` and without a word on stdout unless asked."""
+    """The trainer, with the batches of :class:`EpochBatchSampler` and without a word on stdout unless asked.
+
+    Its checkpoints are whole or not there, see :mod:`pt_dance.training.checkpoints`. ``loss_sum``, float64, is the sum
+    of the losses of all steps, also of those before an interruption, which the trainer's own mean leaves out.
+    """
 
     def __init__(self, *args, examples: Examples, verbose: bool, **kwargs):
         self.examples = examples
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self._writes_to: Path | None = None
         super().__init__(*args, train_dataset=examples.dataset, **kwargs)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -50,6 +58,39 @@ class RoundTrainer(SentenceTransformerTrainer):
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
         """Every epoch's own rows, shuffled, see :class:`EpochBatchSampler`."""
         return EpochBatchSampler(self.examples, batch_size, drop_last, seed)
+
+    def training_step(self, *args, **kwargs):
+        """A step of the trainer, whose loss is added up."""
+        loss = super().training_step(*args, **kwargs)
+        self.loss_sum = self.loss_sum.to(loss.device) + loss.detach().double()
+        return loss
+
+    def _save(self, output_dir=None, state_dict=None):
+        # no model card, which takes longer than the weights, and no pickled arguments, which nobody reads
+        self.model.save_pretrained(output_dir or self.args.output_dir, create_model_card=False)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._writes_to is None else str(self._writes_to)
+
+    def _save_checkpoint(self, model, trial):
+        if self.state.global_step >= self.state.max_steps:
+            return  # the encoder itself is written next
+        folder = Path(self.args.output_dir)
+        building = folder / checkpoints.BUILDING
+        if self.args.should_save:
+            remove_folder(building)
+        self.accelerator.wait_for_everyone()
+        self._writes_to = building
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writes_to = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            written = building / f"checkpoint-{self.state.global_step}"
+            checkpoints.publish(written, folder, {"loss_sum": self.loss_sum.item()})
+            remove_folder(building)
+        self.accelerator.wait_for_everyone()
 
 
 @dataclass
@@ -77,7 +118,11 @@ def train(encoder, examples: Examples, round_, folder: str | Path, *, seed: int,
 
     Returns:
         The mean training loss and the number of steps.
+
+    Raises:
+        ValueError: if the checkpoint to go on from is damaged, or the loss is no finite number any more.
     """
+    folder = Path(folder)
     arguments = training_arguments(encoder, examples, round_, folder, seed=seed, verbose=verbose)
     options = dict(round_.loss_options)
     if isinstance(round_.loss, str):
@@ -92,10 +137,19 @@ def train(encoder, examples: Examples, round_, folder: str | Path, *, seed: int,
     trainer = RoundTrainer(
         model=encoder.model, args=arguments, loss=loss, data_collator=collator, examples=examples, verbose=verbose
     )
-    checkpoint = get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = checkpoints.newest(folder)
+    if checkpoint is not None:
+        trainer.loss_sum += checkpoints.check(checkpoint)["loss_sum"]
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     encoder.model.eval()
-    return Trained(float(result.training_loss), int(result.global_step))
+    steps = trainer.state.global_step
+    loss = trainer.loss_sum.item() / max(steps, 1)
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the training loss of round {round_.name!r} became {loss}: lower its learning_rate "
+            f"({arguments.learning_rate:g}) or raise the loss's temperature, and fit in another folder"
+        )
+    return Trained(loss, steps)
 
 
 def training_arguments(encoder, examples: Examples, round_, folder, *, seed: int, verbose: bool):
