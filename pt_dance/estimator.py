@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +11,8 @@ import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
 
-from pt_dance._files import publish_folder, remove_folder, write_json
+from pt_dance._files import remove_folder
+from pt_dance._run_files import RunFiles
 from pt_dance.corpus import Corpus
 from pt_dance.encoder import DualEncoder
 from pt_dance.index import DenseIndex
@@ -22,6 +21,7 @@ from pt_dance.recipes import Round, check_recipe
 from pt_dance.recipes import dance as dance_recipe
 from pt_dance.retriever import DenseRetriever
 from pt_dance.training.examples import build_examples
+from pt_dance.training.history import best_round, describe_round
 from pt_dance.training.inputs import TrainingInput, check_in_corpus, check_query_texts, check_training_input
 from pt_dance.training.options import check_measures, check_options, is_whole
 from pt_dance.training.run_folder import META, RunFolder, read_meta
@@ -31,7 +31,7 @@ from pt_dance.training.trainer import train
 from pt_dance.training.validation import validate
 
 
-class DanceRetriever(pt.Estimator, pt.Artifact):
+class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
     """A dense retriever that ``fit`` trains: mine negatives, train, refresh the index, validate, round after round.
 
     As a transformer it is its current :class:`~pt_dance.DenseRetriever`: a query frame is searched, a result frame is
@@ -212,13 +212,13 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
                 row = self._fit_round(number, round_, training, validation, pairs)
                 self._run.finish(number, row)
                 if self.verbose:
-                    print(_line(row, len(self.recipe), self.measures))
+                    print(describe_round(row, len(self.recipe), self.measures))
             history.append(row)
             if self.keep == "best" and (is_new or number == len(self.recipe)):
-                self._run.drop_indexes(keep={self._best(history), number})
-            if self.patience is not None and len(history) - self._best(history) >= self.patience:
+                self._run.drop_indexes(keep={best_round(history, self.measures[0]), number})
+            if self.patience is not None and len(history) - best_round(history, self.measures[0]) >= self.patience:
                 break
-        self._settle(self._best(history), history)
+        self._settle(best_round(history, self.measures[0]), history)
         self._write_meta(self.path)
         return self
 
@@ -305,11 +305,18 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         if round_.teacher is not None:
             teacher = TeacherScores(round_.teacher, self.path / "teacher.sqlite", verbose=self.verbose)
         examples = build_examples(
-            training.topics, pairs, self.corpus, qids=qids, teacher=teacher, negatives=negatives,
-            query_negatives=query_negatives, negatives_per_row=round_.negatives_per_row,
-            query_negatives_per_row=round_.query_negatives_per_row, epochs=round_.epochs, seed=self.seed + 1000 *
-            number,
-        )  # fmt: skip
+            training.topics,
+            pairs,
+            self.corpus,
+            negatives=negatives,
+            query_negatives=query_negatives,
+            negatives_per_row=round_.negatives_per_row,
+            query_negatives_per_row=round_.query_negatives_per_row,
+            epochs=round_.epochs,
+            seed=self.seed + 1000 * number,
+            qids=qids,
+            teacher=teacher,
+        )
         checkpoints = self._run.checkpoints(number)
         trained = train(encoder, examples, round_, checkpoints, seed=self.seed + 1000 * number, verbose=self.verbose)
         if not folder.exists():
@@ -325,68 +332,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             index.open()  # says which of its files is damaged
         return index if index.built() else index.index(self.corpus)
 
-    def _best(self, history: list[dict]) -> int:
-        """Number of the best round by the first validation measure; the last one where nothing was measured."""
-        measure = str(self.measures[0])
-        if measure not in history[0]:
-            return len(history)
-        return max(range(len(history)), key=lambda i: (history[i][measure], i)) + 1
-
-    # ------------------------------------------------------------------ saving and loading
-
-    def save(self, path: str | Path) -> None:
-        """Writes what retrieval needs (current encoder and index, history) to a new folder that :meth:`load` opens.
-
-        Raises:
-            FileExistsError: if ``path`` exists.
-        """
-        path = Path(path)
-        if path.exists():
-            raise FileExistsError(f"{str(path)!r} exists; give the path of a new folder")
-        index = self.index
-        building = path.with_name(f".{path.name}.building")
-        shutil.rmtree(building, ignore_errors=True)
-        folder = building / "rounds" / f"{self._round:02d}"
-        folder.mkdir(parents=True)
-        self.encoder.save(folder / "encoder")
-        shutil.copytree(index.index_path, folder / "index")
-        self._write_meta(building)
-        publish_folder(building, path)
-
-    @classmethod
-    def load(cls, path: str | Path, *, corpus: Corpus | None = None, **kwargs) -> DanceRetriever:
-        """Opens a fitted run, or a folder that :meth:`save` wrote; it gives the same results as the one that was saved.
-
-        Args:
-            path: the folder.
-            corpus: the corpus, needed only to train further; the run's own is opened where it is still there.
-            **kwargs: other options of the class; those of the saved one are taken where not given.
-
-        Raises:
-            FileNotFoundError: if there is no finished run in the folder.
-            ValueError: if its metadata is damaged.
-        """
-        path = Path(path)
-        meta = read_meta(path, cls)
-        run = RunFolder(path)
-        started = run.round(0 if (run.round(0) / "encoder").exists() else meta["round"])
-        if corpus is None and meta["corpus"] is not None and (path / meta["corpus"]).exists():
-            corpus = Corpus(path / meta["corpus"])
-        options = {"num_results": meta["num_results"], "seed": meta["seed"], "verbose": False, **kwargs}
-        return cls(DualEncoder.load(started / "encoder"), corpus, path, **options)
-
     # ------------------------------------------------------------------ helpers
-
-    def _own_corpus(self, source: object) -> Corpus:
-        folder, is_new = self.path / "corpus", not self.path.exists()
-        if folder.exists():
-            return Corpus(folder)
-        try:
-            return Corpus.build(source, folder, verbose=self.verbose)
-        except BaseException:
-            if is_new and self.path.exists() and not any(self.path.iterdir()):
-                self.path.rmdir()
-            raise
 
     def _encoder_of(self, number: int) -> DualEncoder:
         if number == 0:
@@ -401,23 +347,6 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def _settle(self, number: int, history: list[dict]) -> None:
         self._round, self._history, self._retriever = number, history, None
 
-    def _write_meta(self, folder: Path) -> None:
-        corpus = None if self.corpus is None else os.path.relpath(self.corpus.path, folder)
-        write_json(
-            folder / META,
-            {
-                "type": self.ARTIFACT_TYPE, "format": self.ARTIFACT_FORMAT, "package_hint": self.ARTIFACT_PACKAGE_HINT,
-                "num_results": self.num_results, "seed": self.seed, "corpus": corpus, "round": self._round, "history":
-                self._history,
-            },
-        )  # fmt: skip
-
     def __repr__(self) -> str:
         """Short: it is the row's name in tables."""
         return f"DanceRetriever({str(self.path)!r})"
-
-
-def _line(row: dict, rounds: int, measures: list) -> str:
-    measured = "".join(f", {m} {row[str(m)]:.4f}" for m in measures if str(m) in row)
-    seconds = ", ".join(f"{step} {row[f'{step}_seconds']:.0f} s" for step in ("mine", "train", "refresh", "validate"))
-    return f"round {row['round']}/{rounds} {row['name']}: loss {row['training_loss']:.4f}{measured} ({seconds})"

@@ -1,0 +1,82 @@
+"""How a DanceRetriever is saved and loaded, apart from what it does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from pt_dance._files import publish_folder, write_json
+from pt_dance.corpus import Corpus
+from pt_dance.encoder import DualEncoder
+from pt_dance.training.run_folder import META, RunFolder, read_meta
+
+
+class RunFiles:
+    """The part of :class:`pt_dance.DanceRetriever` that has to do with files."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes what retrieval needs (current encoder and index, history) to a new folder that :meth:`load` opens.
+
+        Raises:
+            FileExistsError: if ``path`` exists.
+        """
+        path = Path(path)
+        if path.exists():
+            raise FileExistsError(f"{str(path)!r} exists; give the path of a new folder")
+        index = self.index
+        building = path.with_name(f".{path.name}.building")
+        shutil.rmtree(building, ignore_errors=True)
+        folder = building / "rounds" / f"{self._round:02d}"
+        folder.mkdir(parents=True)
+        self.encoder.save(folder / "encoder")
+        shutil.copytree(index.index_path, folder / "index")
+        self._write_meta(building)
+        publish_folder(building, path)
+
+    @classmethod
+    def load(cls, path: str | Path, *, corpus: Corpus | None = None, **kwargs) -> RunFiles:
+        """Opens a fitted run, or a folder that :meth:`save` wrote; it gives the same results as the one that was saved.
+
+        Args:
+            path: the folder.
+            corpus: the corpus, needed only to train further; the run's own is opened where it is still there.
+            **kwargs: other options of the class; those of the saved one are taken where not given.
+
+        Raises:
+            FileNotFoundError: if there is no finished run in the folder.
+            ValueError: if its metadata is damaged.
+        """
+        path = Path(path)
+        meta = read_meta(path, cls)
+        run = RunFolder(path)
+        started = run.round(0 if (run.round(0) / "encoder").exists() else meta["round"])
+        if corpus is None and meta["corpus"] is not None and (path / meta["corpus"]).exists():
+            corpus = Corpus(path / meta["corpus"])
+        options = {"num_results": meta["num_results"], "seed": meta["seed"], "verbose": False, **kwargs}
+        return cls(DualEncoder.load(started / "encoder"), corpus, path, **options)
+
+    def _own_corpus(self, source: object) -> Corpus:
+        folder, is_new = self.path / "corpus", not self.path.exists()
+        if folder.exists():
+            return Corpus(folder)
+        try:
+            return Corpus.build(source, folder, verbose=self.verbose)
+        except BaseException:
+            if is_new and self.path.exists() and not any(self.path.iterdir()):
+                self.path.rmdir()
+            raise
+
+    def _write_meta(self, folder: Path) -> None:
+        corpus = None if self.corpus is None else os.path.relpath(self.corpus.path, folder)
+        meta = {
+            "type": self.ARTIFACT_TYPE,
+            "format": self.ARTIFACT_FORMAT,
+            "package_hint": self.ARTIFACT_PACKAGE_HINT,
+            "num_results": self.num_results,
+            "seed": self.seed,
+            "corpus": corpus,
+            "round": self._round,
+            "history": self._history,
+        }
+        write_json(folder / META, meta)
