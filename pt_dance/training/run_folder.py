@@ -25,7 +25,7 @@ from pt_dance._files import publish_file, remove_folder, write_json
 
 SETTINGS = "settings.json"
 META = "pt_meta.json"
-_ADVICE = "remove this round's folder and those of later rounds, and fit goes on from there"
+_ADVICE = "remove pt_meta.json, this round's folder and those of later rounds, and fit goes on from there"
 
 
 class RunFolder:

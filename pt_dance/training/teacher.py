@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -71,21 +72,26 @@ class TeacherScores:
         if self.verbose:
             blocks = pt.tqdm(blocks, desc="teacher", unit=f"{_BLOCK} pairs")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with sqlite3.connect(self.path) as store:
-            store.execute("CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
-            for start in blocks:
-                part = slice(start, start + _BLOCK)
-                texts = corpus.texts_at(documents[part])
-                frame = pd.DataFrame(
-                    {
-                        "qid": queries[part].astype(str),
-                        "query": [query_texts[q] for q in queries[part]],
-                        "docno": corpus.docno(documents[part]),
-                        "text": texts,
-                    }
-                )
-                scores[part] = self._block(store, frame)
-        store.close()
+        with contextlib.closing(sqlite3.connect(self.path)) as store:
+            try:
+                store.execute("CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
+                for start in blocks:
+                    part = slice(start, start + _BLOCK)
+                    frame = pd.DataFrame(
+                        {
+                            "qid": queries[part].astype(str),
+                            "query": [query_texts[q] for q in queries[part]],
+                            "docno": corpus.docno(documents[part]),
+                            "text": corpus.texts_at(documents[part]),
+                        }
+                    )
+                    scores[part] = self._block(store, frame)
+            except sqlite3.OperationalError:
+                raise  # a full disk or another process: nothing is wrong with the file
+            except sqlite3.DatabaseError as error:
+                raise ValueError(
+                    f"{str(self.path)!r} is damaged ({error}); remove it, and the teacher is asked again"
+                ) from None
         return scores
 
     def _block(self, store: sqlite3.Connection, frame: pd.DataFrame) -> np.ndarray:
