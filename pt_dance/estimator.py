@@ -332,8 +332,6 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             index.open()  # says which of its files is damaged
         return index if index.built() else index.index(self.corpus)
 
-    # ------------------------------------------------------------------ helpers
-
     def _encoder_of(self, number: int) -> DualEncoder:
         if number == 0:
             return self.initial_encoder
