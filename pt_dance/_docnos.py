@@ -1,10 +1,9 @@
 """Docnos: what is a valid one, which occur twice, and which row each one has.
 
 Lookup goes through a table of 64-bit hashes on disk, memory-mapped, and every hit is compared with the docno itself.
-FLEX's own
-``docnos.npids`` is written beside it, so that pyterrier_dr opens our indexes; its inverse lookup is not used, because
-for docnos that
-are numbers it takes ``01`` for ``1``, and misses numbers that do not start at 0 in a later block (npids 1.0).
+FLEX's own ``docnos.npids`` is written beside it, so that pyterrier_dr opens our indexes; its inverse lookup is not
+used, because for docnos that are numbers it takes ``01`` for ``1``, and misses numbers that do not start at 0 in a
+later block (npids 0.1.3).
 """
 
 from __future__ import annotations
@@ -91,8 +90,7 @@ class DuplicateDocnos:
 
         Returns:
             Suspects, in order: docnos that occurred already, in an earlier block or in this one (or, once in about
-            2**64 pairs, another
-            docno with the same hash). The caller compares the strings.
+            2**64 pairs, another docno with the same hash). The caller compares the strings.
         """
         block = np.fromiter((hash_docno(d) for d in docnos), dtype=np.uint64, count=len(docnos))
         self.hashes.frombytes(block.tobytes())
@@ -208,8 +206,8 @@ def write_npids(path: str | Path, docnos: Iterator[str]) -> None:
     """Write FLEX's ``docnos.npids`` in bounded memory, readable by every ``npids.Lookup``.
 
     Only npids' plain codecs are used, fixed-length byte strings and the hash lookup, in blocks of 65,536: its own
-    builder fails for a block of
-    one docno (``ZeroDivisionError``) and for docnos whose common bytes end inside a character (``UnicodeDecodeError``).
+    builder fails for a block of one docno (``ZeroDivisionError``) and for docnos whose common bytes end inside a
+    character (``UnicodeDecodeError``).
 
     Args:
         path: File to write; must not exist.

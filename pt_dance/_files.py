@@ -156,8 +156,8 @@ def replace_folder(building: str | Path, final: str | Path) -> None:
     """Put a finished folder in the place of an existing one and remove the old one.
 
     Where the system can exchange two folders, there is no moment at which ``final`` is missing; elsewhere a crash
-    between
-    two renames is mended by :func:`recover_folder`. Processes that hold the old files open can go on reading them.
+    between two renames is mended by :func:`recover_folder`. Processes that hold the old files open can go on reading
+    them.
 
     Args:
         building: Folder with the finished content, on the same file system as ``final``.

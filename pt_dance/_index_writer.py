@@ -67,8 +67,7 @@ def check_vectors(vectors: Any, docnos: Sequence[str], vec_size: int | None, vec
 
     Raises:
         ValueError: If there are other than n vectors, or if one has another size, is not finite, too long, or does not
-        fit ``vec_dtype``; names
-            the docno.
+            fit ``vec_dtype``; names the docno.
     """
     vectors = np.asarray(vectors)
     if vectors.ndim != 2 or len(vectors) != len(docnos) or vectors.dtype.kind not in "fiu":

@@ -40,8 +40,8 @@ class Prefilter:
     def error(self, norm: float, rounding: float, dimension: int) -> np.ndarray:
         """Return how far a sum of products can be from the exact product, before its own rounding, ``float64`` (q,).
 
-        With ``q = q' + r`` and ``d = d' + s`` (rounded plus rest), ``q.d - q'.d' = r.d + q'.s``, at most
-        ``|r||d| + |q'||s|``; the sum in float32 adds its own error.
+        With ``q = q' + r`` and ``d = d' + s`` (rounded plus rest), ``q.d - q'.d' = r.d + q'.s``, at most ``|r||d| +
+        |q'||s|``; the sum in float32 adds its own error.
 
         Args:
             norm: Upper bound of the documents' lengths.

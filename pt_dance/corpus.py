@@ -24,8 +24,7 @@ class Corpus(pt.Artifact):
     """A collection's documents on disk: Arrow files of ``datasets``, memory-mapped, so that any size fits.
 
     Every stage sees the same text of a document: ``text``, its non-empty fields joined by a separator (title and text
-    by default).
-    Two corpora are equal if their content is.
+    by default). Two corpora are equal if their content is.
 
     Args:
         path: Folder written by :meth:`build`.
@@ -106,12 +105,10 @@ class Corpus(pt.Artifact):
 
         Args:
             source: An iterable of dicts, a DataFrame, or an object with ``get_corpus_iter()`` such as a PyTerrier data
-            set. Each document
-                has a ``docno`` and the fields.
+                set. Each document has a ``docno`` and the fields.
             path: Folder to make; written beside and renamed, so that it is whole or not there.
             fields: Fields that make up a document's text, in this order. The last one must be a string in every
-            document; the others may
-                be missing, None or NaN, which counts as empty.
+                document; the others may be missing, None or NaN, which counts as empty.
             separator: What stands between two non-empty fields.
             verbose: Whether to show a progress bar.
 
@@ -122,8 +119,7 @@ class Corpus(pt.Artifact):
             FileExistsError: If something is at ``path`` already.
             TypeError: If a document, docno or field has the wrong type.
             ValueError: If a docno is invalid or occurs twice, if the last field of a document is missing or None, if
-            there are no documents,
-                or the fields make no sense. The message names the docno.
+                there are no documents, or the fields make no sense. The message names the docno.
         """
         path, fields = Path(path), _check_fields(fields)
         if path.exists():

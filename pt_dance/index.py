@@ -33,13 +33,11 @@ class DenseIndex(FlexIndex):
     Args:
         path: Folder of the index; it need not exist yet.
         encoder: Encodes documents when indexing and queries when retrieving. For an index that exists it is loaded from
-        where its metadata
-            says that it was saved, if it is there.
+            where its metadata says that it was saved, if it is there.
         text_field: Field with the documents' text.
         vec_dtype: "float32", or "float16" for half the space and about 3 digits (pyterrier_dr cannot open these).
         shard_size: Documents encoded and written at a time: what a crash costs at most, and the window in which the
-        encoder sorts by
-            length.
+            encoder sorts by length.
         device: Where to search: "cpu", "cuda", ...; a GPU if there is one by default. Results are the same to the bit.
         verbose: Whether to show progress bars and say what will be written.
 
@@ -97,8 +95,7 @@ class DenseIndex(FlexIndex):
 
         Args:
             inp: A :class:`pt_dance.Corpus`, an iterable of dicts, or a DataFrame, with ``docno`` and the text field, or
-            with ``docno`` and
-                ``doc_vec``.
+                with ``docno`` and ``doc_vec``.
 
         Returns:
             This index.
@@ -107,10 +104,10 @@ class DenseIndex(FlexIndex):
             FileExistsError: If something is at the path already.
             TypeError: If a document, docno or text has the wrong type; names it.
             ValueError: If a docno occurs twice, a text is missing, or a vector is not finite or of another size; names
-            the docno.
+                the docno.
             OSError: If the disk has not enough room.
             StreamError: If the documents' own iterator raises. As with every error, the whole shards before it are kept
-            for the next call.
+                for the next call.
         """
         return self.indexer().index(inp)
 
@@ -131,7 +128,7 @@ class DenseIndex(FlexIndex):
 
         Args:
             mode: "create" a new index, "overwrite" an existing one, which stays until the new one is complete, or
-            "append" to it.
+                "append" to it.
 
         Raises:
             ValueError: If there is no such mode.

@@ -34,7 +34,7 @@ class DenseRetriever(pt.Transformer):
         num_results: Documents a query gets.
         drop_query_vec: Whether the column ``query_vec`` is left out of the output.
         rescore_cutoff: Results kept for a query when re-scoring; all by default. ``% k`` sets it when a pipeline is
-        compiled.
+            compiled.
         verbose: Whether to show a progress bar.
 
     Raises:
@@ -82,8 +82,8 @@ class DenseRetriever(pt.Transformer):
 
         Returns:
             For queries: all their columns with ``docno``, ``score`` and ``rank`` (from 0), a query's rows together,
-            best first. For results: the same rows in the same order with all their columns, ``score`` and ``rank``
-            new, ``docid`` gone.
+            best first. For results: the same rows in the same order with all their columns, ``score`` and ``rank`` new,
+            ``docid`` gone.
 
         Raises:
             KeyError: Naming a docno that is not in the index, or missing columns.
