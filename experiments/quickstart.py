@@ -148,10 +148,10 @@ def main() -> None:
         list(systems.values()), test_topics, test_qrels, [nDCG @ 10, RR @ 10, R @ 100],
         names=list(systems), baseline=0, correction="holm", round=4,
     )  # fmt: skip
-    columns = ["name", "nDCG@10", "nDCG@10 p-value corrected", "RR@10", "R@100"]
-    print(f"\n{args.dataset}, {args.test_split} split (p-values: paired t-test against BM25, Holm-corrected)\n")
-    print(table[columns].to_string(index=False))
     table.to_csv(run / "table.csv", index=False)
+    table["p (Holm)"] = table["nDCG@10 p-value corrected"].map(lambda p: "" if pd.isna(p) else f"{p:.1g}")
+    print(f"\n{args.dataset}, {args.test_split} split (p: paired t-test of nDCG@10 against BM25, Holm-corrected)\n")
+    print(table[["name", "nDCG@10", "p (Holm)", "RR@10", "R@100"]].to_string(index=False))
     show_examples({"BM25": first_stage, "untrained": before, "dense": dance}, test_topics, test_qrels)
     plot_history(dance.history, "nDCG@10", run / "history.png")
     dance.history.to_csv(run / "history.csv", index=False)
