@@ -18,19 +18,11 @@ from pt_dance.mining.sources import FIRST_STAGE, check_source
 # The others follow a loss that is measured while training; here rounds are measured.
 _SCHEDULERS = tuple(s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy"))
 
-# What a round or the estimator says itself: said twice, one of them would do nothing.
+# What the estimator says itself: with others, a run could not be gone on with, or would not be what its settings say.
 _SAID_ELSEWHERE = {
     "output_dir": "the estimator's path",
     "seed": "the estimator's seed",
     "data_seed": "the estimator's seed",
-    "num_train_epochs": "Round(epochs=...)",
-    "per_device_train_batch_size": "Round(batch_size=...)",
-    "learning_rate": "Round(learning_rate=...)",
-    "warmup_steps": "Round(warmup=...)",
-    "warmup_ratio": "Round(warmup=...)",
-    "lr_scheduler_type": "Round(scheduler=...)",
-    "save_steps": "Round(checkpoint_steps=...)",
-    "save_strategy": "Round(checkpoint_steps=...)",
     "resume_from_checkpoint": "calling fit again",
 }
 

@@ -285,8 +285,8 @@ RECIPES = {
     "scheduler unknown": (lambda: Round(scheduler="steps"), ValueError, "scheduler='steps'", "linear"),
     "scheduler that needs a loss": (lambda: Round(scheduler="reduce_lr_on_plateau"), ValueError, "on_plateau"),
     "training argument unknown": (lambda: Round(training_arguments={"bfloat": 1}), ValueError, "'bfloat'"),
-    "training argument said twice": (
-        lambda: Round(training_arguments={"num_train_epochs": 3}), ValueError, "'num_train_epochs'", "epochs",
+    "training argument of the estimator": (
+        lambda: Round(training_arguments={"output_dir": "x"}), ValueError, "'output_dir'", "path",
     ),
     "training arguments a list": (lambda: Round(training_arguments=["bf16"]), TypeError, "training_arguments"),
     "share of queries 0": (lambda: Round(share_of_queries=0), ValueError, "share_of_queries=0"),

@@ -223,6 +223,17 @@ def test_silent_without_verbose(collection, tmp_path, capfd):
     assert printed.out == "" and printed.err == ""
 
 
+def test_a_transformer_is_trained_in_silence_too(collection, minilm_path, tmp_path, capfd):
+    encoder = DualEncoder(minilm_path, device="cpu", max_length=16)
+    recipe = recipes.dance(ance_rounds=0, batch_size=4, checkpoint_steps=2)
+    corpus = Corpus.build(standard_library().documents.head(40), tmp_path / "corpus", verbose=False)
+    qrels = collection.qrels[collection.qrels["docno"].isin(corpus.docno(range(40)))]
+    topics = standard_library().topics[standard_library().topics["qid"].isin(qrels["qid"])].head(12)
+    DanceRetriever(encoder, corpus, tmp_path / "run", recipe=recipe, verbose=False).fit(topics, qrels, topics, qrels)
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == ""
+
+
 def test_repr_is_short_and_attributes_are_found(collection, tmp_path):
     dance = make(collection, tmp_path / "run", num_results=77)
     assert repr(dance) == f"DanceRetriever({str(tmp_path / 'run')!r})"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformerTrainer
 
 from pt_dance import Corpus
 from pt_dance.mining import positive_pairs
@@ -82,7 +85,7 @@ def test_rows_hold_every_pair_once_an_epoch_and_never_a_relevant_negative(corpus
             assert set(docnos) <= pool and len(set(docnos)) == len(docnos) == min(per_row, len(pool))
             assert not {(query, docno) for docno in docnos} & relevant
             seen_negatives.update((query, docno) for docno in docnos)
-            mined = [batch_rows[f"query_negative_{n + 1}"][i] for n in range(per_row)]
+            mined = [batch_rows[f"negative_query_{n + 1}"][i] for n in range(per_row)]
             mined = [text for text in mined if text]
             assert set(mined) <= query_pools.get(text_of[positive], set())
             assert not {(text, text_of[positive]) for text in mined} & relevant
@@ -135,3 +138,13 @@ def test_token_cache_gives_what_the_model_gives(corpus):
                 assert np.array_equal(cached["input_ids"], plain["input_ids"])
                 assert np.array_equal(cached["offsets"], plain["offsets"])
                 assert cached.get("task") == plain.get("task")
+
+
+def test_no_column_takes_the_tokens_of_another_for_its_own():
+    """The trainer finds a column's features by the beginning of their names."""
+    rows = SimpleNamespace(negatives=np.zeros((1, 12)), query_negatives=np.zeros((1, 12)))
+    columns = list(columns_of(rows))
+    inputs = {f"{column}_{feature}": torch.zeros(1) for column in columns for feature in ("input_ids", "attention_mask")}
+    features, _ = SentenceTransformerTrainer.collect_features(None, inputs)
+    assert len(features) == len(columns) == 26
+    assert all(set(feature) == {"input_ids", "attention_mask"} for feature in features)

@@ -1,6 +1,6 @@
 """Losses for training dense retrievers, in sentence-transformers' loss interface.
 
-Every loss takes the columns query, positive, negative_1 … negative_n and query_negative_1 … query_negative_m. Given
+Every loss takes the columns query, positive, negative_1 … negative_n and negative_query_1 … negative_query_m. Given
 :class:`TrainingRows` it never uses a known-relevant pair as a negative: not mined, not in-batch, not of the same
 tower, not in the dual direction. Nothing here knows of PyTerrier: the losses also work in a plain
 ``SentenceTransformerTrainer``.

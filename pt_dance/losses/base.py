@@ -23,8 +23,8 @@ SIMILARITIES = ("cosine", "dot")
 class RetrievalLoss(CachedLossMixin, nn.Module):
     """The base of the losses: columns of texts in, one number out.
 
-    A training row has the columns query, positive, negative_1 … negative_n (mined documents), query_negative_1 …
-    query_negative_m (mined queries), in this order, and a label. With ``rows`` the label is the row's number in the
+    A training row has the columns query, positive, negative_1 … negative_n (mined documents), negative_query_1 …
+    negative_query_m (mined queries), in this order, and a label. With ``rows`` the label is the row's number in the
     training set, and pairs that are known to be relevant are never used as negatives. Without ``rows`` the loss works
     on any data set of sentence-transformers' layout and knows no more than the columns say.
 

@@ -42,7 +42,7 @@ class ContrastiveLoss(RetrievalLoss):
         +-----------------------------------------------------------------------+---------------------------------+
         | query, positive, negative_1 … negative_n                              | without ``rows``                |
         +-----------------------------------------------------------------------+                                 |
-        | query, positive, negative_1 … negative_n, query_negative_1 … m        |                                 |
+        | query, positive, negative_1 … negative_n, negative_query_1 … m        |                                 |
         +-----------------------------------------------------------------------+---------------------------------+
 
     Relations:

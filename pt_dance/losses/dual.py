@@ -26,7 +26,7 @@ class DualLoss(WrappedLoss):
         document_weight: :math:`w_d`.
 
     Inputs:
-        Those of ``loss``, with the columns query_negative_1 … query_negative_m where it needs mined texts.
+        Those of ``loss``, with the columns negative_query_1 … negative_query_m where it needs mined texts.
 
     Relations:
         - DANCE: ``DualLoss(PairwiseLoss(model, temperature=0.01, similarity="cosine"), weight=0.1)``.

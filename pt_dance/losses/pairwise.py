@@ -38,7 +38,7 @@ class PairwiseLoss(RetrievalLoss):
         +=======================================================================+=================================+
         | query, positive, negative_1 … negative_n                              | row number, or none             |
         +-----------------------------------------------------------------------+ without ``rows``                |
-        | query, positive, negative_1 … negative_n, query_negative_1 … m        |                                 |
+        | query, positive, negative_1 … negative_n, negative_query_1 … m        |                                 |
         +-----------------------------------------------------------------------+---------------------------------+
 
     Relations:

@@ -23,7 +23,7 @@ class Examples:
     """What the trainer needs.
 
     Attributes:
-        dataset: one row a training row of every epoch, columns query, positive, negative_1.., query_negative_1..
+        dataset: one row a training row of every epoch, columns query, positive, negative_1.., negative_query_1..
             (str) and label (int, the row's number), texts read on access.
         rows: what the loss knows of each row.
         pairs: how many (query, positive) pairs an epoch has.
@@ -212,7 +212,7 @@ def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
         for i in range(rows.negatives.shape[1]):
             columns[f"negative_{i + 1}"] = of_documents(rows.negatives[number, i])
         for i in range(rows.query_negatives.shape[1]):
-            columns[f"query_negative_{i + 1}"] = of_queries(rows.query_negatives[number, i])
+            columns[f"negative_query_{i + 1}"] = of_queries(rows.query_negatives[number, i])
         columns["label"] = number.tolist()
         return columns
 
@@ -223,7 +223,7 @@ def columns_of(rows: TrainingRows) -> dict[str, str]:
     """The text columns of a training row and what each holds, "query" or "document", in the order losses read them."""
     columns = {"query": "query", "positive": "document"}
     columns |= {f"negative_{i + 1}": "document" for i in range(rows.negatives.shape[1])}
-    columns |= {f"query_negative_{i + 1}": "query" for i in range(rows.query_negatives.shape[1])}
+    columns |= {f"negative_query_{i + 1}": "query" for i in range(rows.query_negatives.shape[1])}
     return columns
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from pt_dance import losses
 from pt_dance._files import remove_folder
+from pt_dance._models import no_bars
 from pt_dance._reading import prompt_for
 from pt_dance.training import checkpoints
 from pt_dance.training.examples import EpochBatchSampler, Examples, columns_of
@@ -93,6 +97,21 @@ class RoundTrainer(SentenceTransformerTrainer):
         self.accelerator.wait_for_everyone()
 
 
+@contextlib.contextmanager
+def _no_chatter() -> Iterator[None]:
+    """Keeps the libraries' bars for reading and writing checkpoints, and their notes, off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("sentence_transformers", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with no_bars():
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 @dataclass
 class Trained:
     """What training gave: the mean loss over all steps, and how many steps these were."""
@@ -140,7 +159,8 @@ def train(encoder, examples: Examples, round_, folder: str | Path, *, seed: int,
     checkpoint = checkpoints.newest(folder)
     if checkpoint is not None:
         trainer.loss_sum += checkpoints.check(checkpoint)["loss_sum"]
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with _no_chatter():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     encoder.model.eval()
     steps = trainer.state.global_step
     loss = trainer.loss_sum.item() / max(steps, 1)
