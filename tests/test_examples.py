@@ -144,7 +144,8 @@ def test_no_column_takes_the_tokens_of_another_for_its_own():
     """The trainer finds a column's features by the beginning of their names."""
     rows = SimpleNamespace(negatives=np.zeros((1, 12)), query_negatives=np.zeros((1, 12)))
     columns = list(columns_of(rows))
-    inputs = {f"{column}_{feature}": torch.zeros(1) for column in columns for feature in ("input_ids", "attention_mask")}
+    names = [f"{column}_{feature}" for column in columns for feature in ("input_ids", "attention_mask")]
+    inputs = {name: torch.zeros(1) for name in names}
     features, _ = SentenceTransformerTrainer.collect_features(None, inputs)
     assert len(features) == len(columns) == 26
     assert all(set(feature) == {"input_ids", "attention_mask"} for feature in features)
