@@ -167,7 +167,8 @@ def test_filters_and_what_they_removed_are_reported(medquad, tmp_path):
     assert set(map(repr, filters)) <= set(report["removed"]) and report["removed"][repr(filters[2])] > 0
 
 
-def test_lora_and_other_training_arguments_reach_the_trainer(medquad, tmp_path):
-    arguments = {"gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "weight_decay": 0.01}
-    dance, _ = medquad.fit(tmp_path / "run", recipes.mnrl(training_arguments=arguments, **FAST))
+def test_training_arguments_reach_the_trainer(medquad, tmp_path):
+    arguments = {"gradient_accumulation_steps": 2, "weight_decay": 0.01}
+    recipe = recipes.mnrl(training_arguments=arguments, scheduler="cosine", **FAST)
+    dance, _ = medquad.fit(tmp_path / "run", recipe)
     assert dance.history["steps"].iloc[0] == pytest.approx(len(medquad.train) / 64, abs=2)
