@@ -32,12 +32,7 @@ def fingerprint(model: SentenceTransformer) -> str:
     Returns:
         32 hexadecimal digits (xxh3, 128 bits).
     """
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy())
+    digest = weights_digest(model)
     for name, module in model.named_children():
         _add_module(digest, name, module)
     settings = {
@@ -49,6 +44,17 @@ def fingerprint(model: SentenceTransformer) -> str:
     }
     digest.update(_canonical(settings))
     return digest.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> xxhash.xxh3_128:
+    """A digest fed with the names, types, shapes and bytes of all weights of a model."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy())
+    return digest
 
 
 def _add_module(digest: xxhash.xxh3_128, name: str, module: nn.Module) -> None:

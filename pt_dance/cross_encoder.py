@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyterrier as pt
 import torch
 from sentence_transformers import CrossEncoder
 
-from pt_dance._fingerprint import fingerprint as _fingerprint
+from pt_dance._fingerprint import weights_digest
 
 
 class CrossEncoderScorer(pt.Transformer):
@@ -57,8 +58,13 @@ class CrossEncoderScorer(pt.Transformer):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the weights; 32 hexadecimal digits."""
-        return _fingerprint(self.model)
+        """Identifies weights, tokenizer and maximum length; 32 hexadecimal digits (xxh3, 128 bits)."""
+        digest = weights_digest(self.model)
+        tokenizer = json.loads(self.model.tokenizer.backend_tokenizer.to_str())
+        # how the last batch was padded and cut is no part of the model
+        digest.update(json.dumps(tokenizer | {"padding": None, "truncation": None}, sort_keys=True).encode())
+        digest.update(str(self.model.max_length).encode())
+        return digest.hexdigest()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Scores each row; identical (query, text) pairs are scored once.
