@@ -104,22 +104,22 @@ def describe_source(source: object) -> str:
         return f"results of {source['qid'].nunique()} queries"
     if _is_function(source):
         return _describe_function(source)
-    return _without_addresses(repr(source))
+    return without_addresses(repr(source))
 
 
 def _describe_function(function: object) -> str:
     code = getattr(function, "__code__", None)
     if code is None:
-        return _without_addresses(repr(function))
+        return without_addresses(repr(function))
     constants = [c for c in code.co_consts if isinstance(c, (str, bytes, int, float, tuple, type(None)))]
     parts = [code.co_code.hex(), repr(code.co_names), repr(constants), repr(function.__defaults__)]
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         value = cell.cell_contents
         parts.append(f"{name}={_describe_function(value) if _is_function(value) else repr(value)}")
-    digest = hashlib.sha256(_without_addresses("\n".join(parts)).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(without_addresses("\n".join(parts)).encode()).hexdigest()[:8]
     return f"{function.__name__}#{digest}"
 
 
-def _without_addresses(text: str) -> str:
+def without_addresses(text: str) -> str:
     """The text without the addresses of objects, which say nothing about them and differ in every process."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

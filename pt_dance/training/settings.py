@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import fields
 
 import pandas as pd
 
 from pt_dance.mining import describe_source
+from pt_dance.mining.sources import without_addresses
 from pt_dance.training.inputs import TrainingInput
 from pt_dance.training.teacher import teacher_identity
 
@@ -50,8 +50,7 @@ def _plain(name: str, value: object) -> object:
         value = teacher_identity(value)
     elif not isinstance(value, (int, float, str, type(None))):
         value = repr(value)
-    # the address of an object says nothing about it, and differs in every process
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value
+    return without_addresses(value) if isinstance(value, str) else value
 
 
 def _digest(frame: pd.DataFrame) -> str:
