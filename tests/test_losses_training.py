@@ -184,6 +184,36 @@ def test_cached_gradients_are_the_gradients(transformer_path, name):
             assert (a - b).abs().max() <= 1e-5 * max(1, largest)
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("name", ["contrastive", "mnrl-dual", "samtone-both"])
+def test_cached_gradients_of_a_batch_of_1024(transformer_path, name, dropout):
+    """In float64, since the sums over a batch's tokens round by 1e-4 of the largest gradient in float32, cached or not.
+
+    With dropout the gradients are those of the same mini-batches and seed, all kept in memory.
+    """
+    rows, data = collection(n=1, m=1, size=1024)
+    numbers = torch.arange(1024)
+    found = []
+    for cached in (False, True):
+        model = transformer(transformer_path).double().train(dropout)
+        loss = reference.make(name, model, rows, mini_batch_size=64 if cached or dropout else None)
+        columns = features(model, data, numbers)
+        torch.manual_seed(5)
+        if cached or not dropout:
+            value = loss(columns, numbers)
+        else:
+            kept = [loss.embed_minibatch_iter(column, with_grad=True, copy_random_state=False) for column in columns]
+            value = loss.calculate_loss([[embeddings for embeddings, _ in column] for column in kept], numbers)
+        value.backward()
+        found.append((value.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (plain, expected), (cached, gradients) = found
+    assert cached == pytest.approx(plain, rel=1e-10)
+    assert gradients.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert largest > 0.1
+    assert max((gradients[n] - expected[n]).abs().max() for n in expected) <= 1e-9 * largest
+
+
 def peak_of_saved_activations(loss, batch, numbers) -> int:
     """The most bytes that autograd keeps for the backward pass at any one time, weights aside."""
     weights = {parameter.data_ptr() for parameter in loss.parameters()}
