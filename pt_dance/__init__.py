@@ -15,6 +15,7 @@ _CLASSES = {
     "DenseIndex": "index",
     "DenseRetriever": "retriever",
     "DualEncoder": "encoder",
+    "PassageCorpus": "passages",
     "Round": "recipes",
 }
 _MODULES = ("datasets", "losses", "mining", "recipes")

@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Router
 from torch import nn
 
+from pt_dance._packed import packed
 from pt_dance._reading import Reader, TransformerReader, reader_for
 
 READ_AT_ONCE = 1024
@@ -145,6 +146,7 @@ def encode(
     budget: int,
     most: int | None = None,
     bfloat16: bool = False,
+    pack: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Encode texts, leaving the model in the mode it was in.
@@ -157,6 +159,7 @@ def encode(
         budget: Tokens in a batch.
         most: Texts in a batch at most.
         bfloat16: Whether the model runs under bfloat16 autocast.
+        pack: Whether linear layers multiply with oneDNN, see :mod:`pt_dance._packed`; on a CPU.
         progress: Called with the number of texts done.
 
     Returns:
@@ -172,6 +175,7 @@ def encode(
     run = _in_parallel if workers > 1 else _in_turn
     with (
         evaluating(model),
+        packed(model, pack),
         Ahead(cut, _BATCHES_AHEAD + workers) as ready,
         contextlib.closing(run(model, ready, task, bfloat16, vectors, workers)) as running,
     ):

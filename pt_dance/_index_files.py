@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def read_meta(path: Path) -> dict[str, Any]:
     for key in ("content", "text_field", "sim_fn", "corpus"):
         if not isinstance(meta.get(key), (str, type(None))):
             raise ValueError(f"{meta_path} has a {type(meta[key]).__name__} as {key}: it is damaged.")
+    if not isinstance(meta.get("passages", False), bool):
+        raise ValueError(f"{meta_path} has a {type(meta['passages']).__name__} as passages: it is damaged.")
     _check_encoder(meta_path, meta.get("encoder"))
     _check_sizes(path, meta)
     return meta
@@ -216,6 +219,15 @@ class OpenIndex:
         if self._ranks is None:
             self._ranks = self.docnos.ranks()
         return self._ranks
+
+    @cached_property
+    def documents(self) -> Any:
+        """What documents are: ``docnos``, ``rows`` and ``ranks`` of whole documents where the index has passages."""
+        if not self.meta.get("passages"):
+            return self
+        from ._max_passage import PassageDocuments
+
+        return PassageDocuments(self.docnos, self.meta["doc_count"], self.path)
 
     @property
     def lookup(self) -> Any:

@@ -26,6 +26,7 @@ from ._index_files import META, OpenIndex, row_bytes
 from ._index_writer import IndexWriter, Shard, check_vectors, digest_of
 from ._sources import iter_documents, progress_bar, source_length
 from .corpus import Corpus
+from .passages import PassageCorpus
 
 if TYPE_CHECKING:
     from .index import DenseIndex
@@ -44,7 +45,13 @@ def run(index: DenseIndex, source: Any, mode: str) -> None:
     """Build, replace or extend the index at ``index.index_path``; see :meth:`pt_dance.DenseIndex.indexer`."""
     path = Path(index.index_path)
     base = check_target(index, mode)
-    documents = _Documents(index, source)
+    with_passages = isinstance(source, PassageCorpus)
+    if base is not None and base.meta.get("passages", False) != with_passages:
+        raise ValueError(
+            f"the index {path} has {'whole documents' if with_passages else 'passages'}: append the same kind, a "
+            f"{'Corpus' if with_passages else 'PassageCorpus'}."
+        )
+    documents = _Documents(index, source.passages if with_passages else source)
     building = building_path(path)
     building.parent.mkdir(parents=True, exist_ok=True)
     building.mkdir(exist_ok=True)
@@ -295,6 +302,7 @@ def _meta(index: DenseIndex, source: Any, base: OpenIndex | None) -> dict[str, A
         "text_field": index.text_field,
         "corpus": source.fingerprint if isinstance(source, Corpus) and base is None else None,
         "encoder": known,
+        **({"passages": True} if isinstance(source, PassageCorpus) else {}),
     }
 
 

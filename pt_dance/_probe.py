@@ -23,7 +23,7 @@ import torch
 import xxhash
 from sentence_transformers import SentenceTransformer
 
-from pt_dance import _encoding, _files
+from pt_dance import _encoding, _files, _packed
 from pt_dance._fingerprint import fingerprint
 from pt_dance._reading import Reader, TransformerReader, reader_for
 
@@ -56,10 +56,11 @@ _cosines: dict[str, float] = {}
 
 
 class Plan(NamedTuple):
-    """How to encode: tokens in a batch, precision, and what was measured to decide that (``None``: nothing)."""
+    """How to encode: tokens in a batch, precision, whether with oneDNN, and what was measured (``None``: nothing)."""
 
     budget: int
     bfloat16: bool
+    packed: bool = False
     measured: dict[str, Any] | None = None
 
 
@@ -84,26 +85,38 @@ def plan(model: SentenceTransformer, texts: list[str], task: str, dtype: str, di
     if not isinstance(reader, TransformerReader):
         return default
     key = _key(model)
-    speeds = _settle(f"{key}-batch", lambda: _measure_budgets(model, reader, texts, task), _is_batch)
-    measured: dict[str, Any] = {"device": _device(model), **speeds}
-    if dtype != "auto" or model.dtype != torch.float32:
-        return Plan(speeds["budget"], default.bfloat16, measured)
-    gained = _settle(
-        f"{key}-bfloat16",
-        lambda: {"speedup": _measure_bfloat16(model, reader, texts, task, speeds["budget"])},
-        lambda found: isinstance(found.get("speedup"), float),
-    )
+    pack = False
+    measured: dict[str, Any] = {"device": _device(model)}
+    if device == "cpu" and model.dtype == torch.float32 and _packed.available():
+        found = _settle(f"{key}-onednn", lambda: _measure_packed(model, reader, texts, task), _is_speedup)
+        measured["onednn_speedup"] = found["speedup"]
+        pack = found["speedup"] >= _MIN_SPEEDUP
+    key += "-onednn" if pack else ""
+    with _packed.packed(model, pack):
+        speeds = _settle(f"{key}-batch", lambda: _measure_budgets(model, reader, texts, task), _is_batch)
+        measured |= speeds
+        if dtype != "auto" or model.dtype != torch.float32:
+            return Plan(speeds["budget"], default.bfloat16, pack, measured)
+        gained = _settle(
+            f"{key}-bfloat16",
+            lambda: {"speedup": _measure_bfloat16(model, reader, texts, task, speeds["budget"])},
+            _is_speedup,
+        )
     measured["bfloat16_speedup"] = gained["speedup"]
     bfloat16 = gained["speedup"] >= _MIN_SPEEDUP
     if bfloat16:
-        measured["bfloat16_cosine"] = _cosine(model, task, dim)
+        measured["bfloat16_cosine"] = _cosine(model, task, dim, pack)
         bfloat16 = measured["bfloat16_cosine"] >= MIN_COSINE
-    return Plan(speeds["budget"], bfloat16, measured | {"dtype": "bfloat16" if bfloat16 else "float32"})
+    return Plan(speeds["budget"], bfloat16, pack, measured | {"dtype": "bfloat16" if bfloat16 else "float32"})
 
 
 def _is_batch(found: dict[str, Any]) -> bool:
     low, high = min(low for low, _ in _RANGE.values()), max(high for _, high in _RANGE.values())
     return isinstance(found.get("budget"), int) and low <= found["budget"] <= high
+
+
+def _is_speedup(found: dict[str, Any]) -> bool:
+    return isinstance(found.get("speedup"), float)
 
 
 def _device(model: SentenceTransformer) -> str:
@@ -196,6 +209,17 @@ def _measure_bfloat16(model: SentenceTransformer, reader: Reader, texts: list[st
     return round(speeds[True] / speeds[False], 3)
 
 
+def _measure_packed(model: SentenceTransformer, reader: Reader, texts: list[str], task: str) -> dict[str, Any]:
+    budget = _DEFAULT["cpu"]
+    sample = _sample(reader, texts, 2 * budget)
+    speeds = {True: 0.0, False: 0.0}
+    for _ in range(_ROUNDS):
+        for pack in speeds:
+            with _packed.packed(model, pack):
+                speeds[pack] = max(speeds[pack], _speed(model, reader, sample, task, budget, False))
+    return {"speedup": round(speeds[True] / speeds[False], 3)}
+
+
 def _sample(reader: Reader, texts: list[str], tokens: int) -> list[str]:
     """Texts of all lengths, evenly from the shortest to the longest, with about so many tokens together."""
     by_length = sorted(texts, key=len)
@@ -243,12 +267,12 @@ def _speed(
     return tokens / max(taken[0], 1e-9)
 
 
-def _cosine(model: SentenceTransformer, task: str, dim: int) -> float:
+def _cosine(model: SentenceTransformer, task: str, dim: int, pack: bool) -> float:
     """The least cosine between a text's vectors in bfloat16 and float32."""
-    key = f"{task} {fingerprint(model)}"
+    key = f"{task} {pack} {fingerprint(model)}"
     if key not in _cosines:
         vectors = [
-            _encoding.encode(model, _COMPARED, task, dim=dim, budget=1024, bfloat16=bfloat16).astype(np.float64)
+            _encoding.encode(model, _COMPARED, task, dim=dim, budget=1024, bfloat16=bfloat16, pack=pack).astype(float)
             for bfloat16 in (False, True)
         ]
         norms = [np.maximum(np.linalg.norm(v, axis=1), 1e-12) for v in vectors]

@@ -88,8 +88,11 @@ class Round:
         """Raises ValueError or TypeError where an option makes no sense."""
         self._check_loss()
         check_source(self.negatives, "negatives")
-        if self.query_negatives != "dense":
-            check_source(self.query_negatives, "query_negatives")
+        if self.query_negatives not in (None, "dense") and not isinstance(self.query_negatives, pt.Transformer):
+            raise TypeError(
+                f"query_negatives={self.query_negatives!r} is no source of query negatives; give 'dense', a pipeline "
+                "over the training queries that takes documents as queries, or None"
+            )
         check_options(self.depth, self.negatives_per_query, self.sampling, self.rank_range)
         for option in ("negatives_per_row", "query_negatives_per_row", "epochs", "batch_size", "checkpoint_steps"):
             check_whole(option, getattr(self, option), 1)
@@ -142,9 +145,20 @@ class Round:
         return [part[0] for part in self.loss] if isinstance(self.loss, (list, tuple)) else [self.loss]
 
     @property
+    def loss_name(self) -> str:
+        """The loss in words: its name, or the weighted sum."""
+        if isinstance(self.loss, (list, tuple)):
+            return " + ".join(f"{part[1]:g} {_named(part[0])}" for part in self.loss)
+        return _named(self.loss)
+
+    @property
     def is_dual(self) -> bool:
         """Whether the loss also ranks queries for documents."""
         return bool(self.loss_options.get("dual"))
+
+
+def _named(loss: object) -> str:
+    return loss if isinstance(loss, str) else loss.__name__
 
 
 def _is_number(value: object) -> bool:

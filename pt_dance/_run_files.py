@@ -9,6 +9,7 @@ from pathlib import Path
 from pt_dance._files import publish_folder, write_json
 from pt_dance.corpus import Corpus
 from pt_dance.encoder import DualEncoder
+from pt_dance.passages import open_corpus
 from pt_dance.training.run_folder import META, RunFolder, read_meta
 
 
@@ -52,7 +53,7 @@ class RunFiles:
         run = RunFolder(path)
         started = run.round(0 if (run.round(0) / "encoder").exists() else meta["round"])
         if corpus is None and meta["corpus"] is not None and (path / meta["corpus"]).exists():
-            corpus = Corpus(path / meta["corpus"])
+            corpus = open_corpus(path / meta["corpus"])
         options = {"num_results": meta["num_results"], "seed": meta["seed"], "verbose": False, **kwargs}
         return cls(DualEncoder.load(started / "encoder"), corpus, path, **options)
 

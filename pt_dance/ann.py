@@ -13,6 +13,7 @@ import pyterrier as pt
 import xxhash
 
 from ._files import building_path, lock_folder, publish_folder, read_json, remove_folder, write_json
+from ._max_passage import PassageDocuments, best_documents, iter_document_search
 from ._sources import progress_bar
 from .retriever import DenseRetriever
 
@@ -116,7 +117,7 @@ class AnnRetriever(DenseRetriever):
             raise ValueError(f"recall needs queries and a k from 1 to num_results ({self.num_results}), not k={k!r}.")
         pt.validate.query_frame(queries, context=self)
         vectors = self._query_vectors(queries)
-        exact = self.index.search(vectors, k)[1]
+        exact = np.concatenate([found for _, _, found in iter_document_search(self.index, vectors, k)])
         shares = []
         for start, _, rows in self._search(vectors):
             found = rows[:, :k]
@@ -124,7 +125,7 @@ class AnnRetriever(DenseRetriever):
         return float(np.mean(shares))
 
     def _search(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        ann, ranks = self._ann(), self.index.open().ranks
+        ann, ranks, documents = self._ann(), self.index.open().ranks, self.index.open().documents
         count = min(self.candidates, len(self.index))
         for start in range(0, len(vectors), _QUERY_BLOCK):
             block = np.ascontiguousarray(vectors[start : start + _QUERY_BLOCK])
@@ -135,8 +136,12 @@ class AnnRetriever(DenseRetriever):
             scores[query, slot] = self.index.score_pairs(block, query, found)
             ties = np.full(rows.shape, np.iinfo(np.int64).max)
             ties[query, slot] = ranks[found]
-            order = np.lexsort((ties, -scores), axis=-1)[:, : self.num_results]
-            yield start, np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+            order = np.lexsort((ties, -scores), axis=-1)
+            scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+            if isinstance(documents, PassageDocuments):
+                yield start, *best_documents(documents, scores, rows, min(self.num_results, len(documents)))
+            else:
+                yield start, scores[:, : self.num_results], rows[:, : self.num_results]
 
     def _parameters(self, count: int) -> Any:
         import faiss

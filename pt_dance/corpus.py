@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ from ._arrow_text import TextColumn, open_table, table_writer
 from ._docnos import DocnoRows, DuplicateDocnos, check_docno
 from ._files import building_path, lock_folder, publish_folder, read_json, remove_folder, write_json
 from ._sources import iter_documents, progress_bar
+
+if TYPE_CHECKING:
+    from .passages import PassageCorpus
 
 _BLOCK_DOCUMENTS = 1000
 _BLOCK_CHARACTERS = 16 << 20
@@ -221,6 +224,39 @@ class Corpus(pt.Artifact):
         from ._text_loader import CorpusTextLoader
 
         return CorpusTextLoader(self, fields, verbose=verbose)
+
+    def to_passages(
+        self,
+        path: str | Path,
+        *,
+        length: int = 150,
+        stride: int = 75,
+        most: int | None = 8,
+        prepend: str | None = None,
+        verbose: bool = True,
+    ) -> PassageCorpus:
+        """Cut the documents into passages with :func:`pyterrier.text.sliding`, to score them by the best one (MaxP).
+
+        Args:
+            path: Folder to make; the whole documents stay where they are.
+            length: Words of a passage.
+            stride: Words from one passage's beginning to the next one's.
+            most: How many passages of a document count, the first ones; None for all. A batch of training holds so many
+                texts for each document.
+            prepend: A field that every passage begins with, such as the title; None for none.
+            verbose: Whether to show a progress bar.
+
+        Returns:
+            A corpus for :class:`pt_dance.DanceRetriever` and :class:`pt_dance.DenseIndex`.
+
+        Raises:
+            FileExistsError: If something is at ``path`` already.
+            ValueError: If an option makes no sense.
+        """
+        from .passages import split_corpus
+
+        options = dict(length=length, stride=stride, most=most, prepend=prepend, verbose=verbose)
+        return split_corpus(self, Path(path), **options)
 
     def __eq__(self, other: object) -> bool:
         return self.fingerprint == other.fingerprint if isinstance(other, Corpus) else NotImplemented

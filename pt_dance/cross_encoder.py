@@ -26,10 +26,11 @@ class CrossEncoderScorer(pt.Transformer):
         text_field: column with the documents' text.
         max_length: pairs are cut after so many tokens; the model's own limit where None.
         device: where the model runs; sentence-transformers' choice where None.
+        dtype: "float32", or "bfloat16" for autocast: two to three digits, and faster where the processor has it.
         verbose: shows a progress bar.
 
     Raises:
-        ValueError: if the model has more than one label.
+        ValueError: if the model has more than one label, or there is no such dtype.
     """
 
     schematic = {"label": "CrossEncoder", "help_url": None}
@@ -42,9 +43,12 @@ class CrossEncoderScorer(pt.Transformer):
         text_field: str = "text",
         max_length: int | None = None,
         device: str | None = None,
+        dtype: str = "float32",
         verbose: bool = False,
     ):
         super().__init__()
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r} is unknown; choose 'float32' or 'bfloat16'")
         if not isinstance(model, CrossEncoder):
             model = CrossEncoder(str(model), max_length=max_length, device=device, trust_remote_code=False)
         if model.num_labels != 1:
@@ -54,6 +58,7 @@ class CrossEncoderScorer(pt.Transformer):
         self.text_field = text_field
         self.max_length = max_length
         self.device = device
+        self.dtype = dtype
         self.verbose = verbose
 
     @property
@@ -63,7 +68,7 @@ class CrossEncoderScorer(pt.Transformer):
         tokenizer = json.loads(self.model.tokenizer.backend_tokenizer.to_str())
         # how the last batch was padded and cut is no part of the model
         digest.update(json.dumps(tokenizer | {"padding": None, "truncation": None}, sort_keys=True).encode())
-        digest.update(str(self.model.max_length).encode())
+        digest.update(f"{self.model.max_length} {self.dtype}".encode())
         return digest.hexdigest()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
@@ -88,13 +93,14 @@ class CrossEncoderScorer(pt.Transformer):
                 )
         pairs = pd.MultiIndex.from_frame(inp[["query", self.text_field]])
         number, distinct = pd.factorize(pairs)
-        scores = self.model.predict(
-            [tuple(pair) for pair in distinct],
-            batch_size=self.batch_size,
-            show_progress_bar=self.verbose,
-            activation_fn=torch.nn.Identity(),
-            convert_to_numpy=True,
-        )
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            scores = self.model.predict(
+                [tuple(pair) for pair in distinct],
+                batch_size=self.batch_size,
+                show_progress_bar=self.verbose,
+                activation_fn=torch.nn.Identity(),
+                convert_to_numpy=True,
+            )
         return pt.model.add_ranks(kept.assign(score=np.asarray(scores, dtype=np.float64).reshape(-1)[number]))
 
     def subtransformers(self) -> dict:

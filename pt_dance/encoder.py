@@ -202,6 +202,7 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
                 budget=plan.budget,
                 most=batch_size,
                 bfloat16=plan.bfloat16,
+                pack=plan.packed,
                 progress=bar.update,
             )
 

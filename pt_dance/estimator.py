@@ -237,7 +237,7 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
         measured = {} if validation is None else validate(dense, validation, self.measures)
         return {
             "round": number,
-            "name": round_.name or round_.loss,
+            "name": round_.name or round_.loss_name,
             "loss": trained_as,
             "training_loss": trained["loss"],
             "steps": trained["steps"],
@@ -297,7 +297,7 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             round_ = replace(round_, loss="contrastive", loss_options={"temperature": 0.05, "similarity": "cosine"})
         if (stored := self._run.trained(number)) is not None:
             remove_folder(self._run.checkpoints(number))
-            return stored, round_.loss
+            return stored, round_.loss_name
         encoder = self._encoder_of(number - 1).copy()
         if round_.similarity is not None:
             encoder = encoder.with_similarity(round_.similarity)
@@ -323,7 +323,7 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             encoder.save(folder)
         self._run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint)
         remove_folder(checkpoints)
-        return self._run.trained(number), round_.loss
+        return self._run.trained(number), round_.loss_name
 
     def _refreshed(self, number: int) -> DenseIndex:
         """The index of a round's encoder, in a folder of its own; made where it is not there yet."""

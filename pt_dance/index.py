@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,8 @@ class DenseIndex(FlexIndex):
 
         Args:
             inp: A :class:`pt_dance.Corpus`, an iterable of dicts, or a DataFrame, with ``docno`` and the text field, or
-                with ``docno`` and ``doc_vec``.
+                with ``docno`` and ``doc_vec``. A :class:`pt_dance.passages.PassageCorpus` gives a vector for each
+                passage, and retrievers that score a document by its best one.
 
         Returns:
             This index.
@@ -229,12 +230,23 @@ class DenseIndex(FlexIndex):
         Raises:
             KeyError: Naming a docno that is not in the index.
         """
+        return self._known(docnos, self.rows)
+
+    def _known(self, docnos: Sequence[str], lookup: Callable[[list[str]], np.ndarray]) -> np.ndarray:
         docnos = list(docnos)
-        rows = self.rows(docnos)
+        rows = lookup(docnos)
         if (rows < 0).any():
             missing = docnos[int((rows < 0).argmax())]
             raise KeyError(f"docno {missing!r} is not in the index {self.index_path} ({len(self):,} documents).")
         return rows
+
+    def known_documents(self, docnos: Sequence[str]) -> np.ndarray:
+        """Return the number of each document, ``int64``: its row, or its place among the documents of passages.
+
+        Raises:
+            KeyError: Naming a docno that is not in the index.
+        """
+        return self._known(docnos, self.open().documents.rows)
 
     def docno(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         """Return the docnos of rows, an array of ``str`` objects of the same length."""

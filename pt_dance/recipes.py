@@ -193,6 +193,11 @@ def margin_mse_mnrl_dual(
         document_weight: weight of the document direction of both.
         **options: any other option of :func:`margin_mse_dual`.
     """
+    if "temperature" in options.get("loss_options", {}):
+        raise ValueError(
+            "loss_options: the two losses have a temperature each; give temperature=... (squared margins) and "
+            "mnrl_temperature=... (cross-entropy)"
+        )
     parts = [
         ("margin_mse", 1.0, {"temperature": temperature}),
         ("contrastive", mnrl_weight, {"temperature": mnrl_temperature, "similarity": "cosine"}),

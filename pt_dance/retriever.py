@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from ._max_passage import iter_document_search, score_documents
 from ._search import MAX_NORM
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class DenseRetriever(pt.Transformer):
 
     Given queries, it returns the best documents of the whole index. Given results (a frame with ``docno``), it keeps
     every row and gives it the score that the first way would give it, to the bit: no text is needed. Equal scores are
-    ordered by docno.
+    ordered by docno. Of an index of passages the documents are the whole ones, each with the score of its best passage
+    (MaxP).
 
     Args:
         index: Where the vectors are.
@@ -128,7 +130,7 @@ class DenseRetriever(pt.Transformer):
             # What is wrong with a late query is said before the first one is searched.
             for chunk in chunks:
                 self._check_queries(chunk)
-        docnos = self.index.open().docnos
+        docnos = self.index.open().documents.docnos
         blocks: list[tuple[np.ndarray, ...]] = []
         written = done = 0
         with pt.tqdm(desc=repr(self), total=len(inp), unit="q", disable=not self.verbose, delay=1) as bar:
@@ -145,14 +147,14 @@ class DenseRetriever(pt.Transformer):
                         yield _with_results(kept.iloc[query].reset_index(drop=True), found, scores, rank)
 
     def _search(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield number of the first query, scores and rows of a block, best first; -1 where there are fewer."""
-        return self.index.iter_search(vectors, self.num_results)
+        """Yield number of the first query, scores and document numbers of a block, best first; -1 for no more."""
+        return iter_document_search(self.index, vectors, self.num_results)
 
     def _rescore(self, inp: pd.DataFrame) -> pd.DataFrame:
         kept = inp.drop(columns=[name for name in self._dropped() if name in inp.columns and name != "docno"])
         if not len(inp):
             return _with_results(kept, inp["docno"], np.empty(0), np.empty(0, np.int64))
-        rows = self.index.known_rows(inp["docno"].tolist())
+        documents = self.index.known_documents(inp["docno"].tolist())
         if "query_vec" in inp.columns:
             vectors, query_of = self._query_vectors(inp), np.arange(len(inp))
         else:
@@ -161,9 +163,9 @@ class DenseRetriever(pt.Transformer):
             first = np.full(len(queries), len(inp), dtype=np.int64)
             np.minimum.at(first, query_of, np.arange(len(inp)))
             vectors = self._query_vectors(inp.iloc[first])
-        scores = self.index.score_pairs(vectors, query_of, rows)
+        scores = score_documents(self.index, vectors, query_of, documents)
         qids = pd.factorize(inp["qid"], use_na_sentinel=False)[0]
-        order = np.lexsort((self.index.open().ranks[rows], -scores, qids))
+        order = np.lexsort((self.index.open().documents.ranks[documents], -scores, qids))
         ranks = np.empty(len(inp), dtype=np.int64)
         starts = np.flatnonzero(np.diff(qids[order], prepend=-1))
         ranks[order] = np.arange(len(inp)) - np.repeat(starts, np.diff(starts, append=len(inp)))

@@ -70,6 +70,9 @@ class Texts:
 
 
 def similarity(a: np.ndarray, b: np.ndarray, kind: str) -> float:
+    """Of two vectors; of texts that are lists of passages, the best pair's."""
+    if a.ndim == 2 or b.ndim == 2:
+        return max(similarity(x, y, kind) for x in np.atleast_2d(a) for y in np.atleast_2d(b))
     return float(a @ b) if kind == "dot" else float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b)))
 
 
@@ -121,17 +124,15 @@ def margin_mse(t: Texts, temperature=1.0, kind="dot") -> float:
 
 
 def alignment(t: Texts, alpha=2.0) -> float:
-    q = t.queries / np.linalg.norm(t.queries, axis=1, keepdims=True)
-    d = t.positives / np.linalg.norm(t.positives, axis=1, keepdims=True)
-    return float((np.linalg.norm(q - d, axis=1) ** alpha).mean())
+    squared = [2 - 2 * similarity(q, d, "cosine") for q, d in zip(t.queries, t.positives, strict=True)]
+    return float((np.maximum(squared, 0) ** (alpha / 2)).mean())
 
 
 def uniformity(t: Texts, tt=5.0) -> float:
-    q = t.queries / np.linalg.norm(t.queries, axis=1, keepdims=True)
     pairs = [
-        np.exp(-tt * np.sum((q[i] - q[j]) ** 2))
-        for i in range(len(q))
-        for j in range(i + 1, len(q))
+        np.exp(-tt * (2 - 2 * similarity(t.queries[i], t.queries[j], "cosine")))
+        for i in range(len(t.queries))
+        for j in range(i + 1, len(t.queries))
         if not t.related(i, j)
     ]
     return float(np.log(np.mean(pairs))) if pairs else 0.0

@@ -443,6 +443,7 @@ def test_the_small_collection_of_the_tests_is_a_collection():
     [
         "pyterrier.artifact/bi_encoder.sentence_transformers",
         "pyterrier.artifact/corpus.arrow",
+        "pyterrier.artifact/corpus.passages",
         "pyterrier.artifact/dense_retriever.dance",
         "pyterrier.dataset_provider/dance",
     ],

@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 
-from pt_dance import DualEncoder, _encoding, _probe
+from pt_dance import DualEncoder, _encoding, _packed, _probe
 from pt_dance._encoder_transformers import HANDED_OVER
 from pt_dance._reading import AnyReader, StaticReader, TransformerReader, reader_for
 from small_models import small_bert
@@ -253,7 +253,8 @@ def test_budget_is_measured_once_and_kept(bert, fresh_probe, monkeypatch):
     first = encoder.encode_docs(TEXTS)
     budget = encoder.probe["budget"]
     assert str(budget) in encoder.probe["tokens_per_second"]
-    (file,) = fresh_probe.iterdir()
+    files = sorted(p.name for p in fresh_probe.iterdir())
+    (file,) = fresh_probe.glob("*-batch.json")
     assert json.loads(file.read_text())["budget"] == budget
     # Another process finds the file, measures nothing, and cuts the same batches.
     monkeypatch.setattr(_probe, "_settled", {})
@@ -261,17 +262,18 @@ def test_budget_is_measured_once_and_kept(bert, fresh_probe, monkeypatch):
     with torch.no_grad():
         next(encoder.model.parameters()).mul_(1.0)
     assert np.array_equal(encoder.encode_docs(TEXTS), first)
-    assert [p.name for p in fresh_probe.iterdir()] == [file.name]
+    assert sorted(p.name for p in fresh_probe.iterdir()) == files
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"budget": "much"}', '{"budget": -1}', '{"budget": 1e99}'])
 def test_a_damaged_probe_is_measured_again(bert, fresh_probe, monkeypatch, content):
     bert.copy().encode_docs(TEXTS)
-    (file,) = fresh_probe.iterdir()
-    file.write_text(content)
+    for file in fresh_probe.iterdir():
+        file.write_text(content)
     monkeypatch.setattr(_probe, "_settled", {})
     encoder = bert.copy()
     encoder.encode_docs(TEXTS)
+    (file,) = fresh_probe.glob("*-batch.json")
     assert json.loads(file.read_text())["budget"] == encoder.probe["budget"]
 
 
@@ -310,7 +312,7 @@ def test_the_fastest_budget_is_chosen(bert, fresh_probe, monkeypatch, table, bud
 )
 def test_auto_takes_bfloat16_only_if_faster_and_close(bert, fresh_probe, monkeypatch, speed, cosine, chosen):
     monkeypatch.setattr(_probe, "_speed", speeds({512: 90, 1024: 100, 2048: 90, "bfloat16": speed}))
-    monkeypatch.setattr(_probe, "_cosine", lambda model, task, dim: cosine)
+    monkeypatch.setattr(_probe, "_cosine", lambda model, task, dim, pack: cosine)
     plan = _probe.plan(bert.model, TEXTS, "document", "auto", bert.dim)
     assert plan.bfloat16 is chosen and plan.measured["dtype"] == ("bfloat16" if chosen else "float32")
     assert not _probe.plan(bert.model, TEXTS, "document", "float32", bert.dim).bfloat16
@@ -322,13 +324,74 @@ def test_auto_measures_this_machine(bert, fresh_probe):
     encoder.dtype = "auto"
     encoder.encode_docs(TEXTS)
     assert encoder.probe["bfloat16_speedup"] > 0 and encoder.probe["dtype"] in ("float32", "bfloat16")
-    assert len(list(fresh_probe.iterdir())) == 2
-    cosine = _probe._cosine(bert.model, "document", bert.dim)
+    kinds = ["batch", "bfloat16"] + ["onednn"] * _packed.available()
+    assert sorted(p.stem.rpartition("-")[2] for p in fresh_probe.iterdir()) == kinds
+    pack = encoder.probe.get("onednn_speedup", 0) >= _probe._MIN_SPEEDUP
+    cosine = _probe._cosine(bert.model, "document", bert.dim, pack)
     assert 0.99 < cosine < 1 and list(_probe._cosines.values()).count(cosine) == 1
 
 
 def test_static_towers_need_no_probe(static, fresh_probe):
-    assert _probe.plan(static.model, TEXTS, "document", "auto", 8) == (1024, False, None)
+    assert _probe.plan(static.model, TEXTS, "document", "auto", 8) == (1024, False, False, None)
+
+
+needs_onednn = pytest.mark.skipif(not _packed.available(), reason="this build of PyTorch has no oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize(("speedup", "chosen"), [(1.5, True), (1.05, False)])
+def test_onednn_is_used_where_it_is_faster(bert, fresh_probe, monkeypatch, speedup, chosen):
+    used = []
+
+    def speed(model, reader, sample, task, budget, bfloat16):
+        used.append(any("forward" in vars(module) for module in model.modules()))
+        return {512: 90, 1024: 100, 2048: 90}[budget] * (speedup if used[-1] else 1)
+
+    monkeypatch.setattr(_probe, "_speed", speed)
+    encoder = bert.copy()
+    vectors = encoder.encode_docs(TEXTS)
+    assert encoder.probe["onednn_speedup"] == speedup and used[-1] is chosen
+    assert _probe.plan(encoder.model, TEXTS, "document", "float32", encoder.dim).packed is chosen
+    assert np.abs(vectors - bert.model.encode_document(TEXTS)).max() < 1e-5
+
+
+@needs_onednn
+def test_onednn_gives_the_same_vectors_and_leaves_nothing_behind(bert, minilm_path):
+    for model in (bert.model, DualEncoder(minilm_path).model):
+        options = dict(dim=model.get_embedding_dimension(), budget=256)
+        plain = _encoding.encode(model, TEXTS[:60], "document", **options)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        found = _encoding.encode(model, TEXTS[:60], "document", **options, pack=True)
+        assert np.abs(found - plain).max() < 1e-5
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@needs_onednn
+def test_packed_layers_do_what_they_always_do_with_gradients():
+    layer = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2, bias=False))
+    inputs = torch.randn(4, 5)
+    expected = layer(inputs)
+    with _packed.packed(layer), _packed.packed(layer):
+        assert torch.equal(layer(inputs), expected)
+        layer(inputs).sum().backward()
+        assert layer[0].weight.grad.abs().sum() > 0
+        with torch.no_grad():
+            assert (layer(inputs) - expected).abs().max() < 1e-6
+            assert (layer(inputs.double().float()[:, None]) - expected[:, None]).abs().max() < 1e-6
+            layer[0].weight.mul_(2)  # what is packed is a copy, good for one encode
+    with torch.no_grad():
+        assert not torch.allclose(layer(inputs), expected)
+    assert not any("forward" in vars(module) for module in layer)
+
+
+@needs_onednn
+def test_a_layer_with_a_forward_of_somebody_else_is_left_alone():
+    layer = torch.nn.Linear(2, 2)
+    layer.forward = lambda inputs: inputs * 0
+    with _packed.packed(layer), torch.no_grad():
+        assert layer(torch.ones(1, 2)).sum() == 0
+    assert layer(torch.ones(1, 2)).sum() == 0
 
 
 # -- pipelines ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pyterrier as pt
 import pytest
 from ir_measures import nDCG
 
-from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, mining, recipes
+from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, losses, mining, recipes
 from pt_dance.recipes import current_model
 from pt_dance.training.run_folder import RunFolder
 
@@ -96,6 +96,35 @@ def test_ance_as_published_learns_from_pairs(medquad, tmp_path):
     assert dance.history["loss"].tolist() == ["pairwise"] * 3
     assert dance.encoder.similarity == "dot" and medquad.encoder.similarity == "cosine"
     assert dance.history["training_loss"].iloc[1] != dance.history["training_loss"].iloc[2]
+
+
+def test_a_loss_of_ones_own(medquad, tmp_path):
+    class Own(losses.ContrastiveLoss):
+        """The mean of squares on top."""
+
+        def loss_of(self, batch):
+            return super().loss_of(batch) + batch.queries.square().mean()
+
+    dance, _ = medquad.fit(tmp_path / "run", [Round(loss=Own, epochs=2, **FAST)])
+    assert dance.history[["name", "loss"]].iloc[0].tolist() == ["Own", "Own"]
+    assert dance.history["nDCG@10"].iloc[0] > medquad.untrained["cosine"] + 0.005
+
+
+def test_a_sum_of_losses_is_called_by_its_parts(medquad, tmp_path):
+    parts = [("contrastive", 1.0), ("samtone", 0.5, {"temperature": 0.1})]
+    dance, _ = medquad.fit(tmp_path / "run", [Round(loss=parts, **FAST)])
+    assert dance.history["loss"].tolist() == ["1 contrastive + 0.5 samtone"]
+
+
+def test_the_temperatures_of_a_combination_are_told_apart(teacher):
+    with pytest.raises(ValueError, match="mnrl_temperature"):
+        recipes.margin_mse_mnrl_dual(teacher, loss_options={"temperature": 0.1})
+
+
+@pytest.mark.parametrize("source", ["first_stage", lambda dense: dense, [1], "sparse"])
+def test_query_negatives_come_from_the_model_or_a_pipeline(source):
+    with pytest.raises(TypeError, match="query_negatives"):
+        Round(query_negatives=source)
 
 
 @pytest.mark.parametrize("projection", [None, 32])

@@ -77,6 +77,18 @@ class BatchRows:
         queries = self.rows.query[self.numbers]
         return self.rows.related_queries(queries[of], queries)
 
+    def passages_filled(self, embeddings: Tensor) -> Tensor:
+        """Passages of documents, (W, columns, d), as (W, 1 + n, passages, d): the positive's, then the negatives'.
+
+        Where a document has fewer passages than there are columns, its first one stands for those it has not: that
+        changes no maximum.
+        """
+        documents = np.concatenate([self.rows.positive[self.numbers, None], self.rows.negatives[self.numbers]], axis=1)
+        count = np.where(documents < 0, 1, self.rows.passages[np.maximum(documents, 0)])
+        passages = embeddings.unflatten(1, (documents.shape[1], self.rows.passages_per_document))
+        there = torch.from_numpy(np.arange(passages.shape[2]) < count[:, :, None]).to(self.device)
+        return torch.where(there[..., None], passages, passages[:, :, :1])
+
     def teacher_margins(self) -> Tensor | None:
         """float32 (L, n): the teacher's T(q, d+) - T(q, d-), 0 where a negative is missing; None without a teacher."""
         if self.rows is None or self.rows.teacher_positive is None or self.rows.teacher_negatives is None:
@@ -95,7 +107,8 @@ class Batch:
         queries: (W, d).
         positives: (W, d), row by row the positive document of each query.
         negatives: (W, n, d), the mined documents of each row.
-        query_negatives: (W, m, d), the mined queries of each row.
+        query_negatives: (W, m, d), the mined queries of each row. Where documents are scored by their best passage,
+            those above that are documents have one dimension more before the last, their passages.
         rows: what is known of the rows.
         labels: the trainer's labels of the L local rows where they are no row numbers, else None.
     """
@@ -149,6 +162,33 @@ class Batch:
             return values.sum() / max(values.numel(), 1)
         share = self.rows.count / max(len(values), 1)
         return values.masked_fill(~usable[self.local], 0).sum() * share / usable.sum().clamp(min=1)
+
+
+def all_scores(left: Tensor, right: Tensor) -> Tensor:
+    """The dot product of every text on the left with every one on the right, (a, b).
+
+    Args:
+        left: (a, d), or (a, p, d) for texts of p passages, of which the best counts.
+        right: (b, d) or (b, p, d).
+    """
+    if left.ndim == right.ndim == 2:
+        return left @ right.T
+    left, right = (t if t.ndim == 3 else t[:, None] for t in (left, right))
+    products = left.flatten(0, 1) @ right.flatten(0, 1).T
+    return products.view(*left.shape[:2], *right.shape[:2]).amax(dim=(1, 3))
+
+
+def own_scores(left: Tensor, right: Tensor) -> Tensor:
+    """The dot product of every text on the left with each of its own on the right, (a, n).
+
+    Args:
+        left: (a, d), or (a, p, d) for texts of p passages, of which the best counts.
+        right: (a, n, d) or (a, n, p, d).
+    """
+    if left.ndim == 2 and right.ndim == 3:
+        return torch.einsum("ad,and->an", left, right)
+    left, right = left if left.ndim == 3 else left[:, None], right if right.ndim == 4 else right[:, :, None]
+    return torch.einsum("apd,anqd->anpq", left, right).amax(dim=(2, 3))
 
 
 def unit(embeddings: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
     training set, and pairs that are known to be relevant are never used as negatives. Without ``rows`` the loss works
     on any data set of sentence-transformers' layout and knows no more than the columns say.
 
+    Where ``rows`` say how many passages documents have, each document takes as many columns, one after the other, as
+    the longest has passages, and every score of a document is that of its best passage (MaxP).
+
     A subclass implements :meth:`loss_of`, from a :class:`~pt_dance.losses.Batch` to a scalar. Since a batch can be
     mirrored, every loss has its dual form through :class:`~pt_dance.losses.DualLoss`.
 
@@ -181,17 +184,19 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         }
 
     def _split(self, columns: list) -> tuple[list, list]:
-        """Columns of mined documents and of mined queries."""
+        """Columns of documents, but for the first one, and of mined queries."""
         mined = len(columns) - 2
         if mined < 0:
             raise ValueError(f"The columns query and positive are needed, but there are {len(columns)} columns.")
         queries = self.query_negatives or 0
         if self.rows is not None:
             documents, queries = self.rows.negatives.shape[1], self.rows.query_negatives.shape[1]
-            if mined != documents + queries:
+            passages = self.rows.passages_per_document
+            if mined + 1 != passages * (1 + documents) + queries:
                 raise ValueError(
                     f"There are {mined} columns after query and positive, but the training rows have {documents} "
-                    f"negatives and {queries} query negatives."
+                    f"negatives and {queries} query negatives"
+                    + (f", and {passages} passages of each document." if passages > 1 else ".")
                 )
         elif queries > mined:
             raise ValueError(
@@ -247,12 +252,13 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
             first = get_rank() * size
             if numbers is not None:
                 numbers = all_gather(torch.from_numpy(numbers).to(device)).cpu().numpy()
-        negatives, query_negatives = (
-            torch.stack(mined, dim=1) if mined else columns[0].new_zeros((len(columns[0]), 0, columns[0].shape[1]))
-            for mined in self._split(columns)
-        )
+        documents, mined = self._split(columns)
+        documents = torch.stack([columns[1], *documents], dim=1)
+        query_negatives = torch.stack(mined, dim=1) if mined else columns[0][:, None][:, :0]
         known = BatchRows(self.rows, numbers, len(columns[0]), slice(first, first + size), device)
-        return Batch(columns[0], columns[1], negatives, query_negatives, known, labels)
+        if self.rows is not None and self.rows.passages_per_document > 1:
+            documents = known.passages_filled(documents)
+        return Batch(columns[0], documents[:, 0], documents[:, 1:], query_negatives, known, labels)
 
 
 class WrappedLoss(RetrievalLoss):

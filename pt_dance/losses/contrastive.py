@@ -8,7 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from pt_dance.losses._batch import Batch
+from pt_dance.losses._batch import Batch, all_scores, own_scores
 from pt_dance.losses.base import RetrievalLoss
 from pt_dance.losses.rows import TrainingRows
 
@@ -110,12 +110,12 @@ class ContrastiveLoss(RetrievalLoss):
         queries = batch.queries[batch.local]
         if self.in_batch:
             documents = torch.cat([batch.positives, batch.negatives.flatten(0, 1)])
-            logits = queries @ documents.T / self.temperature
+            logits = all_scores(queries, documents) / self.temperature
             own = logits.diagonal(batch.local.start)
             hidden = batch.rows.hidden_documents
             return own, logits if hidden is None else logits.masked_fill(hidden, -torch.inf)
-        own = (queries * batch.positives[batch.local]).sum(-1) / self.temperature
-        negatives = torch.einsum("qd,qnd->qn", queries, batch.negatives[batch.local]) / self.temperature
+        own = own_scores(queries, batch.positives[batch.local][:, None])[:, 0] / self.temperature
+        negatives = own_scores(queries, batch.negatives[batch.local]) / self.temperature
         if (usable := batch.rows.usable_negatives) is not None:
             negatives = negatives.masked_fill(~usable[batch.local], -torch.inf)
         return own, torch.cat([own[:, None], negatives], dim=1)

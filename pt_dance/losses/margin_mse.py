@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from pt_dance.losses._batch import Batch
+from pt_dance.losses._batch import Batch, own_scores
 from pt_dance.losses.base import RetrievalLoss
 from pt_dance.losses.rows import TrainingRows
 
@@ -99,8 +98,8 @@ class MarginMSELoss(RetrievalLoss):
     def loss_of(self, batch: Batch) -> Tensor:
         """The mean over the usable mined negatives."""
         queries = batch.queries[batch.local]
-        positive = (queries * batch.positives[batch.local]).sum(-1, keepdim=True)
-        negative = torch.einsum("qd,qnd->qn", queries, batch.negatives[batch.local])
+        positive = own_scores(queries, batch.positives[batch.local][:, None])
+        negative = own_scores(queries, batch.negatives[batch.local])
         margins = (positive - negative) / self.temperature
         return batch.mean((margins - self._teacher_margins(batch).to(margins)).square())
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pt_dance.losses._batch import Batch
+from pt_dance.losses._batch import Batch, own_scores
 from pt_dance.losses.base import RetrievalLoss
 from pt_dance.losses.rows import TrainingRows
 
@@ -91,8 +90,8 @@ class PairwiseLoss(RetrievalLoss):
     def loss_of(self, batch: Batch) -> Tensor:
         """The mean over the usable mined negatives."""
         queries = batch.queries[batch.local]
-        positive = (queries * batch.positives[batch.local]).sum(-1, keepdim=True)
-        negative = torch.einsum("qd,qnd->qn", queries, batch.negatives[batch.local])
+        positive = own_scores(queries, batch.positives[batch.local][:, None])
+        negative = own_scores(queries, batch.negatives[batch.local])
         return batch.mean(softplus((negative - positive) / self.temperature))
 
     @property

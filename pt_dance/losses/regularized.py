@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pt_dance.losses._batch import Batch
+from pt_dance.losses._batch import Batch, all_scores, own_scores
 from pt_dance.losses.base import RetrievalLoss, WrappedLoss, check_number
 from pt_dance.losses.rows import TrainingRows
 
@@ -83,7 +83,7 @@ class RegularizedLoss(WrappedLoss):
         loss = self.loss.evaluate(batch)
         unit = batch.unit()
         if self.alignment:
-            squared = (unit.queries[unit.local] - unit.positives[unit.local]).square().sum(-1)
+            squared = self._distances(unit)
             # The root of 0 has no derivative, so below alpha = 2 a distance of 0 counts as 1e-6.
             power = squared if self.alpha == 2 else squared.clamp_min(1e-12) ** (self.alpha / 2)
             loss = loss + self.alignment * power.mean()
@@ -92,11 +92,17 @@ class RegularizedLoss(WrappedLoss):
             loss = loss + self.uniformity * both / 2
         return loss
 
+    def _distances(self, unit: Batch) -> Tensor:
+        queries, documents = unit.queries[unit.local], unit.positives[unit.local]
+        if documents.ndim == 2:
+            return (queries - documents).square().sum(-1)
+        return (2 - 2 * own_scores(queries, documents[:, None])[:, 0]).clamp_min(0)  # to the best passage
+
     def _uniformity(self, batch: Batch) -> Tensor:
         distinct, count = batch.rows.distinct_queries
         if not count:
             return batch.queries.sum() * 0
-        squared = 2 - 2 * batch.queries @ batch.queries.T
+        squared = 2 - 2 * all_scores(batch.queries, batch.queries)
         return torch.logsumexp((-self.t * squared)[distinct], dim=0) - torch.log(squared.new_tensor(count))
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class TrainingRows:
         teacher_positive: float (rows,), the teacher's score of (query, positive), or None.
         teacher_negatives: float (rows, n), the teacher's scores of (query, mined document), or None.
         teacher_query_negatives: float (rows, m), the teacher's scores of (mined query, positive), or None.
+        passages: int (documents,), how many passages each document has, at least 1, where documents are scored by their
+            best passage (MaxP); None where every document is one text.
 
     Raises:
         ValueError: shapes that do not fit, numbers out of range, or a row whose positive is not relevant.
@@ -42,6 +44,7 @@ class TrainingRows:
     teacher_positive: np.ndarray | None = None
     teacher_negatives: np.ndarray | None = None
     teacher_query_negatives: np.ndarray | None = None
+    passages: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         relevance = sp.csr_matrix(self.relevance, dtype=bool)
@@ -72,6 +75,10 @@ class TrainingRows:
                 if array.shape != shape:
                     raise ValueError(f"{name} must have shape {shape}, not {array.shape}.")
                 setattr(self, name, array)
+        if self.passages is not None:
+            self.passages = np.asarray(self.passages)
+            if self.passages.shape != (documents,) or self.passages.dtype.kind not in "iu" or self.passages.min() < 1:
+                raise ValueError(f"passages must hold a number of at least 1 for each of the {documents} documents.")
         self._check_positives()
 
     def _check_positives(self) -> None:
@@ -90,6 +97,14 @@ class TrainingRows:
 
     def __len__(self) -> int:
         return len(self.query)
+
+    @cached_property
+    def passages_per_document(self) -> int:
+        """How many text columns stand for one document: the most passages that a document of these rows has."""
+        if self.passages is None or not len(self):
+            return 1
+        used = np.concatenate([self.positive, self.negatives.ravel()])
+        return int(self.passages[used[used >= 0]].max())
 
     def relevant(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Say for every query and every document whether they are a known-relevant pair.
@@ -168,6 +183,7 @@ class TrainingRows:
         other.teacher_positive = self.teacher_positive
         other.teacher_negatives = self.teacher_query_negatives
         other.teacher_query_negatives = self.teacher_negatives
+        other.passages = None
         return other
 
     def __repr__(self) -> str:

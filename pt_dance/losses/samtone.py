@@ -8,7 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from pt_dance.losses._batch import Batch
+from pt_dance.losses._batch import Batch, all_scores
 from pt_dance.losses.contrastive import ContrastiveLoss
 from pt_dance.losses.rows import TrainingRows
 
@@ -96,7 +96,7 @@ class SamToneLoss(ContrastiveLoss):
 
     def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         own, logits = super()._logits(batch)
-        same_tower = batch.queries[batch.local] @ batch.queries.T / self.temperature
+        same_tower = all_scores(batch.queries[batch.local], batch.queries) / self.temperature
         return own, torch.cat([logits, same_tower.masked_fill(batch.rows.hidden_queries, -torch.inf)], dim=1)
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pt_dance._search import exact_search
+from pt_dance._max_passage import encoded_vectors, nearest_queries, stored_vectors
 from pt_dance.mining.candidates import CandidateSelection
 from pt_dance.mining.documents import finish
 from pt_dance.mining.filters import Filter, MiningContext
@@ -111,12 +110,9 @@ def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int, ver
     texts = queries["query"].tolist()
     vectors = encoder.encode_queries(texts)
 
-    def stored(docnos: list[str]) -> np.ndarray:
-        return np.asarray(index.np_vecs()[index.known_rows(docnos)], dtype=np.float32)
-
     def search(docnos: list[str]) -> pd.DataFrame:
-        documents = stored(docnos) if index is not None else encoder.encode_docs(corpus.texts(docnos))
-        scores, rows = exact_search(documents, vectors, depth)
+        found = encoded_vectors(encoder.encode_docs, corpus, docnos) if index is None else stored_vectors(index, docnos)
+        scores, rows = nearest_queries(*found, vectors, depth)
         return pd.DataFrame(
             {
                 "docno": pd.Series(docnos, dtype=object).repeat(rows.shape[1]).to_numpy(),

@@ -150,6 +150,7 @@ def build_examples(
             seed + 1,
         ),
         relevance=relevance,
+        passages=getattr(corpus, "passage_counts", None),
     )
     if teacher is not None:
         rows = teacher.of(rows, texts, corpus)
@@ -200,6 +201,17 @@ def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
             found[real] = corpus.texts_at(numbers[real])
         return found.tolist()
 
+    def of_passages(name: str, numbers: np.ndarray) -> dict[str, list[str]]:
+        """A column for each passage of the documents; empty texts where there are fewer."""
+        most = rows.passages_per_document
+        if most == 1 and rows.passages is None:
+            return {name: of_documents(numbers)}
+        own = corpus.passage_rows(numbers)
+        texts = np.full((len(numbers), most), "", dtype=object)
+        at = np.nonzero(own >= 0)
+        texts[at] = corpus.passages.texts_at(own[at])
+        return {passage_column(name, place): texts[:, place].tolist() for place in range(most)}
+
     def of_queries(numbers: np.ndarray) -> list[str]:
         return np.where(numbers >= 0, query_texts[np.maximum(numbers, 0)], "").tolist()
 
@@ -207,10 +219,10 @@ def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
         number = np.asarray(batch["label"])
         columns: dict[str, list] = {
             "query": of_queries(rows.query[number]),
-            "positive": of_documents(rows.positive[number]),
+            **of_passages("positive", rows.positive[number]),
         }
         for i in range(rows.negatives.shape[1]):
-            columns[f"negative_{i + 1}"] = of_documents(rows.negatives[number, i])
+            columns |= of_passages(f"negative_{i + 1}", rows.negatives[number, i])
         for i in range(rows.query_negatives.shape[1]):
             columns[f"negative_query_{i + 1}"] = of_queries(rows.query_negatives[number, i])
         columns["label"] = number.tolist()
@@ -221,10 +233,18 @@ def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
 
 def columns_of(rows: TrainingRows) -> dict[str, str]:
     """The text columns of a training row and what each holds, "query" or "document", in the order losses read them."""
-    columns = {"query": "query", "positive": "document"}
-    columns |= {f"negative_{i + 1}": "document" for i in range(rows.negatives.shape[1])}
+    documents = ["positive", *(f"negative_{i + 1}" for i in range(rows.negatives.shape[1]))]
+    columns = {"query": "query"}
+    columns |= {
+        passage_column(name, place): "document" for name in documents for place in range(rows.passages_per_document)
+    }
     columns |= {f"negative_query_{i + 1}": "query" for i in range(rows.query_negatives.shape[1])}
     return columns
+
+
+def passage_column(name: str, place: int) -> str:
+    """The column of a document's passage; sentence-transformers takes a column for all that begin with its name."""
+    return name if place == 0 else f"passage_{place + 1}_of_{name}"
 
 
 class EpochBatchSampler(DefaultBatchSampler):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pt_dance._search import exact_search
+from pt_dance._max_passage import nearest_queries, stored_vectors
 from pt_dance.mining.judgements import positive_pairs
 from pt_dance.training.inputs import TrainingInput
 
@@ -55,11 +55,11 @@ def documents_to_queries(index, topics: pd.DataFrame, qrels: pd.DataFrame, k: in
         A result frame whose ``qid`` is a document's docno and whose ``docno`` is a query's qid, and the reversed qrels.
     """
     pairs = positive_pairs(topics, qrels)
-    pairs = pairs[index.rows(pairs["docno"].tolist()) >= 0]
+    pairs = pairs[index.open().documents.rows(pairs["docno"].tolist()) >= 0]
     docnos = pairs["docno"].drop_duplicates().tolist()
     qids = topics["qid"].to_numpy(dtype=object)
-    documents = np.asarray(index.np_vecs()[index.known_rows(docnos)], dtype=np.float32)
-    scores, rows = exact_search(documents, index.encoder.encode_queries(topics["query"].tolist()), k)
+    queries = index.encoder.encode_queries(topics["query"].tolist())
+    scores, rows = nearest_queries(*stored_vectors(index, docnos), queries, k)
     found = pd.DataFrame(
         {
             "qid": np.repeat(np.array(docnos, dtype=object), rows.shape[1]),
