@@ -1,15 +1,17 @@
-"""What is each training method worth? One table over several seeds, with significance.
+r"""What is each training method worth? One table over several seeds, with significance.
 
-For each seed an encoder is warmed up with MNRL on BM25's negatives, once with cosines and once with dot products. Every
-method then goes on from one of these two with the same budget: the same rounds, epochs, batch size and learning rate.
+For each seed an encoder is warmed up with MNRL on BM25's negatives. Every method then goes on from there with the same
+budget: the same rounds, epochs, batch size and learning rate; without normalisation it goes on with dot products, for
+which a warm-up with cosines is a poor start (one with dot products was worse).
 Methods with negatives of the first stage share one pool of BM25's negatives (drawn once), and likewise one pool of
 query negatives (BM25 over the training queries, with the document as the query); ANCE and DANCE mine theirs from the
-model before each round. Nothing is chosen on the split that is reported: the last round counts.
+model before each round. No round is chosen on the split that is reported: the last one counts.
 
 Significance: paired t-tests over the queries, each query's measure averaged over the seeds, Holm-corrected.
 
-    python experiments/train_teacher.py --dataset dance:../shared/data/medquad --out runs/teacher-medquad
-    python experiments/methods.py --dataset dance:../shared/data/medquad --teacher runs/teacher-medquad/model
+    python experiments/train_teacher.py --dataset dance:../shared/data/medquad --out runs/teacher-medquad --bf16
+    python experiments/methods.py --dataset dance:../shared/data/medquad --teacher runs/teacher-medquad/model \
+        --teacher-bf16 --jobs 2 --out runs/methods-medquad --results experiments/results/methods-medquad-static
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -60,15 +62,17 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dataset", default="dance:pydocs", help="pt.get_dataset name (default: %(default)s)")
     parser.add_argument("--encoder", default="static", help="static, static-minilm, all-MiniLM-L6-v2, or a model")
     parser.add_argument("--teacher", type=Path, help="folder of a cross-encoder; without it no Margin-MSE")
-    parser.add_argument("--teacher-length", type=int, default=64, help="tokens of a pair for the teacher")
+    parser.add_argument("--teacher-length", type=int, default=80, help="tokens of a pair for the teacher")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--split", default="dev", help="split that is reported (default: %(default)s)")
     parser.add_argument("--topics", type=int, help="train on a random part of the topics")
+    parser.add_argument("--split-topics", type=int, help="report on a random part of the split's topics")
     parser.add_argument("--documents", type=int, help="keep about so many documents, all relevant ones among them")
     parser.add_argument("--warm-up", type=int, default=None, help="epochs of warm-up (default: 3 static, 0 otherwise)")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of one epoch after it (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, help="after the warm-up (default: .01 static, 2e-5 otherwise)")
+    parser.add_argument("--warm-up-rate", type=float, default=0.03, help="its learning rate (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, help="after the warm-up (default: .003 static, 2e-5 otherwise)")
     parser.add_argument("--temperature", type=float, default=0.03, help="of the cross-entropies (default: %(default)s)")
     parser.add_argument("--margin-temperature", type=float, default=0.03, help="cosine margin that counts as 1 logit")
     parser.add_argument("--mnrl-weight", type=float, default=10.0, help="of MNRL beside Margin-MSE")
@@ -84,21 +88,10 @@ def options() -> argparse.Namespace:
 # --- the methods ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the table.
-
-    Attributes:
-        recipe: gives the rounds.
-        start: "cosine" or "dot": the warmed-up encoder it goes on from.
-    """
-
-    recipe: Callable[[], list[Round]]
-    start: str = "cosine"
-
-
-def methods(args: argparse.Namespace, queries: pt.Transformer, teacher: pt.Transformer | None) -> dict[str, Method]:
-    """The rows of the table by name.
+def methods(
+    args: argparse.Namespace, queries: pt.Transformer, teacher: pt.Transformer | None
+) -> dict[str, Callable[[], list[Round]]]:
+    """The rows of the table by name, each with what gives its rounds.
 
     Args:
         args: command-line options.
@@ -115,18 +108,18 @@ def methods(args: argparse.Namespace, queries: pt.Transformer, teacher: pt.Trans
     def ablation(normalize: bool, with_dual: bool) -> list[Round]:
         given = dict(warm_up=0, ance_rounds=0, normalize=normalize, dual=with_dual)
         stages = recipes.dance(rounds=1, **given, **pairwise)  # one round of each stage
-        return (stages * args.rounds)[: args.rounds] if args.rounds < 2 else stages[:1] * (args.rounds - 1) + stages[1:]
+        return stages[:1] * (args.rounds - 1) + stages[1:]
 
     rows = {
-        "MNRL": Method(lambda: recipes.mnrl(**base)),
-        "MNRL, ANCE negatives": Method(lambda: recipes.mnrl(negatives=current_model, **base)),
-        "ANCE = DANCE -norm -dual": Method(lambda: ablation(False, False), "dot"),
-        "DANCE -norm +dual": Method(lambda: ablation(False, True), "dot"),
-        "DANCE +norm -dual": Method(lambda: ablation(True, False), "dot"),
-        "DANCE +norm +dual": Method(lambda: ablation(True, True), "dot"),
-        "SamToNe, query side": Method(lambda: recipes.samtone(**base)),
-        "SamToNe, both sides": Method(lambda: recipes.samtone(sides="both", **base)),
-        "MNRL-Dual": Method(lambda: recipes.mnrl_dual(**dual)),
+        "MNRL": lambda: recipes.mnrl(**base),
+        "MNRL, ANCE negatives": lambda: recipes.mnrl(negatives=current_model, **base),
+        "ANCE = DANCE -norm -dual": lambda: ablation(False, False),
+        "DANCE -norm +dual": lambda: ablation(False, True),
+        "DANCE +norm -dual": lambda: ablation(True, False),
+        "DANCE +norm +dual": lambda: ablation(True, True),
+        "SamToNe, query side": lambda: recipes.samtone(**base),
+        "SamToNe, both sides": lambda: recipes.samtone(sides="both", **base),
+        "MNRL-Dual": lambda: recipes.mnrl_dual(**dual),
     }
     if teacher is not None:
         margin = {"similarity": None, "temperature": args.margin_temperature}
@@ -134,15 +127,15 @@ def methods(args: argparse.Namespace, queries: pt.Transformer, teacher: pt.Trans
         both = {**dual, "loss_options": {}, **margin}
         mixed = {"mnrl_weight": args.mnrl_weight, "mnrl_temperature": args.temperature}
         rows |= {
-            "Margin-MSE": Method(lambda: recipes.margin_mse(teacher, **plain)),
-            "Margin-MSE-Dual": Method(lambda: recipes.margin_mse_dual(teacher, **both)),
-            "Margin-MSE + MNRL, dual": Method(lambda: recipes.margin_mse_mnrl_dual(teacher, **both, **mixed)),
+            "Margin-MSE": lambda: recipes.margin_mse(teacher, **plain),
+            "Margin-MSE-Dual": lambda: recipes.margin_mse_dual(teacher, **both),
+            "Margin-MSE + MNRL, dual": lambda: recipes.margin_mse_mnrl_dual(teacher, **both, **mixed),
         }
     return rows
 
 
 def rate(args: argparse.Namespace) -> float:
-    return args.learning_rate or (0.01 if args.encoder.startswith("static") else 2e-5)
+    return args.learning_rate or (0.003 if args.encoder.startswith("static") else 2e-5)
 
 
 def load_teacher(args: argparse.Namespace) -> CrossEncoderScorer:
@@ -162,13 +155,16 @@ class Collection:
 
     def __init__(self, args: argparse.Namespace):
         dataset = pt.get_dataset(args.dataset)
-        self.folder = args.out / "shared"
+        self.folder = args.out / f"{Path(args.dataset).name}-{zlib.crc32(args.dataset.encode()):08x}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.topics, self.qrels = split(dataset, "train", most=args.topics)
-        self.dev_topics, self.dev_qrels = split(dataset, args.split)
+        self.split = args.split
+        self.dev_topics, self.dev_qrels = split(dataset, args.split, most=args.split_topics)
         needed = {docno for qrels in (self.qrels, self.dev_qrels) for docno in qrels["docno"]}
         self.corpus = open_corpus(dataset, self.folder / "corpus", most=args.documents, needed=needed)
         self.name = f"{len(self.topics)}-{len(self.corpus)}"
+        if args.split_topics is not None:
+            self.name += f"-{len(self.dev_topics)}"
         self.first_stage = bm25(self.corpus, self.folder / f"bm25-{len(self.corpus)}")
 
     def document_pool(self) -> pd.DataFrame:
@@ -200,7 +196,7 @@ class Collection:
         file = self.folder / f"pool-of-{what}-{self.name}.csv.gz"
         if not file.exists():
             mine().to_csv(file, index=False)
-        return pd.read_csv(file, dtype={"qid": str, "docno": str})
+        return pd.read_csv(file, dtype={"qid": str, "docno": str}, keep_default_na=False)
 
     def teacher_scores(self, teacher: CrossEncoderScorer) -> Path:
         """File with the teacher's score of every positive and of every pair that the pools allow."""
@@ -222,7 +218,7 @@ class Collection:
 
 def run_seed(args: argparse.Namespace, collection: Collection, seed: int) -> pd.DataFrame:
     """Trains every method from this seed's encoder; returns the measures of every query and system."""
-    folder = args.out / f"{args.encoder}-{collection.name}-{seed}".replace("/", "_")
+    folder = collection.folder / f"{args.encoder}-{collection.name}-{seed}".replace("/", "_")
     negatives, queries = collection.document_pool(), collection.query_pool()
     teacher = scores = None
     if args.teacher is not None:
@@ -232,6 +228,8 @@ def run_seed(args: argparse.Namespace, collection: Collection, seed: int) -> pd.
     common = dict(num_results=100, seed=seed, keep="best", verbose=False)
 
     def fit(path: Path, start: DualEncoder, rounds: list[Round]) -> DanceRetriever:
+        if path.exists() and not (path / "settings.json").exists():
+            shutil.rmtree(path)  # killed before anything was trained
         dance = DanceRetriever(start, collection.corpus, path, recipe=rounds, **common)
         if scores is not None and not (path / "teacher.sqlite").exists() and any(r.teacher for r in rounds):
             path.mkdir(parents=True, exist_ok=True)
@@ -241,25 +239,21 @@ def run_seed(args: argparse.Namespace, collection: Collection, seed: int) -> pd.
     measured = [evaluate(collection, {"BM25": collection.first_stage}, folder / "bm25.csv")]
     untrained = DanceRetriever(encoder, collection.corpus, folder / "untrained", **common)
     measured.append(evaluate(collection, {"untrained": untrained}, folder / "untrained.csv"))
-    starts = {}
-    for similarity, temperature in (("cosine", args.temperature), ("dot", 1.0)):
-        starts[similarity] = encoder.with_similarity(similarity)
-        if epochs := warm_up_epochs(args):
-            rounds = recipes.mnrl(
-                epochs, temperature=temperature, similarity=similarity, loss_options={"similarity": similarity},
-                batch_size=args.batch_size, learning_rate=3 * rate(args), negatives_per_row=2,
-            )  # fmt: skip
-            warm = fit(folder / f"warm-up {similarity}", starts[similarity], rounds)
-            starts[similarity] = warm.encoder
-            name = f"warm-up only ({similarity})"
-            measured.append(evaluate(collection, {name: warm}, folder / f"{name}.csv"))
-    for name, method in methods(args, queries, teacher).items():
+    if epochs := warm_up_epochs(args):
+        rounds = recipes.mnrl(
+            epochs, temperature=args.temperature, batch_size=args.batch_size, learning_rate=args.warm_up_rate,
+            negatives_per_row=2,
+        )  # fmt: skip
+        warm = fit(folder / "warm-up", encoder, rounds)
+        encoder = warm.encoder
+        measured.append(evaluate(collection, {"warm-up only": warm}, folder / "warm-up.csv"))
+    for name, recipe in methods(args, queries, teacher).items():
         if args.methods and name not in args.methods:
             continue
-        began, rounds = time.perf_counter(), method.recipe()
+        began, rounds = time.perf_counter(), recipe()
         rounds = rounds if len(rounds) == args.rounds else rounds * args.rounds
         path = folder / name.replace(" ", "_").replace(",", "")
-        trained = fit(path, starts[method.start], rounds)
+        trained = fit(path, encoder, rounds)
         measured.append(evaluate(collection, {name: trained}, path.with_suffix(".csv")))
         mean = measured[-1].query("measure == 'nDCG@10'")["value"].mean()
         print(f"seed {seed}: {name}: nDCG@10 {mean:.4f} ({time.perf_counter() - began:.0f} s)", flush=True)
@@ -268,13 +262,14 @@ def run_seed(args: argparse.Namespace, collection: Collection, seed: int) -> pd.
 
 def evaluate(collection: Collection, systems: dict[str, pt.Transformer], file: Path) -> pd.DataFrame:
     """Measures of every query, read back where they were computed before."""
+    file = file.with_name(f"{file.stem}.{collection.split}.csv")
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         pt.Experiment(
             list(systems.values()), collection.dev_topics, collection.dev_qrels, MEASURES, names=list(systems),
             perquery=True,
         ).to_csv(file, index=False)  # fmt: skip
-    return pd.read_csv(file, dtype={"qid": str})
+    return pd.read_csv(file, dtype={"qid": str}, keep_default_na=False)
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -282,6 +277,8 @@ def evaluate(collection: Collection, systems: dict[str, pt.Transformer], file: P
 
 def compare(values: pd.DataFrame, better: str, than: str) -> tuple[float, float]:
     """Difference of two systems' means and the p-value of a paired t-test, from (query × system) values."""
+    if (values[better] == values[than]).all():
+        return 0.0, 1.0  # where the test has no variance to divide by
     return values[better].mean() - values[than].mean(), float(ttest_rel(values[better], values[than]).pvalue)
 
 
@@ -341,6 +338,8 @@ def markdown(rows: pd.DataFrame, claims: pd.DataFrame, args: argparse.Namespace,
 
 def main() -> None:
     args = options()
+    if args.rounds < 2:
+        raise SystemExit("--rounds must be at least 2: DANCE's dual loss begins in the second")
     started = time.perf_counter()
     collection = Collection(args)
     if args.jobs > 1 and len(args.seeds) > 1:
@@ -374,6 +373,8 @@ def run_beside(args: argparse.Namespace, collection: Collection) -> None:
             running.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}))
         for process in running:
             if process.poll() not in (None, 0):
+                for other in running:
+                    other.terminate()
                 raise SystemExit(f"{' '.join(process.args)} failed")
         running = [process for process in running if process.poll() is None]
         time.sleep(1)

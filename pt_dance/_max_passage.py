@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .index import DenseIndex
 
 _FIRST = "%p0"
+# Queries times passages that are looked at together, some 80 bytes each.
+_CELLS = 1 << 21
 
 
 class PassageDocuments:
@@ -129,9 +131,12 @@ def iter_document_search(
         deeper = depth
         while len(short) and deeper < total:
             deeper = min(total, 4 * deeper)
-            scores, rows = index.search(vectors[first + short], deeper)
-            best[short], found[short] = best_documents(documents, scores, rows, k)
-            short = short[(found[short, -1] < 0) | (best[short, -1] <= scores[:, -1])]
+            left = []
+            for some in np.array_split(short, -(-len(short) * deeper // _CELLS)):
+                scores, rows = index.search(vectors[first + some], deeper)
+                best[some], found[some] = best_documents(documents, scores, rows, k)
+                left.append(some[(found[some, -1] < 0) | (best[some, -1] <= scores[:, -1])])
+            short = np.concatenate(left)
         yield first, best, found
 
 

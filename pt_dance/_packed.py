@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 _lock = threading.Lock()
-_users: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_users: weakref.WeakKeyDictionary[nn.Linear, int] = weakref.WeakKeyDictionary()
 
 
 def available() -> bool:
@@ -64,24 +64,27 @@ def packed(model: nn.Module, wanted: bool = True) -> Iterator[None]:
         yield
         return
     with _lock:
-        if model not in _users:
-            for layer in _layers(model):
-                if "forward" not in layer.__dict__:  # somebody else's is left alone
-                    layer.forward = _PackedForward(layer)
-        _users[model] = _users.get(model, 0) + 1
+        layers = list(_layers(model))
+        for layer in layers:
+            if layer not in _users:
+                layer.forward = _PackedForward(layer)
+            _users[layer] = _users.get(layer, 0) + 1
     try:
         yield
     finally:
         with _lock:
-            _users[model] -= 1
-            if not _users[model]:
-                del _users[model]
-                for layer in _layers(model):
-                    if isinstance(layer.__dict__.get("forward"), _PackedForward):
-                        del layer.forward
+            for layer in layers:
+                _users[layer] -= 1
+                if not _users[layer]:
+                    del _users[layer], layer.forward
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Linear]:
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu":
+        # A weight that is computed before each pass, or a forward that is somebody else's, is left alone.
+        if type(module) is not nn.Linear or "weight" not in module._parameters:
+            continue
+        if "forward" in module.__dict__ and module not in _users:
+            continue
+        if module.weight.dtype == torch.float32 and module.weight.device.type == "cpu":
             yield module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -9,8 +10,19 @@ from pathlib import Path
 from pt_dance._files import publish_folder, write_json
 from pt_dance.corpus import Corpus
 from pt_dance.encoder import DualEncoder
+from pt_dance.index import DenseIndex
 from pt_dance.passages import open_corpus
 from pt_dance.training.run_folder import META, RunFolder, read_meta
+
+
+def keep_frozen(given: DualEncoder, encoder: DualEncoder) -> None:
+    """Freeze in an encoder that was read from a round's folder what is frozen in the one a run was given.
+
+    A folder of weights does not say which of them are to be trained; adapters come back frozen altogether.
+    """
+    wanted = {name: parameter.requires_grad for name, parameter in given.model.named_parameters()}
+    for name, parameter in encoder.model.named_parameters():
+        parameter.requires_grad_(wanted.get(name, parameter.requires_grad))
 
 
 class RunFiles:
@@ -53,9 +65,36 @@ class RunFiles:
         run = RunFolder(path)
         started = run.round(0 if (run.round(0) / "encoder").exists() else meta["round"])
         if corpus is None and meta["corpus"] is not None and (path / meta["corpus"]).exists():
-            corpus = open_corpus(path / meta["corpus"])
+            with contextlib.suppress(FileNotFoundError):  # passages whose whole documents are gone
+                corpus = open_corpus(path / meta["corpus"])
         options = {"num_results": meta["num_results"], "seed": meta["seed"], "verbose": False, **kwargs}
         return cls(DualEncoder.load(started / "encoder"), corpus, path, **options)
+
+    def _refreshed(self, number: int) -> DenseIndex:
+        """The index of a round's encoder, in a folder of its own; made where it is not there yet."""
+        path = self._run.round(number) / "index"
+        index = DenseIndex(path, self._encoder_of(number), verbose=self.verbose)
+        if not index.built():
+            if path.exists():
+                index.open()  # says which of its files is damaged
+            return index.index(self.corpus)
+        known = index.open().meta.get("corpus")
+        if self.corpus is not None and known != self.corpus.fingerprint:
+            raise ValueError(
+                f"the index {str(path)!r} was made from another corpus than {str(self.corpus.path)!r}; give that one, "
+                "or another path for this run"
+            )
+        return index
+
+    def _encoder_of(self, number: int) -> DualEncoder:
+        if number == 0:
+            return self.initial_encoder
+        folder, given = self._run.round(number) / "encoder", self.initial_encoder
+        encoder = DualEncoder.load(folder, device=str(given.device), verbose=given.verbose)
+        trained = self._run.trained(number)
+        if trained is not None and trained["fingerprint"] != encoder.fingerprint:
+            raise ValueError(f"{str(folder)!r} is damaged: its weights are not those that round {number} gave")
+        return encoder
 
     def _own_corpus(self, source: object) -> Corpus:
         folder, is_new = self.path / "corpus", not self.path.exists()

@@ -44,7 +44,8 @@ class AnnRetriever(DenseRetriever):
     Args:
         index: Where the vectors are.
         method: "hnsw" (a graph; quick, large) or "ivfpq" (lists and product quantization; small).
-        candidates: How many documents FAISS finds for a query; ``num_results`` by default, and at least that.
+        candidates: How many documents FAISS finds for a query; ``num_results`` by default, and at least that. Of an
+            index of passages, as many as so many documents have on average.
         threads: Threads that build; with more than one, two builds of "hnsw" differ.
         build_options: hnsw: ``neighbours`` (32), ``ef_construction`` (80). ivfpq: ``lists`` (about 4 times the root of
             the number of documents), ``subvectors`` (a code of one byte each; a quarter of the dimensions or so).
@@ -126,7 +127,8 @@ class AnnRetriever(DenseRetriever):
 
     def _search(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         ann, ranks, documents = self._ann(), self.index.open().ranks, self.index.open().documents
-        count = min(self.candidates, len(self.index))
+        per_document = -(-len(self.index) // len(documents)) if isinstance(documents, PassageDocuments) else 1
+        count = min(self.candidates * per_document, len(self.index))
         for start in range(0, len(vectors), _QUERY_BLOCK):
             block = np.ascontiguousarray(vectors[start : start + _QUERY_BLOCK])
             rows = ann.search(block, count, params=self._parameters(count))[1]

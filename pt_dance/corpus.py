@@ -90,6 +90,7 @@ class Corpus(pt.Artifact):
                 "pt_meta.json says: it is damaged."
             )
         self.fields: tuple[str, ...] = tuple(fields)
+        self.separator: str = meta.get("separator", " ")
         self.fingerprint: str = fingerprint
         self._columns = {name: TextColumn(self.dataset, name) for name in columns}
         self._rows = DocnoRows.open(self.path / "docnos.hash", count, self._columns["docno"].take)
@@ -243,7 +244,7 @@ class Corpus(pt.Artifact):
             stride: Words from one passage's beginning to the next one's.
             most: How many passages of a document count, the first ones; None for all. A batch of training holds so many
                 texts for each document.
-            prepend: A field that every passage begins with, such as the title; None for none.
+            prepend: The first field, such as the title, if every passage is to begin with it; None for none.
             verbose: Whether to show a progress bar.
 
         Returns:
@@ -255,8 +256,7 @@ class Corpus(pt.Artifact):
         """
         from .passages import split_corpus
 
-        options = dict(length=length, stride=stride, most=most, prepend=prepend, verbose=verbose)
-        return split_corpus(self, Path(path), **options)
+        return split_corpus(self, Path(path), length, stride, most=most, prepend=prepend, verbose=verbose)
 
     def __eq__(self, other: object) -> bool:
         return self.fingerprint == other.fingerprint if isinstance(other, Corpus) else NotImplemented

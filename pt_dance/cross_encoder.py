@@ -68,7 +68,7 @@ class CrossEncoderScorer(pt.Transformer):
         tokenizer = json.loads(self.model.tokenizer.backend_tokenizer.to_str())
         # how the last batch was padded and cut is no part of the model
         digest.update(json.dumps(tokenizer | {"padding": None, "truncation": None}, sort_keys=True).encode())
-        digest.update(f"{self.model.max_length} {self.dtype}".encode())
+        digest.update(f"{self.model.max_seq_length} {self.dtype}".encode())
         return digest.hexdigest()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:

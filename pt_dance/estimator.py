@@ -12,7 +12,7 @@ import pyterrier as pt
 from ir_measures import nDCG
 
 from pt_dance._files import remove_folder
-from pt_dance._run_files import RunFiles
+from pt_dance._run_files import RunFiles, keep_frozen
 from pt_dance.corpus import Corpus
 from pt_dance.encoder import DualEncoder
 from pt_dance.index import DenseIndex
@@ -67,8 +67,8 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
 
         Args:
             encoder: where training starts. It is never changed: each round trains a copy.
-            corpus: the documents, as a :class:`~pt_dance.Corpus` or as anything ``Corpus.build`` takes (written to
-                ``path/corpus`` then). None only where nothing is to be trained or indexed any more.
+            corpus: the documents, as a :class:`~pt_dance.Corpus` (for MaxP its ``to_passages``) or anything that
+                ``Corpus.build`` takes (then in ``path/corpus``). None only where nothing is to be trained or indexed.
             path: folder of the run: encoders, indexes and history of every round. A folder with a run in it is gone on
                 with; any other folder that is not empty is refused.
             recipe: rounds to train, see :mod:`pt_dance.recipes`; :func:`pt_dance.recipes.dance` where None.
@@ -299,6 +299,7 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             remove_folder(self._run.checkpoints(number))
             return stored, round_.loss_name
         encoder = self._encoder_of(number - 1).copy()
+        keep_frozen(self.initial_encoder, encoder)
         if round_.similarity is not None:
             encoder = encoder.with_similarity(round_.similarity)
         teacher = None
@@ -324,23 +325,6 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
         self._run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint)
         remove_folder(checkpoints)
         return self._run.trained(number), round_.loss_name
-
-    def _refreshed(self, number: int) -> DenseIndex:
-        """The index of a round's encoder, in a folder of its own; made where it is not there yet."""
-        index = DenseIndex(self._run.round(number) / "index", self._encoder_of(number), verbose=self.verbose)
-        if not index.built() and (self._run.round(number) / "index").exists():
-            index.open()  # says which of its files is damaged
-        return index if index.built() else index.index(self.corpus)
-
-    def _encoder_of(self, number: int) -> DualEncoder:
-        if number == 0:
-            return self.initial_encoder
-        folder, given = self._run.round(number) / "encoder", self.initial_encoder
-        encoder = DualEncoder.load(folder, device=str(given.device), verbose=given.verbose)
-        trained = self._run.trained(number)
-        if trained is not None and trained["fingerprint"] != encoder.fingerprint:
-            raise ValueError(f"{str(folder)!r} is damaged: its weights are not those that round {number} gave")
-        return encoder
 
     def _settle(self, number: int, history: list[dict]) -> None:
         self._round, self._history, self._retriever = number, history, None

@@ -58,25 +58,32 @@ class PassageCorpus(Corpus):
             )
         if not all(isinstance(meta.get(key), str) for key in ("documents", "documents_fingerprint", "fingerprint")):
             raise ValueError(f"{meta_path} does not say documents and fingerprints as it should: it is damaged.")
+        if os.path.isabs(meta["documents"]) or "\0" in meta["documents"]:
+            raise ValueError(f"{meta_path} gives no relative path of the whole documents: it is damaged.")
         self.documents = Corpus((self.path / meta["documents"]).resolve())
         if self.documents.fingerprint != meta["documents_fingerprint"]:
             raise ValueError(
                 f"the corpus {self.documents.path} is not the one that {self.path} was made of: make them again."
             )
         self.passages = Corpus(self.path / "passages")
-        if _fingerprint(self.documents, self.passages) != meta["fingerprint"]:
-            raise ValueError(f"{self.path / 'passages'} is not what {meta_path.name} says: it is damaged.")
-        counts = np.fromfile(self.path / _COUNTS, dtype="<u4") if (self.path / _COUNTS).is_file() else np.empty(0)
-        if len(counts) != len(self.documents) or int(counts.sum()) != len(self.passages) or not counts.all():
-            raise ValueError(f"{self.path / _COUNTS} does not fit the passages: it is damaged; make them again.")
+        content = (self.path / _COUNTS).read_bytes() if (self.path / _COUNTS).is_file() else b""
+        if len(content) != 4 * len(self.documents) or meta["fingerprint"] != _fingerprint(
+            self.documents, self.passages, content
+        ):
+            raise ValueError(
+                f"{self.path / _COUNTS} and the passages beside it are not what {meta_path.name} says: they are "
+                "damaged; make them again."
+            )
+        counts = np.frombuffer(content, dtype="<u4")
         self.passage_counts: np.ndarray = counts.astype(np.int32)
         self.fingerprint = meta["fingerprint"]
         self.dataset, self.fields = self.documents.dataset, self.documents.fields
+        self.separator = self.documents.separator
         self._columns, self._rows = self.documents._columns, self.documents._rows
 
     @cached_property
     def _start(self) -> np.ndarray:
-        return np.cumsum([0, *self.passage_counts], dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(self.passage_counts, dtype=np.int64)])
 
     def passage_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return which rows of ``passages`` documents have.
@@ -98,7 +105,7 @@ class PassageCorpus(Corpus):
 
 
 def split_corpus(
-    documents: Corpus, path: Path, *, length: int, stride: int, most: int | None, prepend: str | None, verbose: bool
+    documents: Corpus, path: Path, length: int, stride: int, *, most: int | None, prepend: str | None, verbose: bool
 ) -> PassageCorpus:
     """Write the passages of a corpus to a new folder; see :meth:`pt_dance.Corpus.to_passages`."""
     for name, value in (("length", length), ("stride", stride), ("most", most)):
@@ -106,8 +113,8 @@ def split_corpus(
             raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
     if stride > length:
         raise ValueError(f"stride={stride} is more than length={length}: the words between would be in no passage.")
-    if prepend is not None and prepend not in documents.fields:
-        raise ValueError(f"prepend must be one of the fields {', '.join(documents.fields)}, not {prepend!r}.")
+    if prepend is not None and prepend != documents.fields[0]:
+        raise ValueError(f"prepend must be the first of the fields, {documents.fields[0]!r}, not {prepend!r}.")
     if isinstance(documents, PassageCorpus):
         raise TypeError(f"{documents.path} holds passages already: use its whole documents, .documents.")
     if path.exists():
@@ -134,7 +141,7 @@ def split_corpus(
                 "package_hint": PassageCorpus.ARTIFACT_PACKAGE_HINT,
                 "documents": os.path.relpath(documents.path.resolve(), path.resolve()),
                 "documents_fingerprint": documents.fingerprint,
-                "fingerprint": _fingerprint(documents, passages),
+                "fingerprint": _fingerprint(documents, passages, counts.tobytes()),
                 "length": length,
                 "stride": stride,
                 "most": most,
@@ -155,8 +162,8 @@ def open_corpus(path: str | Path) -> Corpus:
     return PassageCorpus(path) if passages else Corpus(path)
 
 
-def _fingerprint(documents: Corpus, passages: Corpus) -> str:
-    return xxhash.xxh3_128_hexdigest(f"{documents.fingerprint} {passages.fingerprint}".encode())
+def _fingerprint(documents: Corpus, passages: Corpus, counts: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(f"{documents.fingerprint} {passages.fingerprint} ".encode() + counts)
 
 
 def _filled(text: str, length: int, stride: int) -> str:
@@ -179,8 +186,9 @@ def _passages(
         texts, docnos, before = documents.texts_at(rows), documents.docno(rows), [""] * len(rows)
         if prepend is not None:
             before = documents.field_at(prepend, rows)
-            # Where the document begins with the field, its first passage does so already.
-            texts = [text.removeprefix(field).lstrip() for text, field in zip(texts, before, strict=True)]
+            # A document's text begins with its first field, if that is not empty.
+            before = [field and field + documents.separator for field in before]
+            texts = [text[len(field) :] for text, field in zip(texts, before, strict=True)]
         # PyTerrier leaves out what is left after the last full window: that is filled up, and emptied afterwards.
         texts = [_filled(text, length, stride) for text in texts]
         # Numbers instead of docnos, which may hold a %p of their own.
@@ -192,8 +200,4 @@ def _passages(
                 continue
             counts[row] += 1
             text = re.sub(f"(?: {_FILLER})+$", "", text)
-            field = before[row - first]
-            yield {
-                "docno": f"{docnos[row - first]}%p{number}",
-                "text": f"{field} {text}" if field and text else field or text,
-            }
+            yield {"docno": f"{docnos[row - first]}%p{number}", "text": before[row - first] + text}

@@ -115,7 +115,6 @@ def test_a_round_with_an_adapter_loads_to_the_vectors_of_its_index(small, tmp_pa
     assert loaded(small.topics)["docno"].tolist() == dance(small.topics)["docno"].tolist()
 
 
-@pytest.mark.xfail(strict=True, reason="an encoder that is read from a round's folder comes with its adapter frozen")
 def test_every_round_trains_the_adapter_and_nothing_else(small, tmp_path):
     encoder = with_adapter(small.bert)
     dance = small.fit(tmp_path / "run", encoder, small.mnrl(rounds=2))
@@ -125,7 +124,6 @@ def test_every_round_trains_the_adapter_and_nothing_else(small, tmp_path):
     assert changed(rounds[1], rounds[2]) == adapter
 
 
-@pytest.mark.xfail(strict=True, reason="a round's folder does not say which layers are frozen")
 def test_layers_that_are_frozen_stay_so_in_every_round(small, tmp_path):
     encoder = DualEncoder(small.bert, device="cpu")
     frozen = {name for name, _ in encoder.model.named_parameters() if ".embeddings." in name}

@@ -80,12 +80,12 @@ def test_a_field_is_put_before_every_passage_once(tmp_path):
     corpus = Corpus.build(
         [{"docno": "a", "title": "On trees", "text": "one two three four five"}, {"docno": "b", "text": "six"}],
         tmp_path / "corpus",
+        separator=" | ",
         verbose=False,
     )
     passages = corpus.to_passages(tmp_path / "p", length=2, stride=2, most=None, prepend="title", verbose=False)
     texts = {d["docno"]: d["text"] for d in passages.passages.get_corpus_iter(verbose=False)}
-    assert texts["a%p0"] == "On trees one two" and texts["a%p1"] == "On trees three four"
-    assert texts["b%p0"] == "six"
+    assert list(texts.values()) == ["On trees | one two", "On trees | three four", "On trees | five", "six"]
 
 
 def test_rows_of_passages(small):
@@ -112,6 +112,7 @@ def test_reopened_and_pickled(small):
         ({"length": 5, "stride": 6}, "stride=6 is more than length=5"),
         ({"most": 0}, "most"),
         ({"prepend": "author"}, "prepend"),
+        ({"prepend": "text"}, "must be the first"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path, small, options, message):
@@ -121,9 +122,10 @@ def test_options_that_make_no_sense(tmp_path, small, options, message):
 
 
 def test_damage_is_named(tmp_path, small):
-    corpus = Corpus.build([{"docno": "a", "text": "b c"}], tmp_path / "corpus", fields=["text"], verbose=False)
+    documents = [{"docno": "a", "text": "b c"}, {"docno": "b", "text": "d"}]
+    corpus = Corpus.build(documents, tmp_path / "corpus", fields=["text"], verbose=False)
     path = tmp_path / "p"
-    corpus.to_passages(path, verbose=False)
+    assert corpus.to_passages(path, length=1, stride=1, verbose=False).passage_counts.tolist() == [2, 1]
     with pytest.raises(FileExistsError, match="already exists"):
         corpus.to_passages(path, verbose=False)
     with pytest.raises(TypeError, match="holds passages already"):
@@ -132,13 +134,38 @@ def test_damage_is_named(tmp_path, small):
         PassageCorpus(tmp_path / "corpus")
     with pytest.raises(FileNotFoundError, match="to_passages"):
         PassageCorpus(tmp_path / "nowhere")
-    (path / "counts.u4").write_bytes(b"\2\0\0\0")
-    with pytest.raises(ValueError, match=r"counts\.u4"):
-        PassageCorpus(path)
+    counts = (path / "counts.u4").read_bytes()
+    for damaged in (counts[4:] + counts[:4], counts[:-1], counts + b"\0"):
+        (path / "counts.u4").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"counts\.u4"):
+            PassageCorpus(path)
     meta = json.loads((path / "pt_meta.json").read_text())
-    (path / "pt_meta.json").write_text(json.dumps(meta | {"documents_fingerprint": "other"}))
-    with pytest.raises(ValueError, match="not the one that"):
-        PassageCorpus(path)
+    for wrong, message in [
+        ({"documents_fingerprint": "other"}, "not the one that"),
+        ({"documents": "a\0b"}, "relative path"),
+        ({"documents": str(corpus.path.resolve())}, "relative path"),
+        ({"documents": 7}, "damaged"),
+    ]:
+        (path / "pt_meta.json").write_text(json.dumps(meta | wrong))
+        with pytest.raises(ValueError, match=message):
+            PassageCorpus(path)
+
+
+def test_what_a_killed_call_left_is_made_anew(tmp_path, small, monkeypatch):
+    from pt_dance import passages as module
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "remove_folder", lambda path: None)  # nobody clears up after a SIGKILL
+    monkeypatch.setattr(module, "publish_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        small[1].to_passages(tmp_path / "p", verbose=False)
+    assert [p.name for p in tmp_path.iterdir()] == [".p.building"]
+    monkeypatch.undo()
+    made = small[1].to_passages(tmp_path / "p", verbose=False)
+    assert made.passages == PassageCorpus(tmp_path / "p").passages
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
 
 
 # --- retrieval
@@ -186,6 +213,26 @@ def test_one_document_with_all_the_best_passages_does_not_crowd_out_the_others(t
     assert found["docno"].tolist()[1:] == sorted(best, key=best.get, reverse=True)[:29]
 
 
+def test_many_queries_that_have_to_look_deeper(tmp_path, monkeypatch):
+    from pt_dance import _max_passage
+
+    monkeypatch.setattr(_max_passage, "_CELLS", 1000)  # so that they do it a few at a time
+    rng = np.random.default_rng(1)
+    documents = [{"docno": f"a%p{i}", "doc_vec": np.array([3.0, 0, 0, 0])} for i in range(100)]
+    documents += [{"docno": f"d{n:03d}%p{i}", "doc_vec": rng.normal(size=4)} for n in range(60) for i in range(2)]
+    index = DenseIndex(tmp_path / "index", verbose=False).index(documents)
+    as_passages(index)
+    vectors = rng.normal(size=(50, 4)).astype(np.float32)
+    queries = pd.DataFrame({"qid": [str(i) for i in range(50)], "query_vec": list(vectors)})
+    stored = np.stack([d["doc_vec"] for d in documents]).astype(np.float32)
+    products = vectors @ stored.T
+    best = np.stack([products[:, :100].max(1), *(products[:, 100 + 2 * n : 102 + 2 * n].max(1) for n in range(60))], 1)
+    names = np.array(["a", *(f"d{n:03d}" for n in range(60))])
+    found = index.retriever(num_results=20)(queries)
+    for row, (_, part) in enumerate(found.groupby("qid", sort=False)):
+        assert part["docno"].tolist() == names[np.argsort(-best[row], kind="stable")[:20]].tolist()
+
+
 def test_ties_are_ordered_by_the_documents_docnos(tmp_path):
     # "a!" sorts before "a", but "a!%p0" after "a%p0" would be wrong the other way round
     documents = [{"docno": f"{d}%p{i}", "doc_vec": [1.0, 0.0]} for d in ("b", "a", "a!", "c") for i in range(3)]
@@ -221,8 +268,10 @@ def test_rescoring_gives_the_scores_of_retrieval(small):
 
 def test_approximate_retrieval_gives_documents(small):
     collection, _, _, _, index, _ = small
-    ann = index.ann_retriever(num_results=10, method="hnsw", candidates=200)
+    ann = index.ann_retriever(num_results=40, method="hnsw")
     topics = collection.topics.head(30)
+    assert (ann(topics).groupby("qid").size() == 40).mean() > 0.6, "as many documents as were asked for, mostly"
+    ann = index.ann_retriever(num_results=10, method="hnsw", candidates=100)
     found, exact = ann(topics), index.retriever(num_results=10)(topics)
     assert ann.recall(topics, 10) > 0.95
     merged = found.merge(exact, on=["qid", "docno"], suffixes=("", "_exact"))
@@ -389,6 +438,13 @@ def test_a_transformer_is_trained_with_each_passage_as_it_is_retrieved(small, tm
         there = [row for row, text in enumerate(batch[name]) if text]
         expected = encode([batch[name][row] for row in there])
         np.testing.assert_allclose(column.numpy()[there], expected, atol=2e-6)
+
+
+def test_an_index_of_another_kind_of_corpus_is_not_taken(small, tmp_path):
+    collection, corpus, passages, encoder, *_ = small
+    DanceRetriever(encoder, corpus, tmp_path / "run", verbose=False).retriever(round=0)(collection.topics.head(2))
+    with pytest.raises(ValueError, match="another corpus"):
+        DanceRetriever(encoder, passages, tmp_path / "run", verbose=False)(collection.topics.head(2))
 
 
 @pytest.mark.parametrize("recipe", ["ance", "dance"])

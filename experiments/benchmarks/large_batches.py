@@ -59,6 +59,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> int:
     collection = open_dataset(options.dataset)
     corpus = Corpus.build(collection, folder / "corpus", verbose=False)
     topics, qrels = collection.get_topics("train"), collection.get_qrels("train")
+    topics = topics[topics["qid"].isin(qrels.loc[qrels["label"] > 0, "qid"])]
     topics = topics.drop_duplicates("query").sample(frac=1, random_state=options.seed).head(options.large)
     pairs = positive_pairs(topics, qrels)
     query = topics.reset_index(drop=True).reset_index().set_index("qid")["index"].loc[pairs["qid"]].to_numpy()

@@ -60,6 +60,9 @@ def run(options: argparse.Namespace, folder: Path, report) -> None:
             self.pairs += len(inp)
             return self.teacher(inp)
 
+        def __repr__(self) -> str:
+            return "a static tower's scorer"
+
     corpus, encoder = Corpus(folder / "corpus"), DualEncoder.load(folder / "encoder", device="cpu")
     index = DenseIndex(folder / "index", encoder, verbose=False)
     index.open()

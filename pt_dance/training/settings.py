@@ -26,6 +26,7 @@ def fit_settings(dance, training: TrainingInput, validation: TrainingInput | Non
     """
     settings: dict[str, object] = {
         "encoder": dance.initial_encoder.fingerprint,
+        "frozen weights": _frozen(dance.initial_encoder),
         "corpus": dance.corpus.fingerprint,
         "seed": dance.seed,
         "measure": [str(measure) for measure in dance.measures],
@@ -51,6 +52,11 @@ def _plain(name: str, value: object) -> object:
     elif not isinstance(value, (int, float, str, type(None))):
         value = repr(value)
     return without_addresses(value) if isinstance(value, str) else value
+
+
+def _frozen(encoder) -> str | None:
+    names = [name for name, parameter in encoder.model.named_parameters() if not parameter.requires_grad]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] if names else None
 
 
 def _digest(frame: pd.DataFrame) -> str:
