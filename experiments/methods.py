@@ -74,7 +74,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--warm-up-rate", type=float, default=0.03, help="its learning rate (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, help="after the warm-up (default: .003 static, 2e-5 otherwise)")
     parser.add_argument("--temperature", type=float, default=0.03, help="of the cross-entropies (default: %(default)s)")
-    parser.add_argument("--margin-temperature", type=float, default=0.03, help="cosine margin that counts as 1 logit")
+    parser.add_argument("--margin-temperature", type=float, default=0.05, help="cosine margin for a logit of 1")
     parser.add_argument("--mnrl-weight", type=float, default=10.0, help="of MNRL beside Margin-MSE")
     parser.add_argument("--teacher-bf16", action="store_true", help="let the teacher score with bfloat16 autocast")
     parser.add_argument("--bf16", action="store_true", help="train with bfloat16 autocast")
@@ -82,6 +82,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="seeds at the same time, sharing the cores")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder for everything")
     parser.add_argument("--results", type=Path, help="write the tables to this path, once .csv and once .md")
+    parser.add_argument("--only-seed", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -342,6 +343,9 @@ def main() -> None:
         raise SystemExit("--rounds must be at least 2: DANCE's dual loss begins in the second")
     started = time.perf_counter()
     collection = Collection(args)
+    if args.only_seed is not None:
+        run_seed(args, collection, args.only_seed)
+        return
     if args.jobs > 1 and len(args.seeds) > 1:
         run_beside(args, collection)
     measured = pd.concat([run_seed(args, collection, seed) for seed in args.seeds], ignore_index=True)
@@ -364,12 +368,10 @@ def run_beside(args: argparse.Namespace, collection: Collection) -> None:
         collection.teacher_scores(load_teacher(args))
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     given = sys.argv[1:]
-    at = given.index("--seeds") if "--seeds" in given else len(given)
-    rest = given[:at] + given[at + 1 + len(args.seeds) if at < len(given) else at :]
     waiting, running = list(args.seeds), []
     while waiting or running:
         while waiting and len(running) < args.jobs:
-            command = [sys.executable, __file__, *rest, "--seeds", str(waiting.pop(0)), "--jobs", "1"]
+            command = [sys.executable, __file__, *given, "--only-seed", str(waiting.pop(0))]
             running.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}))
         for process in running:
             if process.poll() not in (None, 0):

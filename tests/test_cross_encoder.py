@@ -88,3 +88,13 @@ def test_transformer_contract(scorer):
         "qid", "query", "docno", "text", "score", "rank"
     }  # fmt: skip
     assert len(scorer.schematic["label"]) <= 20
+
+
+def test_bfloat16_scores_are_close_and_another_teachers(scorer):
+    half = CrossEncoderScorer(scorer.model, dtype="bfloat16")
+    exact, rounded = scorer(FRAME)["score"].to_numpy(), half(FRAME)["score"].to_numpy()
+    np.testing.assert_allclose(rounded, exact, atol=0.1)
+    assert not np.array_equal(rounded, exact), "it has to be computed in bfloat16"
+    assert half.fingerprint != scorer.fingerprint and half != scorer
+    with pytest.raises(ValueError, match="dtype='float16'"):
+        CrossEncoderScorer(scorer.model, dtype="float16")

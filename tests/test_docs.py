@@ -127,6 +127,12 @@ def is_ours(dotted: str | None) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_every_measurement_is_there(page):
+    assert "MEASURED" not in (FOLDER / f"{page}.rst").read_text()
+
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_well_formed(page):
     lines = text_of(page).split("\n")
     for title, line in itertools.pairwise(lines):
