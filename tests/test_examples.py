@@ -140,12 +140,15 @@ def test_token_cache_gives_what_the_model_gives(corpus):
                 assert cached.get("task") == plain.get("task")
 
 
-def test_no_column_takes_the_tokens_of_another_for_its_own():
+@pytest.mark.parametrize("passages", [1, 11])
+def test_no_column_takes_the_tokens_of_another_for_its_own(passages):
     """The trainer finds a column's features by the beginning of their names."""
-    rows = SimpleNamespace(negatives=np.zeros((1, 12)), query_negatives=np.zeros((1, 12)))
+    rows = SimpleNamespace(
+        negatives=np.zeros((1, 12)), query_negatives=np.zeros((1, 12)), passages_per_document=passages
+    )
     columns = list(columns_of(rows))
     names = [f"{column}_{feature}" for column in columns for feature in ("input_ids", "attention_mask")]
     inputs = {name: torch.zeros(1) for name in names}
     features, _ = SentenceTransformerTrainer.collect_features(None, inputs)
-    assert len(features) == len(columns) == 26
+    assert len(features) == len(columns) == 1 + 13 * passages + 12
     assert all(set(feature) == {"input_ids", "attention_mask"} for feature in features)

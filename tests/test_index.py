@@ -142,6 +142,7 @@ def test_float16(make):
     with pytest.raises((AssertionError, FileNotFoundError)):
         len(FlexIndex(str(half.index_path)))
     assert DenseIndex(half.index_path, verbose=False).open().vectors.dtype == np.float16
+    assert isinstance(pt.Artifact.load(half.index_path), DenseIndex)
     with pytest.raises(ValueError, match="document 'x' has numbers in its vector that are too large for float16"):
         make("large", encoder=None, vec_dtype="float16").index([{"docno": "x", "doc_vec": np.array([1e6, 0])}])
 
