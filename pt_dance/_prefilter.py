@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -53,38 +54,72 @@ class Prefilter:
         # Numbers too small for bfloat16's products to see.
         return error + 2e-38 * dimension * (self._norms + norm) + 1e-35
 
-    def passing(self, docs: np.ndarray, threshold: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    def passing(
+        self, docs: np.ndarray, threshold: np.ndarray, products: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Return which products of queries and documents, in bfloat16, reach a query's threshold.
 
         Args:
             docs: ``float32`` (n, d).
             threshold: ``float32`` (q,). Rounding is monotone, so sums that reach it do so after rounding, too.
+            products: What :meth:`products` gave for these documents, if it was asked last.
 
         Returns:
             Flat positions in (q, n), ``int64``, and their products, ``float32``; None if this look would not help.
         """
         if not (threshold > 0).all():
             return None
+        found = self.products(docs) if products is None else products
+        # Positive numbers are ordered as their bits are, and cutting bits off rounds them down.
+        least = (threshold.view(np.int32) >> 16).astype(np.int16)
+        passed = self._passed[: found.size].reshape(found.shape)
+        np.greater_equal(found, least[:, None], out=passed)
+        at = np.flatnonzero(passed)
+        if len(at) > passed.size // 8:
+            return None
+        return at, _as_float32(found.reshape(-1)[at])
+
+    def products(self, docs: np.ndarray) -> np.ndarray:
+        """Return the bits of the products of queries and documents in bfloat16.
+
+        Args:
+            docs: ``float32`` (n, d).
+
+        Returns:
+            ``int16`` (q, n), in memory that the next call writes to again.
+        """
         shape = len(self._half), len(docs)
         if self._room is None or self._room.numel() < shape[0] * shape[1]:
             self._room = torch.empty(shape[0] * shape[1], dtype=torch.bfloat16)
             self._passed = np.empty(shape[0] * shape[1], dtype=bool)
         products = self._room[: shape[0] * shape[1]].view(shape)
         torch.mm(self._half, _tensor(docs).bfloat16().T, out=products)
-        found = products.view(torch.int16).numpy()
-        # Positive numbers are ordered as their bits are, and cutting bits off rounds them down.
-        least = (threshold.view(np.int32) >> 16).astype(np.int16)
-        passed = self._passed[: shape[0] * shape[1]].reshape(shape)
-        np.greater_equal(found, least[:, None], out=passed)
-        at = np.flatnonzero(passed)
-        if len(at) > passed.size // 8:
-            return None
-        return at, (found.reshape(-1)[at].astype(np.int32) << 16).view(np.float32)
+        return products.view(torch.int16).numpy()
+
+
+def kth_largest(products: np.ndarray, k: int) -> np.ndarray:
+    """Return the k-th largest product of each query, ``float32`` (q,), right where it is positive.
+
+    Args:
+        products: As :meth:`Prefilter.products` gives them, (q, n).
+        k: 1 to n.
+    """
+    # As whole numbers, the bits of negative products are in the wrong order, but below those of all others.
+    place = products.shape[1] - k
+    return _as_float32(np.partition(products, place, axis=1)[:, place])
 
 
 def rounding(docs: np.ndarray) -> float:
     """Return an upper bound of what rounding the vectors of a block to bfloat16 changes, as a length."""
-    return float(_lengths(docs - _tensor(docs).bfloat16().float().numpy()).max())
+    largest = 0.0
+    for start in range(0, len(docs), 256):  # pieces that stay in a core's cache
+        part = docs[start : start + 256]
+        largest = max(largest, _lengths(part - _tensor(part).bfloat16().float().numpy()).max())
+    return float(largest)
+
+
+def _as_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.int32) << 16).view(np.float32)
 
 
 def _lengths(rows: np.ndarray) -> np.ndarray:
@@ -101,7 +136,12 @@ def use_one_thread() -> None:
     """Keep torch's operations in the calling thread to that thread; others are not touched."""
     # Torch sets a new thread's number of threads when it is first asked for, so ask before changing it.
     torch.get_num_threads()
-    ThreadpoolController().select(user_api="openmp").limit(limits=1)
+    _openmp().limit(limits=1)
+
+
+@cache
+def _openmp() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="openmp")
 
 
 def pays(dimension: int = 384) -> bool:

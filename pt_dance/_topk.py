@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ._prefilter import HALF_ULP, LEAST_QUERIES, Prefilter
+from ._prefilter import HALF_ULP, LEAST_QUERIES, Prefilter, kth_largest
 
 if TYPE_CHECKING:
     from ._search import Vectors
@@ -57,8 +57,12 @@ class ArrayBlock:
         found = None
         if self._look is not None:
             self._rounding = max(self._rounding, self.vectors.rounding(first, docs))
-            if first > 0:
-                found = self._look.passing(docs, self._threshold(self._kth))
+            kth, products = self._kth, None
+            if first == 0 and len(docs) > self.slots:
+                # Nothing is known yet, so this block's own k-th best products count.
+                products = self._look.products(docs)
+                kth = kth_largest(products, self.k)
+            found = self._look.passing(docs, self._threshold(kth), products)
         at, products = found or self._passing(docs, first == 0)
         if not len(at):
             return

@@ -287,9 +287,7 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
         self._run.write_frame(number, what, frame, about)
         return frame, about
 
-    def _train(
-        self, number, round_, training, pairs, qids, negatives, query_negatives
-    ) -> tuple[dict, str]:
+    def _train(self, number, round_, training, pairs, qids, negatives, query_negatives) -> tuple[dict, str]:
         """Trains a copy of the last round's encoder and writes it; read back where that was done before."""
         folder = self._run.round(number) / "encoder"
         if negatives is None and round_.loss == "pairwise":

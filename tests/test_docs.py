@@ -131,7 +131,6 @@ def test_every_measurement_is_there(page):
     assert "MEASURED" not in (FOLDER / f"{page}.rst").read_text()
 
 
-
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_well_formed(page):
     lines = text_of(page).split("\n")

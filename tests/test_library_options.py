@@ -171,9 +171,7 @@ def watch(monkeypatch):
 def test_accumulation_decay_and_scheduler_reach_the_trainer(small, tmp_path, watch):
     options = dict(warmup=0.25, scheduler="cosine", epochs=4)
     arguments = {"gradient_accumulation_steps": 2, "weight_decay": 0.03}
-    dance = small.fit(
-        tmp_path / "run", DualEncoder(small.bert), small.mnrl(training_arguments=arguments, **options)
-    )
+    dance = small.fit(tmp_path / "run", DualEncoder(small.bert), small.mnrl(training_arguments=arguments, **options))
     micro_steps = 4 * TOPICS // BATCH
     assert watch.micro_steps == micro_steps
     steps = micro_steps // 2
@@ -271,9 +269,7 @@ def test_a_logger_of_ones_own_is_reached_by_its_name(small, tmp_path, monkeypatc
 
 def test_an_unknown_logger_gives_one_plain_error(small, tmp_path):
     with pytest.raises(ValueError, match="surely_not") as error:
-        small.fit(
-            tmp_path / "run", DualEncoder(small.bert), small.mnrl(training_arguments={"report_to": "surely_not"})
-        )
+        small.fit(tmp_path / "run", DualEncoder(small.bert), small.mnrl(training_arguments={"report_to": "surely_not"}))
     assert "\n" not in str(error.value)
 
 

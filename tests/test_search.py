@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pt_dance._prefilter import HALF_ULP, Prefilter, rounding
-from pt_dance._search import Vectors, exact_search, iter_exact_search, score_pairs
+from pt_dance._search import Vectors, add_up, exact_search, iter_exact_search, score_pairs
 from pt_dance._search_gpu import TensorVectors
 from pt_dance._topk import ArrayBlock
 
@@ -101,6 +101,31 @@ def test_scores_of_pairs_are_the_same_bits(vectors):
     for bad in (-1, 6000):
         with pytest.raises(IndexError, match="rows must be 0 to 5999"):
             score_pairs(queries, docs, [0], [bad])
+
+
+def test_sums_that_the_order_of_adding_decides():
+    # 1 + 2^-24 is the middle between two float32 numbers. 2^-53 more is lost in float64, unless two of them meet first.
+    rng = np.random.default_rng(6)
+    docs = np.zeros((600, 96), dtype=np.float32)
+    docs[:, :6] = 1, 2.0**-24, 2.0**-53, 2.0**-53, 2.0**-53, -(2.0**-53)
+    docs = rng.permuted(docs, axis=1)
+    docs[400:] = rng.standard_normal((200, 96))
+    docs[500:550, ::2], docs[500:550, 1::2] = 1e18, -1e18
+    docs[550:580] *= np.float32(1e-35)
+    docs[580:590], docs[590:] = 0, -0.0
+    queries = np.stack([np.ones(96), -np.ones(96), rng.standard_normal(96), np.zeros(96)]).astype(np.float32)
+    query_of, row_of = np.repeat(np.arange(4), 600), np.tile(np.arange(600), 4)
+    defined = add_up(docs[row_of].astype(np.float64) * queries[query_of]).astype(np.float32)
+    sums = (docs.astype(np.float64) @ queries.T.astype(np.float64)).astype(np.float32).T.ravel()
+    assert (sums != defined).sum() > 50, "these vectors do not test what they should"
+    for width in (np.float32, np.float16):
+        stored = docs.astype(width) if width == np.float32 else np.clip(docs, -6e4, 6e4).astype(width)
+        vectors = Vectors(stored, "cpu")
+        slow = vectors._score_by_definition(queries, query_of, row_of)
+        fast = vectors.score_pairs(queries, query_of, row_of)
+        assert slow.tobytes() == fast.tobytes()
+        if width == np.float32:
+            assert slow.tobytes() == defined.tobytes()
 
 
 def test_order_of_rows_does_not_matter(vectors):

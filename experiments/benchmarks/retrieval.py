@@ -31,6 +31,8 @@ DIMENSION = 384
 CONTENDERS = ("pt_dance", "np_retriever", "torch_retriever")
 # Beyond this, retrievers that do not cut their queries into blocks would need gigabytes.
 MOST_FOR_OTHERS = 6_000
+# Seconds before every turn: threads of BLAS wait busily for a while after a product, beside the next contender's turn.
+PAUSE = 0.5
 
 
 def unit_vectors(count: int, seed: int) -> np.ndarray:
@@ -144,6 +146,7 @@ def compare(path: str, documents: int, queries: int, k: int, repeats: int, devic
     results: dict[str, list[dict]] = {name: [] for name in names}
     for turn in range(repeats):
         for name in names if turn % 2 == 0 else reversed(names):
+            time.sleep(PAUSE)
             processes[name].stdin.write("go\n")
             processes[name].stdin.flush()
             results[name].append(answer(processes[name]))

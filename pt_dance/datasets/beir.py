@@ -170,7 +170,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     raise ValueError(f"{path}, line {number}: not valid JSON ({error}); correct this line.") from error
                 if not isinstance(record, dict):
                     raise ValueError(
-                        f"{path}, line {number}: expected an object such as {{\"_id\": ..., \"text\": ...}}, found "
+                        f'{path}, line {number}: expected an object such as {{"_id": ..., "text": ...}}, found '
                         f"{type(record).__name__}."
                     )
                 yield number, record
