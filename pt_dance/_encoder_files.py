@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyterrier as pt
 
 from pt_dance import _files, _models
+from pt_dance._disk_errors import writing
 
 if TYPE_CHECKING:
     from pt_dance.encoder import DualEncoder
@@ -31,15 +32,21 @@ class EncoderFiles:
 
         Raises:
             FileExistsError: If there is something at ``path`` already.
+            OSError: If the disk is full or cannot be written to.
         """
         path = Path(path).expanduser()
         if path.exists():
             raise FileExistsError(f"{path} exists already; give a new folder.")
         building = _files.building_path(path)
-        _files.remove_folder(building)
-        building.mkdir(parents=True)
-        self._write(building)
-        _files.publish_folder(building, path)
+        with writing(path, "the encoder"):
+            _files.remove_folder(building)
+            building.mkdir(parents=True)
+            try:
+                self._write(building)
+                _files.publish_folder(building, path)
+            except BaseException:
+                _files.remove_folder(building)
+                raise
         self.path = path
         return self
 

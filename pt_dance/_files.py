@@ -26,6 +26,10 @@ _RENAME_EXCHANGE = 2
 _MAX_JSON_BYTES = 4 << 20
 
 
+class DiskError(OSError):
+    """Something cannot be written, said plainly; other errors of the system are turned into it, never it again."""
+
+
 def building_path(final: str | Path) -> Path:
     """Return the folder beside ``final`` in which ``final`` is put together (``.NAME.building``)."""
     final = Path(os.path.abspath(final))
@@ -265,14 +269,14 @@ def require_space(path: str | Path, needed: int, what: str) -> None:
         what: What needs the space, for the message.
 
     Raises:
-        OSError: If the disk has less room than that.
+        DiskError: If the disk has less room than that.
     """
     folder = Path(os.path.abspath(path))
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(
+        raise DiskError(
             errno.ENOSPC,
             f"{what} needs {human_bytes(needed)} and the disk has {human_bytes(free)} left: free some or choose "
             "another path",

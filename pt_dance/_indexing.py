@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from ._disk_errors import writing
 from ._docnos import check_docno
 from ._files import (
+    DiskError,
     building_path,
     human_bytes,
     lock_folder,
@@ -43,6 +46,11 @@ class StreamError(RuntimeError):
 
 def run(index: DenseIndex, source: Any, mode: str) -> None:
     """Build, replace or extend the index at ``index.index_path``; see :meth:`pt_dance.DenseIndex.indexer`."""
+    with writing(index.index_path, "the index"):
+        _run(index, source, mode)
+
+
+def _run(index: DenseIndex, source: Any, mode: str) -> None:
     path = Path(index.index_path)
     base = check_target(index, mode)
     with_passages = isinstance(source, PassageCorpus)
@@ -65,14 +73,14 @@ def run(index: DenseIndex, source: Any, mode: str) -> None:
             _write_shards(index, writer, documents, first)
             writer.finish(_meta(index, source, base))
         except OSError as err:
-            if err.errno != 28 or writer is None:  # ENOSPC
+            if err.errno != errno.ENOSPC or writer is None:
                 raise
-            raise OSError(
-                28,
+            raise DiskError(
+                errno.ENOSPC,
                 f"the disk is full after {writer.count:,} documents: free some room and call again, it goes on "
                 "from there",
                 str(building),
-            ) from err
+            ) from None
         finally:
             if writer is not None:
                 writer.close()

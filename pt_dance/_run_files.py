@@ -7,7 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-from pt_dance._files import publish_folder, write_json
+from pt_dance._disk_errors import writing
+from pt_dance._files import building_path, publish_folder, remove_folder, write_json
 from pt_dance.corpus import Corpus
 from pt_dance.encoder import DualEncoder
 from pt_dance.index import DenseIndex
@@ -33,19 +34,25 @@ class RunFiles:
 
         Raises:
             FileExistsError: if ``path`` exists.
+            OSError: if the disk is full or cannot be written to.
         """
         path = Path(path)
         if path.exists():
             raise FileExistsError(f"{str(path)!r} exists; give the path of a new folder")
         index = self.index
-        building = path.with_name(f".{path.name}.building")
-        shutil.rmtree(building, ignore_errors=True)
-        folder = building / "rounds" / f"{self._round:02d}"
-        folder.mkdir(parents=True)
-        self.encoder.save(folder / "encoder")
-        shutil.copytree(index.index_path, folder / "index")
-        self._write_meta(building)
-        publish_folder(building, path)
+        building = building_path(path)
+        with writing(path, "the retriever"):
+            remove_folder(building)
+            folder = building / "rounds" / f"{self._round:02d}"
+            folder.mkdir(parents=True)
+            try:
+                self.encoder.save(folder / "encoder")
+                shutil.copytree(index.index_path, folder / "index")
+                self._write_meta(building)
+                publish_folder(building, path)
+            except BaseException:
+                remove_folder(building)
+                raise
 
     @classmethod
     def load(cls, path: str | Path, *, corpus: Corpus | None = None, **kwargs) -> RunFiles:

@@ -3,9 +3,8 @@
 A matrix product in float32 gives other last bits for other block shapes, so it only finds candidates here. The score of
 a pair is defined by :func:`score_pairs` alone: exact products in float64, added up in one fixed order, rounded to
 float32. (Where another order cannot give other bits, a faster one is used.) Those bits are the same for every block
-size, number of threads and device. A document stays a candidate as
-long as rounding errors of the product could hide that it belongs to the best k, so nothing is lost; equal scores are
-ordered by ``tie_order``.
+size, number of threads and device. A document stays a candidate as long as rounding errors of the product could hide
+that it belongs to the best k, so nothing is lost; equal scores are ordered by ``tie_order``.
 
 On a CPU, blocks of queries are searched by several threads that share nothing, each with one-threaded products: threads
 that wait for each other inside every small operation cost more than they bring when the machine has other work too.

@@ -12,6 +12,7 @@ import pandas as pd
 import pyterrier as pt
 import xxhash
 
+from ._disk_errors import writing
 from ._files import building_path, lock_folder, publish_folder, read_json, remove_folder, write_json
 from ._max_passage import PassageDocuments, best_documents, iter_document_search
 from ._sources import progress_bar
@@ -84,24 +85,26 @@ class AnnRetriever(DenseRetriever):
 
         Raises:
             ValueError: If there are too few documents for the method, or the options do not fit the vectors.
+            OSError: If the disk is full or cannot be written to.
         """
         folder = self._folder()
         if self._is_there(folder):
             return self
         building = building_path(folder)
-        building.mkdir(parents=True, exist_ok=True)
-        with lock_folder(building, f"another process is building {folder}: wait for it."):
-            if self._is_there(folder):
-                remove_folder(building)
-                return self
-            try:
-                self._write(building)
-                # Damaged, or of other vectors.
-                remove_folder(folder)
-                publish_folder(building, folder)
-            except BaseException:
-                remove_folder(building)
-                raise
+        with writing(folder, "the approximate index"):
+            building.mkdir(parents=True, exist_ok=True)
+            with lock_folder(building, f"another process is building {folder}: wait for it."):
+                if self._is_there(folder):
+                    remove_folder(building)
+                    return self
+                try:
+                    self._write(building)
+                    # Damaged, or of other vectors.
+                    remove_folder(folder)
+                    publish_folder(building, folder)
+                except BaseException:
+                    remove_folder(building)
+                    raise
         return self
 
     def recall(self, queries: pd.DataFrame, k: int = 10) -> float:

@@ -12,6 +12,7 @@ import pyterrier as pt
 import xxhash
 
 from ._arrow_text import TextColumn, open_table, table_writer
+from ._disk_errors import writing
 from ._docnos import DocnoRows, DuplicateDocnos, check_docno
 from ._files import building_path, lock_folder, publish_folder, read_json, remove_folder, write_json
 from ._sources import iter_documents, progress_bar
@@ -124,23 +125,25 @@ class Corpus(pt.Artifact):
             TypeError: If a document, docno or field has the wrong type.
             ValueError: If a docno is invalid or occurs twice, if the last field of a document is missing or None, if
                 there are no documents, or the fields make no sense. The message names the docno.
+            OSError: If the disk is full or cannot be written to.
         """
         path, fields = Path(path), _check_fields(fields)
         if path.exists():
             raise FileExistsError(f"{path} already exists: open it with Corpus({str(path)!r}), or choose another path.")
         documents = iter_documents(source, verbose=verbose, desc=f"{path.name} corpus")
         building = building_path(path)
-        building.mkdir(parents=True, exist_ok=True)
-        with lock_folder(building, f"another process is building {path}: wait for it."):
-            try:
-                for name in ("corpus.arrow", "docnos.hash", "pt_meta.json"):
-                    (building / name).unlink(missing_ok=True)
-                meta = _write(building, documents, fields, separator)
-                write_json(building / "pt_meta.json", meta)
-                publish_folder(building, path)
-            except BaseException:
-                remove_folder(building)
-                raise
+        with writing(path, "the corpus"):
+            building.mkdir(parents=True, exist_ok=True)
+            with lock_folder(building, f"another process is building {path}: wait for it."):
+                try:
+                    for name in ("corpus.arrow", "docnos.hash", "pt_meta.json"):
+                        (building / name).unlink(missing_ok=True)
+                    meta = _write(building, documents, fields, separator)
+                    write_json(building / "pt_meta.json", meta)
+                    publish_folder(building, path)
+                except BaseException:
+                    remove_folder(building)
+                    raise
         return cls(path)
 
     def __len__(self) -> int:

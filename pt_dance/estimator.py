@@ -11,6 +11,7 @@ import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
 
+from pt_dance._disk_errors import writing
 from pt_dance._files import remove_folder
 from pt_dance._run_files import RunFiles, keep_frozen
 from pt_dance.corpus import Corpus
@@ -187,6 +188,7 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
 
         Raises:
             KeyError, TypeError, ValueError: one sentence on what is wrong with the frames, before any work is done.
+            OSError: the disk is full or cannot be written to; what was finished is kept.
         """
         if self.corpus is None:
             raise ValueError("training needs the documents: give corpus=... when making or loading the DanceRetriever")
@@ -198,6 +200,11 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             validation = check_training_input(
                 topics_or_res_va, qrels_va, corpus=self.corpus, context=self, what="validation"
             )
+        with writing(self.path, "the run"):
+            self._fit(training, validation)
+        return self
+
+    def _fit(self, training: TrainingInput, validation: TrainingInput | None) -> None:
         self._run.begin(fit_settings(self, training, validation))
         if not (self._run.round(0) / "encoder").exists():
             self.initial_encoder.save(self._run.round(0) / "encoder")
@@ -220,7 +227,6 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
                 break
         self._settle(best_round(history, self.measures[0]), history)
         self._write_meta(self.path)
-        return self
 
     def _fit_round(
         self, number: int, round_: Round, training: TrainingInput, validation: TrainingInput | None, pairs: pd.DataFrame

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyterrier as pt
-from pyterrier_dr import FlexIndex, SimFn
+from pyterrier_dr import SimFn
 
 from ._files import recover_folder
+from ._flex_methods import FlexMethods
 from ._index_files import OpenIndex, read_meta
 from ._indexer import DenseIndexer
 from ._search import Vectors, exact_search, iter_exact_search, score_pairs
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .retriever import DenseRetriever
 
 
-class DenseIndex(FlexIndex):
+class DenseIndex(FlexMethods):
     """Vectors of a collection on disk, made from its texts, in the format of :class:`pyterrier_dr.FlexIndex`.
 
     The index encodes texts itself, in large windows; documents that carry a ``doc_vec`` already, as in ``encoder >>
@@ -317,10 +318,6 @@ class DenseIndex(FlexIndex):
 
         verbose = self.verbose if verbose is None else verbose
         return AnnRetriever(self, method, num_results=num_results, verbose=verbose, **options).build()
-
-    def scorer(self, **_: Any) -> DenseRetriever:
-        """Return what re-scores result frames: the retriever."""
-        return self.retriever()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Retrieve or re-score, as the default retriever does."""

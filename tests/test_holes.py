@@ -1,6 +1,6 @@
 """The holes H1 to H14 of pyterrier_dr that were found by running it, each shown closed here, beside what it was.
 
-H10 (masks) has no counterpart: our retriever takes none. H15 is about a training script.
+H15 is about a training script.
 """
 
 from __future__ import annotations
@@ -139,7 +139,17 @@ def test_h8_no_rows_and_no_unasked_output(index, capfd):
     for frame in (TOPICS, full):
         empty = dense(frame.iloc[:0])
         assert len(empty) == 0 and list(empty.columns) == list(dense(frame).columns)
-    assert len(index.scorer()(full.iloc[:0])) == 0 and len((dense % 3).compile()(full)) == 6
+    assert len((dense % 3).compile()(full)) == 6
+    with_vectors = index.given_encoder.query_encoder()(full)
+    expected = dense(full).set_index(["qid", "docno"])["score"]
+    for method in (index.scorer, index.np_scorer, index.torch_scorer):
+        assert len(method()(with_vectors.iloc[:0])) == 0
+        best = method(num_results=3)(with_vectors)
+        assert len(best) == 6 and best["rank"].max() == 2
+        assert best["score"].tolist() == expected[list(zip(best["qid"], best["docno"], strict=True))].tolist()
+    assert len(index.torch_scorer(device="cpu")(with_vectors)) == len(full)
+    with pytest.raises(ValueError, match="scores are exact"):
+        index.torch_scorer(fp16=True)
     assert capfd.readouterr() == ("", "")
 
 
@@ -161,6 +171,27 @@ def test_h9_cosine_is_cosine_in_every_retriever(index, encoder):
         pd.DataFrame({"qid": ["a"], "query": ["word3 word1"], "docno": ["d1"], "text": [DOCUMENTS[1]["text"]]})
     )
     assert scorer["score"][0] == pytest.approx(cosines[0][1], abs=1e-5)
+
+
+def test_h10_masked_documents_never_come_first(tmp_path):
+    values = {"a": -1.0, "b": -2.0, "c": 0.5}
+    records = [{"docno": docno, "doc_vec": np.array([value, 0], np.float32)} for docno, value in values.items()]
+    index = DenseIndex(tmp_path / "index", verbose=False).index(records)
+    query = pd.DataFrame({"qid": ["1"], "query": ["x"], "query_vec": [np.array([1, 0], np.float32)]})
+    mask = np.array([1, 0, 0])
+    theirs = FlexIndex(str(tmp_path / "flex"), verbose=False)
+    theirs.index(records)
+    assert theirs.np_retriever(mask=mask)(query)["docno"][0] != "a", "the fault is gone, and so may be our refusal"
+    with pytest.raises(ValueError, match="masked documents before those with negative scores"):
+        index.np_retriever(mask=mask)
+    masked = index.torch_retriever(mask=mask, num_results=2)
+    assert masked(query)["docno"].tolist() == ["a"]
+    other = index.torch_retriever(mask=1 - mask, num_results=2)
+    assert other(query)["docno"].tolist() == ["c", "b"]
+    assert masked == index.torch_retriever(mask=mask, num_results=2) and hash(masked) != hash(other)
+    assert masked != other and masked != index.torch_retriever(num_results=2)
+    assert (masked % 1).compile()(query)["docno"].tolist() == ["a"]
+    assert (other % 1).compile() != (masked % 1).compile()
 
 
 def test_h11_other_weights_are_never_equal(index, encoder, tmp_path):

@@ -20,6 +20,7 @@ from pt_dance._models import no_bars
 from pt_dance._reading import prompt_for
 from pt_dance.training import checkpoints
 from pt_dance.training.examples import EpochBatchSampler, Examples, columns_of
+from pt_dance.training.kept_memory import keep_freed_memory
 from pt_dance.training.token_cache import TokenCache
 
 STATIC_LEARNING_RATE = 2e-2
@@ -159,7 +160,8 @@ def train(encoder, examples: Examples, round_, folder: str | Path, *, seed: int,
     checkpoint = checkpoints.newest(folder)
     if checkpoint is not None:
         trainer.loss_sum += checkpoints.check(checkpoint)["loss_sum"]
-    with _no_chatter():
+    on_cpu = encoder.device.type == "cpu"
+    with _no_chatter(), keep_freed_memory() if on_cpu else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     encoder.model.eval()
     steps = trainer.state.global_step
