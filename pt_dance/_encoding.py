@@ -20,6 +20,7 @@ from torch import nn
 
 from pt_dance._packed import packed
 from pt_dance._reading import Reader, TransformerReader, reader_for
+from pt_dance._sources import lone_surrogate
 
 READ_AT_ONCE = 1024
 """Texts tokenised in one go: what waits in memory besides the batches in flight."""
@@ -291,12 +292,9 @@ def checked(texts: Iterable[str], task: str) -> list[str]:
             raise TypeError(
                 f"The text of {kind} number {position} is {text!r}, not a string; give it a text or drop it."
             )
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"The text of {kind} number {position} is no valid Unicode (a lone surrogate at character "
-                    f"{error.start}); clean it or drop it."
-                ) from None
+        if (place := lone_surrogate(text)) is not None:
+            raise ValueError(
+                f"The text of {kind} number {position} is no valid Unicode (a lone surrogate at character {place}); "
+                "clean it or drop it."
+            )
     return texts

@@ -27,7 +27,7 @@ from ._files import (
 )
 from ._index_files import META, OpenIndex, row_bytes
 from ._index_writer import IndexWriter, Shard, check_vectors, digest_of
-from ._sources import iter_documents, progress_bar, source_length
+from ._sources import iter_documents, lone_surrogate, progress_bar, source_length
 from .corpus import Corpus
 from .passages import PassageCorpus
 
@@ -203,6 +203,11 @@ class _Documents:
         if not isinstance(text, str):
             raise TypeError(
                 f"document {docno!r} has a {type(text).__name__} in {self.text_field!r}: texts must be strings."
+            )
+        if (place := lone_surrogate(text)) is not None:
+            raise ValueError(
+                f"document {docno!r} has a text in {self.text_field!r} that is no valid Unicode (a lone surrogate at "
+                f"character {place}): clean it or leave the document out."
             )
         return docno, text
 

@@ -67,3 +67,14 @@ def source_length(source: Any) -> int | None:
 def progress_bar(verbose: bool, desc: str, total: int | None, initial: int = 0) -> Any:
     """Return a progress bar over documents; it shows nothing if not ``verbose``."""
     return pt.tqdm(desc=desc, total=total, initial=initial, unit="doc", disable=not verbose, delay=1)
+
+
+def lone_surrogate(text: str) -> int | None:
+    """Return the place of the first half of a character in a text, which is no valid Unicode then; None if all is."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        return err.start
+    return None

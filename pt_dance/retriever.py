@@ -12,6 +12,7 @@ import pyterrier as pt
 
 from ._max_passage import iter_document_search, score_documents
 from ._search import MAX_NORM
+from ._sources import lone_surrogate
 
 if TYPE_CHECKING:
     from .encoder import DualEncoder
@@ -186,6 +187,11 @@ class DenseRetriever(pt.Transformer):
                 if not isinstance(query, str):
                     raise TypeError(
                         f"query {qids.iloc[position]!r} is {query!r}, no string: give its text or leave it out."
+                    )
+                if lone_surrogate(query) is not None:
+                    raise ValueError(
+                        f"query {qids.iloc[position]!r} is no valid Unicode (it has a lone surrogate): clean it or "
+                        "leave it out."
                     )
             return queries
         dim = self.index.open().meta["vec_size"]

@@ -305,6 +305,11 @@ class TestContractOfTheIndex(pt.testing.transformer_test_class(lambda: None)):
         ({"qid": ["q7", "q8"], "query": ["x", None]}, TypeError, "query 'q8' is .*no string"),
         ({"qid": ["q7", "q8"], "query": ["x", float("nan")]}, TypeError, "query 'q8' is nan, no string"),
         ({"qid": ["q7", "q8"], "query": pd.Series(["x", 5], dtype=object)}, TypeError, "query 'q8' is 5, no string"),
+        (
+            {"qid": ["q7", "q8"], "query": pd.Series(["x", "half \ud83d"], dtype=object)},
+            ValueError,
+            "query 'q8' is no valid Unicode",
+        ),
         ({"qid": ["q7"], "docno": ["d001"], "query": [None]}, TypeError, "query 'q7' is .*no string"),
         ({"qid": ["q7"], "docno": ["nope"], "query": ["x"]}, KeyError, "docno 'nope' is not in the index"),
         ({"qid": ["q7"], "docno": [None], "query": ["x"]}, KeyError, "is not in the index"),

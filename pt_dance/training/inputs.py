@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from pt_dance._sources import lone_surrogate
+
 
 @dataclass
 class TrainingInput:
@@ -190,20 +192,12 @@ def check_query_texts(topics: pd.DataFrame, name: str = "query", *, blank: bool 
         raise ValueError(
             f"the {name} {row['qid']!r} has no text in column 'query' ({row['query']!r}); remove or mend it"
         )
-    broken = texts.drop_duplicates().map(lambda text: not text.isascii() and _has_surrogate(text))
+    broken = texts.drop_duplicates().map(lambda text: lone_surrogate(text) is not None)
     if broken.any():
         qid = topics.loc[broken.index[broken.to_numpy(dtype=bool)][0], "qid"]
         raise ValueError(
             f"the {name} {qid!r} has a text in column 'query' that is no valid Unicode (a lone surrogate); mend it"
         )
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def check_in_corpus(docnos: pd.Series, corpus, what: str) -> None:
