@@ -12,70 +12,117 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ._files import DiskError, building_path, replaced_path
+from ._files import DiskError, building_path, lock_folder, publish_folder, remove_folder, replaced_path
 
-_SURE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-_OF_A_FILE = _SURE | {errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO}
-# What libraries say that do not raise an OSError with a number.
-_SAID = {
-    errno.ENOSPC: ("No space left on device", "os error 28", "database or disk is full"),
-    errno.EROFS: ("Read-only file system", "os error 30", "readonly database"),
-}
-_TORCH = ("PytorchStreamWriter failed", "unexpected pos")  # whatever the reason
-_NEARLY_NOTHING = 64 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_OF_THE_DISK = _FULL | {errno.EROFS, errno.EFBIG}
+_OF_A_FILE = _OF_THE_DISK | {errno.EACCES, errno.EPERM, errno.EIO}
+# What libraries say that raise no OSError with a number; the last two are torch's and NumPy's, whatever the reason.
+_SAID_WHEN_FULL = (
+    "No space left on device",
+    "os error 28",
+    "database or disk is full",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+    "requested and",
+)
+_SAID_WHEN_READ_ONLY = ("Read-only file system", "os error 30", "readonly database")
+_NEARLY_FULL = 64 << 20
+
+KEPT = "what was finished is kept, and the same call goes on from there"
+NOTHING = "nothing of it is left"
 
 
 @contextlib.contextmanager
-def writing(path: str | Path, what: str) -> Iterator[None]:
-    """Turn whatever is raised because ``path`` cannot be written to into one error.
+def writing(path: str | Path, what: str, left: str) -> Iterator[None]:
+    """Turn what is raised because ``path`` cannot be written to into one error.
+
+    An error that names no file counts only if the disk is full, or read-only, indeed: another program's error, such as
+    that of a stage of the user's pipeline, passes as it is.
 
     Args:
         path: What is written.
         what: How the message calls it, e.g. "the index".
+        left: What the message says of what is there now, :data:`KEPT` or :data:`NOTHING`.
 
     Raises:
-        DiskError: In the place of the error of another library; other errors pass as they are.
+        DiskError: In the place of the error of another library.
     """
     try:
         yield
     except DiskError:
         raise
     except Exception as err:
-        code = _code_of(err, Path(os.path.abspath(path)))
+        code, file = _cause(err, Path(os.path.abspath(path)))
         if code is None:
             raise
-        raise DiskError(
-            code,
-            f"{what} could not be written ({os.strerror(code)}); what was finished before is kept, and the same call "
-            "goes on from there",
-            str(path),
-        ) from None
+        done = "written" if code in _OF_THE_DISK else "read or written"
+        message = f"{what} could not be {done} ({os.strerror(code)}); {left}"
+        raise DiskError(code, message, str(file or path)) from None
 
 
-def _code_of(err: Exception, path: Path) -> int | None:
-    """The system's error number if an error came from writing to ``path``, else None."""
+@contextlib.contextmanager
+def new_folder(path: Path, what: str) -> Iterator[Path]:
+    """Write a folder beside its place; it gets its name when the block ends, and is removed if the block raises.
+
+    Args:
+        path: The folder to make; if the block has written nothing, it is not made.
+        what: How an error calls it, e.g. "the corpus".
+
+    Yields:
+        An empty folder to write to.
+
+    Raises:
+        BlockingIOError: If another process is making it.
+        DiskError: If the disk is full or cannot be written to.
+    """
+    building = building_path(path)
+    with writing(path, what, NOTHING):
+        building.mkdir(parents=True, exist_ok=True)
+    with lock_folder(building, f"another process is making {path}: wait for it."):
+        try:
+            # Inside the clean-up, so that a full disk is seen to be full.
+            with writing(path, what, NOTHING):
+                for old in building.iterdir():
+                    remove_folder(old) if old.is_dir() else old.unlink()
+                yield building
+                if any(building.iterdir()):
+                    publish_folder(building, path)
+                else:
+                    building.rmdir()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove_folder(building)
+            raise
+
+
+def _cause(err: Exception, path: Path) -> tuple[int | None, Path | None]:
+    """The system's number of an error that comes from writing to ``path``, and the file it names; else None."""
     if isinstance(err, OSError) and err.errno is not None:
-        if err.filename is None or isinstance(err.filename, int):
-            return err.errno if err.errno in _SURE else None
-        file = Path(os.path.abspath(os.fsdecode(err.filename)))
-        # Folders above are made where they are not there.
-        places = (path, building_path(path), replaced_path(path))
-        is_ours = any(file.is_relative_to(place) for place in places) or path.is_relative_to(file)
-        return err.errno if is_ours and err.errno in _OF_A_FILE else None
-    # Tokenizers raises a bare Exception, and torch and FAISS a RuntimeError.
-    kinds = (shutil.Error, sqlite3.OperationalError, SafetensorError)
-    if not (isinstance(err, kinds) or type(err) in (Exception, RuntimeError)):
-        return None
-    text = str(err)
-    for code, sentences in _SAID.items():
-        if any(sentence in text for sentence in sentences):
-            return code
-    if any(sentence in text for sentence in _TORCH) and _room(path) < _NEARLY_NOTHING:
-        return errno.ENOSPC
-    return None
+        if isinstance(err.filename, (str, bytes)):
+            file = Path(os.path.abspath(os.fsdecode(err.filename)))
+            places = (path, building_path(path), replaced_path(path))
+            # A folder above that is not there could not be made.
+            is_ours = any(file.is_relative_to(place) for place in places) or (
+                file in path.parents and not os.path.lexists(file)
+            )
+            return (err.errno, file) if is_ours and err.errno in _OF_A_FILE else (None, None)
+        return (err.errno if _is_so(err.errno, path) else None), None
+    # Tokenizers raises a bare Exception, torch and FAISS a RuntimeError, shutil and NumPy an OSError without a number.
+    if isinstance(err, (OSError, sqlite3.OperationalError, SafetensorError)) or type(err) in (Exception, RuntimeError):
+        for code, sentences in ((errno.ENOSPC, _SAID_WHEN_FULL), (errno.EROFS, _SAID_WHEN_READ_ONLY)):
+            if any(sentence in str(err) for sentence in sentences) and _is_so(code, path):
+                return code, None
+    return None, None
 
 
-def _room(path: Path) -> int:
-    while not path.exists():
+def _is_so(code: int, path: Path) -> bool:
+    """Whether the disk of ``path`` is in the state that an error speaks of."""
+    while not os.path.lexists(path):
         path = path.parent
-    return shutil.disk_usage(path).free
+    with contextlib.suppress(OSError):
+        if code in _FULL:
+            return shutil.disk_usage(path).free < _NEARLY_FULL or code == errno.EDQUOT
+        if code == errno.EROFS and hasattr(os, "statvfs"):
+            return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    return False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyterrier as pt
 
 from pt_dance import _files, _models
-from pt_dance._disk_errors import writing
+from pt_dance._disk_errors import new_folder
 
 if TYPE_CHECKING:
     from pt_dance.encoder import DualEncoder
@@ -37,20 +37,13 @@ class EncoderFiles:
         path = Path(path).expanduser()
         if path.exists():
             raise FileExistsError(f"{path} exists already; give a new folder.")
-        building = _files.building_path(path)
-        with writing(path, "the encoder"):
-            _files.remove_folder(building)
-            building.mkdir(parents=True)
-            try:
-                self._write(building)
-                _files.publish_folder(building, path)
-            except BaseException:
-                _files.remove_folder(building)
-                raise
+        with new_folder(path, "the encoder") as building:
+            self._write(building)
         self.path = path
         return self
 
     def _write(self, folder: Path) -> None:
+        """Write the files to an empty folder, as a part of something larger."""
         with _models.no_bars():
             self.model.save(str(folder), create_model_card=self.model._model_card_text is not None)
         settings = {name: getattr(self, f"_{name}", getattr(self, name)) for name in _SETTINGS}

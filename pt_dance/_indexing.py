@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from ._disk_errors import writing
+from ._disk_errors import KEPT, writing
 from ._docnos import check_docno
 from ._files import (
     DiskError,
@@ -46,7 +46,7 @@ class StreamError(RuntimeError):
 
 def run(index: DenseIndex, source: Any, mode: str) -> None:
     """Build, replace or extend the index at ``index.index_path``; see :meth:`pt_dance.DenseIndex.indexer`."""
-    with writing(index.index_path, "the index"):
+    with writing(index.index_path, "the index", KEPT):
         _run(index, source, mode)
 
 
@@ -73,10 +73,10 @@ def _run(index: DenseIndex, source: Any, mode: str) -> None:
             _write_shards(index, writer, documents, first)
             writer.finish(_meta(index, source, base))
         except OSError as err:
-            if err.errno != errno.ENOSPC or writer is None:
+            if err.errno not in (errno.ENOSPC, errno.EDQUOT) or writer is None:
                 raise
             raise DiskError(
-                errno.ENOSPC,
+                err.errno,
                 f"the disk is full after {writer.count:,} documents: free some room and call again, it goes on "
                 "from there",
                 str(building),

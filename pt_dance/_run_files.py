@@ -7,8 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-from pt_dance._disk_errors import writing
-from pt_dance._files import building_path, publish_folder, remove_folder, write_json
+from pt_dance._disk_errors import new_folder
+from pt_dance._files import write_json
 from pt_dance.corpus import Corpus
 from pt_dance.encoder import DualEncoder
 from pt_dance.index import DenseIndex
@@ -39,20 +39,13 @@ class RunFiles:
         path = Path(path)
         if path.exists():
             raise FileExistsError(f"{str(path)!r} exists; give the path of a new folder")
-        index = self.index
-        building = building_path(path)
-        with writing(path, "the retriever"):
-            remove_folder(building)
+        encoder, index = self.encoder, self.index
+        with new_folder(path, "the retriever") as building:
             folder = building / "rounds" / f"{self._round:02d}"
-            folder.mkdir(parents=True)
-            try:
-                self.encoder.save(folder / "encoder")
-                shutil.copytree(index.index_path, folder / "index")
-                self._write_meta(building)
-                publish_folder(building, path)
-            except BaseException:
-                remove_folder(building)
-                raise
+            (folder / "encoder").mkdir(parents=True)
+            encoder._write(folder / "encoder")
+            shutil.copytree(index.index_path, folder / "index")
+            self._write_meta(building)
 
     @classmethod
     def load(cls, path: str | Path, *, corpus: Corpus | None = None, **kwargs) -> RunFiles:

@@ -13,6 +13,7 @@ that wait for each other inside every small operation cost more than they bring 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,11 +58,12 @@ def score_pairs(
         ``float32`` (m,): dot products, the same bits for a pair whatever the other pairs are.
 
     Raises:
-        IndexError: If a row number is negative or too large.
+        IndexError: If a query or row number is negative or too large.
     """
     query_of, row_of = np.asarray(query_of, dtype=np.int64), np.asarray(row_of, dtype=np.int64)
-    if len(row_of) and (row_of.min() < 0 or row_of.max() >= len(docs)):
-        raise IndexError(f"document rows must be 0 to {len(docs) - 1}, not {row_of.min()} to {row_of.max()}.")
+    for what, numbers, count in (("document rows", row_of, len(docs)), ("query numbers", query_of, len(queries))):
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= count):
+            raise IndexError(f"{what} must be 0 to {count - 1}, not {numbers.min()} to {numbers.max()}.")
     vectors = Vectors.of(docs, device)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     workers = 1 if vectors.tensors is not None else min(_threads(), -(-len(row_of) // (32 * _PAIR_BLOCK)))
@@ -255,8 +257,9 @@ class Vectors:
         """Do what :func:`score_pairs` does, in this thread."""
         if self.tensors is not None:
             return self.tensors.score_pairs(queries, query_of, row_of)
-        starts = np.flatnonzero(np.diff(query_of, prepend=-1))
-        if len(starts) and len(row_of) >= _LEAST_RUN * len(starts):
+        starts = np.flatnonzero(np.diff(query_of, prepend=-1))  # none is negative
+        # Of other arrays np.take would make a copy of the whole first.
+        if self.docs.flags.c_contiguous and len(starts) and len(row_of) >= _LEAST_RUN * len(starts):
             return self._score_runs(queries, query_of, row_of, starts)
         return self._score_by_definition(queries, query_of, row_of)
 
@@ -290,7 +293,7 @@ class Vectors:
                 np.take(self.docs, row_of[part], axis=0, out=docs[:count], mode="clip")
                 wide[:count] = docs[:count]
                 np.dot(wide[:count], query, out=sums[part])
-                # No vector is longer than all of them together.
+                # No vector is longer than all of them together, and one long one costs no more than time.
                 errors[part] = np.sqrt(np.vdot(query, query) * np.vdot(wide[:count], wide[:count]))
         # Both sums are off by at most (d - 1) u |q| |d|, u = 2^-53, and so much again is for these two lines.
         errors *= 4 * (dimension + 4) * 2.0**-53
@@ -338,10 +341,37 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
+_limit_lock = threading.Lock()
+_limits: list[Any] = []  # what is in force, and how many threads there were before, once for each search within
+
+
 def _threads() -> int:
     """As many threads as matrix products would take."""
+    with _limit_lock:
+        return _limits[0][1] if _limits else _blas_threads()
+
+
+def _blas_threads() -> int:
     return max((library["num_threads"] for library in _libraries().info()), default=1)
 
 
-def _one_threaded_products() -> contextlib.AbstractContextManager:
-    return _libraries().limit(limits=1)
+@contextlib.contextmanager
+def _one_threaded_products() -> Iterator[None]:
+    """Let matrix products take one thread each, until the last of the searches that asked for it is done.
+
+    The number is one for the whole process: were it restored by each search, one that ends last could leave the number
+    that another had set.
+    """
+    with _limit_lock:
+        if not _limits:
+            before = _blas_threads()
+            _limits.append((_libraries().limit(limits=1), before))
+        else:
+            _limits.append(_limits[0])
+    try:
+        yield
+    finally:
+        with _limit_lock:
+            limit, _ = _limits.pop()
+            if not _limits:
+                limit.restore_original_limits()

@@ -70,7 +70,7 @@ def progress_bar(verbose: bool, desc: str, total: int | None, initial: int = 0) 
 
 
 def lone_surrogate(text: str) -> int | None:
-    """Return the place of the first half of a character in a text, which is no valid Unicode then; None if all is."""
+    """Return the index of the first lone surrogate in a text, which is no valid Unicode then; None if there is none."""
     if text.isascii():
         return None
     try:

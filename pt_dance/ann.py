@@ -12,8 +12,8 @@ import pandas as pd
 import pyterrier as pt
 import xxhash
 
-from ._disk_errors import writing
-from ._files import building_path, lock_folder, publish_folder, read_json, remove_folder, write_json
+from ._disk_errors import new_folder
+from ._files import read_json, remove_folder, write_json
 from ._max_passage import PassageDocuments, best_documents, iter_document_search
 from ._sources import progress_bar
 from .retriever import DenseRetriever
@@ -90,21 +90,11 @@ class AnnRetriever(DenseRetriever):
         folder = self._folder()
         if self._is_there(folder):
             return self
-        building = building_path(folder)
-        with writing(folder, "the approximate index"):
-            building.mkdir(parents=True, exist_ok=True)
-            with lock_folder(building, f"another process is building {folder}: wait for it."):
-                if self._is_there(folder):
-                    remove_folder(building)
-                    return self
-                try:
-                    self._write(building)
-                    # Damaged, or of other vectors.
-                    remove_folder(folder)
-                    publish_folder(building, folder)
-                except BaseException:
-                    remove_folder(building)
-                    raise
+        with new_folder(folder, "the approximate index") as building:
+            if not self._is_there(folder):  # else another process was quicker
+                self._write(building)
+                # Damaged, or of other vectors.
+                remove_folder(folder)
         return self
 
     def recall(self, queries: pd.DataFrame, k: int = 10) -> float:

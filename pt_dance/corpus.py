@@ -12,9 +12,9 @@ import pyterrier as pt
 import xxhash
 
 from ._arrow_text import TextColumn, open_table, table_writer
-from ._disk_errors import writing
+from ._disk_errors import new_folder
 from ._docnos import DocnoRows, DuplicateDocnos, check_docno
-from ._files import building_path, lock_folder, publish_folder, read_json, remove_folder, write_json
+from ._files import read_json, write_json
 from ._sources import iter_documents, progress_bar
 
 if TYPE_CHECKING:
@@ -131,19 +131,8 @@ class Corpus(pt.Artifact):
         if path.exists():
             raise FileExistsError(f"{path} already exists: open it with Corpus({str(path)!r}), or choose another path.")
         documents = iter_documents(source, verbose=verbose, desc=f"{path.name} corpus")
-        building = building_path(path)
-        with writing(path, "the corpus"):
-            building.mkdir(parents=True, exist_ok=True)
-            with lock_folder(building, f"another process is building {path}: wait for it."):
-                try:
-                    for name in ("corpus.arrow", "docnos.hash", "pt_meta.json"):
-                        (building / name).unlink(missing_ok=True)
-                    meta = _write(building, documents, fields, separator)
-                    write_json(building / "pt_meta.json", meta)
-                    publish_folder(building, path)
-                except BaseException:
-                    remove_folder(building)
-                    raise
+        with new_folder(path, "the corpus") as building:
+            write_json(building / "pt_meta.json", _write(building, documents, fields, separator))
         return cls(path)
 
     def __len__(self) -> int:
@@ -256,6 +245,7 @@ class Corpus(pt.Artifact):
         Raises:
             FileExistsError: If something is at ``path`` already.
             ValueError: If an option makes no sense.
+            OSError: If the disk is full or cannot be written to.
         """
         from .passages import split_corpus
 

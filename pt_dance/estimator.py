@@ -11,7 +11,7 @@ import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
 
-from pt_dance._disk_errors import writing
+from pt_dance._disk_errors import KEPT, writing
 from pt_dance._files import remove_folder
 from pt_dance._run_files import RunFiles, keep_frozen
 from pt_dance.corpus import Corpus
@@ -200,7 +200,7 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             validation = check_training_input(
                 topics_or_res_va, qrels_va, corpus=self.corpus, context=self, what="validation"
             )
-        with writing(self.path, "the run"):
+        with writing(self.path, "the run", KEPT):
             self._fit(training, validation)
         return self
 

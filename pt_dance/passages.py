@@ -14,7 +14,8 @@ import pandas as pd
 import pyterrier as pt
 import xxhash
 
-from ._files import building_path, lock_folder, publish_folder, read_json, remove_folder, write_json
+from ._disk_errors import new_folder
+from ._files import read_json, write_json
 from .corpus import Corpus
 
 _BLOCK_DOCUMENTS = 500
@@ -121,37 +122,28 @@ def split_corpus(
         raise FileExistsError(
             f"{path} already exists: open it with PassageCorpus({str(path)!r}), or choose another path."
         )
-    building = building_path(path)
-    building.mkdir(parents=True, exist_ok=True)
-    with lock_folder(building, f"another process is making {path}: wait for it."):
-        try:
-            for left in ("passages", ".passages.building"):
-                remove_folder(building / left)
-            counts = np.zeros(len(documents), dtype="<u4")
-            passages = Corpus.build(
-                _passages(documents, counts, length, stride, most, prepend, verbose),
-                building / "passages",
-                fields=["text"],
-                verbose=False,
-            )
-            counts.tofile(building / _COUNTS)
-            meta = {
-                "type": PassageCorpus.ARTIFACT_TYPE,
-                "format": PassageCorpus.ARTIFACT_FORMAT,
-                "package_hint": PassageCorpus.ARTIFACT_PACKAGE_HINT,
-                "documents": os.path.relpath(documents.path.resolve(), path.resolve()),
-                "documents_fingerprint": documents.fingerprint,
-                "fingerprint": _fingerprint(documents, passages, counts.tobytes()),
-                "length": length,
-                "stride": stride,
-                "most": most,
-                "prepend": prepend,
-            }
-            write_json(building / "pt_meta.json", meta)
-            publish_folder(building, path)
-        except BaseException:
-            remove_folder(building)
-            raise
+    with new_folder(path, "the corpus of passages") as building:
+        counts = np.zeros(len(documents), dtype="<u4")
+        passages = Corpus.build(
+            _passages(documents, counts, length, stride, most, prepend, verbose),
+            building / "passages",
+            fields=["text"],
+            verbose=False,
+        )
+        counts.tofile(building / _COUNTS)
+        meta = {
+            "type": PassageCorpus.ARTIFACT_TYPE,
+            "format": PassageCorpus.ARTIFACT_FORMAT,
+            "package_hint": PassageCorpus.ARTIFACT_PACKAGE_HINT,
+            "documents": os.path.relpath(documents.path.resolve(), path.resolve()),
+            "documents_fingerprint": documents.fingerprint,
+            "fingerprint": _fingerprint(documents, passages, counts.tobytes()),
+            "length": length,
+            "stride": stride,
+            "most": most,
+            "prepend": prepend,
+        }
+        write_json(building / "pt_meta.json", meta)
     return PassageCorpus(path)
 
 

@@ -21,6 +21,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pt_dance import Corpus, DanceRetriever, DenseIndex, DualEncoder, recipes
+from pt_dance.passages import PassageCorpus
 from small_collection import standard_library
 
 SIZE = 16 << 20
@@ -83,6 +84,7 @@ def main(folder: Path) -> None:
     away = folder.parent / "away"
     corpus = Corpus.build(documents, away / "corpus", verbose=False)
     DenseIndex(away / "index", encoder, shard_size=30, verbose=False).index(documents)
+    passages = corpus.to_passages(away / "passages", length=20, stride=10, verbose=False)
     scores = pd.Series(range(len(documents)), index=[d["docno"] for d in documents]) / 7
     teacher = pt.apply.doc_score(lambda row: float(scores[row["docno"]]))
     options = dict(batch_size=8, learning_rate=0.02, checkpoint_steps=2, similarity=None)
@@ -103,6 +105,10 @@ def main(folder: Path) -> None:
         "corpus": (
             lambda: Corpus.build(documents, disk.folder / "corpus", verbose=False),
             lambda: Corpus(disk.folder / "corpus") == corpus,
+        ),
+        "passages": (
+            lambda: corpus.to_passages(disk.folder / "passages", length=20, stride=10, verbose=False),
+            lambda: PassageCorpus(disk.folder / "passages").fingerprint == passages.fingerprint,
         ),
         "encoder": (
             lambda: encoder.copy().save(disk.folder / "encoder"),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pt_dance._disk_errors import writing
+from pt_dance import Corpus
+from pt_dance._disk_errors import KEPT, NOTHING, new_folder, writing
 from pt_dance._files import DiskError, building_path
 
 SCRIPT = Path(__file__).with_name("small_disk.py")
-CASES = ("corpus", "encoder", "index", "appended", "overwritten", "approximate index", "run", "saved")
+CASES = ("corpus", "passages", "encoder", "index", "appended", "overwritten", "approximate index", "run", "saved")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def report(tmp_path_factory):
     folder.mkdir()
     environment = {**os.environ, "PYTERRIER_HOME": str(folder.parent / "home"), "OMP_NUM_THREADS": "1"}
     command = ["unshare", "-rm", sys.executable, str(SCRIPT), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not any(folder.iterdir()), "the disk was not mounted"
     return json.loads(done.stdout)
@@ -59,27 +61,72 @@ def test_what_is_on_a_read_only_disk_can_be_searched(report):
 
 def test_errors_of_others_pass_as_they_are(tmp_path):
     final = tmp_path / "final"
-    elsewhere = PermissionError(errno.EACCES, "no", str(tmp_path / "other.jsonl"))
-    for error in (ValueError("No space left on device"), RuntimeError("boom"), elsewhere, KeyError("x")):
-        with pytest.raises(type(error)) as caught, writing(final, "it"):
+    for error in (
+        ValueError("No space left on device"),
+        KeyError("x"),
+        RuntimeError("boom"),
+        # They name another file, or none while the disk of ours has room and can be written to.
+        PermissionError(errno.EACCES, "no", str(tmp_path / "other.jsonl")),
+        PermissionError(errno.EACCES, "no", "/"),
+        OSError(errno.ENOSPC, "no"),
+        OSError(errno.ENOSPC, "no", 3.5),
+        OSError(errno.EROFS, "no"),
+        RuntimeError("could not write: No space left on device"),
+        sqlite3.OperationalError("database or disk is full"),
+    ):
+        with pytest.raises(type(error)) as caught, writing(final, "it", KEPT):
             raise error
         assert caught.value is error
 
 
+def test_a_stage_of_the_user_on_a_full_disk_is_not_ours(tmp_path):
+    def documents():
+        yield {"docno": "1", "text": "a"}
+        with open("/dev/full", "w") as cache:
+            cache.write("x" * 100_000)
+
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        Corpus.build(documents(), tmp_path / "corpus", verbose=False)
+    assert not isinstance(caught.value, DiskError) and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "file", "done"),
     [
-        (PermissionError(errno.EACCES, "no", "FINAL"), errno.EACCES),
-        (OSError(errno.EFBIG, "no", "BESIDE"), errno.EFBIG),
-        (OSError(errno.ENOSPC, "[Errno 28] Error writing bytes to file. Detail: ..."), errno.ENOSPC),
-        (RuntimeError("could not write: No space left on device"), errno.ENOSPC),
+        (PermissionError(errno.EACCES, "no"), "final", "read or written"),
+        (OSError(errno.EIO, "no"), "final/vecs.f4", "read or written"),
+        (OSError(errno.EFBIG, "no"), ".final.building/part", "written"),
+        (OSError(errno.EROFS, "no"), "not there/final", "written"),
     ],
 )
-def test_errors_of_the_disk_say_what_could_not_be_written(tmp_path, error, code):
-    final = tmp_path / "final"
-    if error.__dict__.get("filename", getattr(error, "filename", None)):
-        error.filename = str(final if error.filename == "FINAL" else building_path(final) / "part")
-    says = r"the thing could not be written \(.*goes on"
-    with pytest.raises(DiskError, match=says) as caught, writing(final, "the thing"):
+def test_errors_of_the_disk_say_what_could_not_be_written(tmp_path, error, file, done):
+    error.filename = str(tmp_path / file)
+    final = tmp_path / ("not there/final" if "not there" in file else "final")
+    says = rf"the thing could not be {done} \(.*\); nothing of it is left"
+    with pytest.raises(DiskError, match=says) as caught, writing(final, "the thing", NOTHING):
         raise error
-    assert caught.value.errno == code and caught.value.filename == str(final)
+    assert caught.value.errno == error.errno and caught.value.filename == error.filename
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path):
+    building = building_path(tmp_path / "a" / "new")
+    building.mkdir(parents=True)
+    (building / "left by a kill").write_text("x")
+    with new_folder(tmp_path / "a" / "new", "it") as folder:
+        assert not any(folder.iterdir())
+        with (
+            pytest.raises(BlockingIOError, match="another process is making"),
+            new_folder(tmp_path / "a" / "new", "it"),
+        ):
+            pass
+        (folder / "file").write_text("y")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["new"]
+    assert [p.name for p in (tmp_path / "a" / "new").iterdir()] == ["file"]
+    with pytest.raises(KeyError), new_folder(tmp_path / "b", "it") as folder:
+        (folder / "file").write_text("y")
+        raise KeyError
+    with new_folder(tmp_path / "c", "it"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -147,7 +147,12 @@ def test_h8_no_rows_and_no_unasked_output(index, capfd):
         best = method(num_results=3)(with_vectors)
         assert len(best) == 6 and best["rank"].max() == 2
         assert best["score"].tolist() == expected[list(zip(best["qid"], best["docno"], strict=True))].tolist()
+        with pytest.raises(pt.validate.InputValidationError):
+            method()(TOPICS)  # nothing to score
     assert len(index.torch_scorer(device="cpu")(with_vectors)) == len(full)
+    by_docid = with_vectors.assign(docid=index.rows(with_vectors["docno"])).drop(columns="docno")
+    assert index.scorer()(by_docid)["score"].tolist() == full["score"].tolist()
+    assert len((index.scorer() % 2).compile()(with_vectors)) == 4
     with pytest.raises(ValueError, match="scores are exact"):
         index.torch_scorer(fp16=True)
     assert capfd.readouterr() == ("", "")
@@ -185,12 +190,21 @@ def test_h10_masked_documents_never_come_first(tmp_path):
     with pytest.raises(ValueError, match="masked documents before those with negative scores"):
         index.np_retriever(mask=mask)
     masked = index.torch_retriever(mask=mask, num_results=2)
-    assert masked(query)["docno"].tolist() == ["a"]
+    found = masked(query)
+    assert found["docno"].tolist() == ["a"] and found["score"].tolist() == [-1.0] and type(found["docno"][0]) is str
+    assert list(found.dtypes) == list(index.torch_retriever(num_results=2)(query).dtypes)
+    assert len(index.torch_retriever(mask=0 * mask)(query)) == 0
+    for one in (index.torch_retriever(num_results=1), index.np_retriever(num_results=1)):
+        twice = pd.concat([query, query.assign(qid="2")], ignore_index=True)
+        assert one(twice)[["qid", "docno", "score"]].to_numpy().tolist() == [["1", "c", 0.5], ["2", "c", 0.5]]
+    for bad in (mask[:2], np.ones(4), np.ones((3, 1))):
+        with pytest.raises(ValueError, match="mask must hold 0 or 1 for each of 3 documents"):
+            index.torch_retriever(mask=bad)
     other = index.torch_retriever(mask=1 - mask, num_results=2)
     assert other(query)["docno"].tolist() == ["c", "b"]
     assert masked == index.torch_retriever(mask=mask, num_results=2) and hash(masked) != hash(other)
     assert masked != other and masked != index.torch_retriever(num_results=2)
-    assert (masked % 1).compile()(query)["docno"].tolist() == ["a"]
+    assert [type(d) for d in (masked % 1).compile()(query)["docno"]] == [str]
     assert (other % 1).compile() != (masked % 1).compile()
 
 

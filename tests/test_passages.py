@@ -14,7 +14,17 @@ import torch
 from ir_measures import nDCG
 
 from losses_reference import LOSSES, Texts, make, random_rows
-from pt_dance import Corpus, DanceRetriever, DenseIndex, DualEncoder, PassageCorpus, Round, mining, recipes
+from pt_dance import (
+    Corpus,
+    DanceRetriever,
+    DenseIndex,
+    DualEncoder,
+    PassageCorpus,
+    Round,
+    _disk_errors,
+    mining,
+    recipes,
+)
 from pt_dance.training.examples import build_examples, columns_of
 from pt_dance.training.validation import documents_to_queries
 from small_collection import standard_library
@@ -152,16 +162,19 @@ def test_damage_is_named(tmp_path, small):
 
 
 def test_what_a_killed_call_left_is_made_anew(tmp_path, small, monkeypatch):
-    from pt_dance import passages as module
+    publish = _disk_errors.publish_folder
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def killed(building, final):
+        if final.name == "p":
+            raise KeyboardInterrupt
+        publish(building, final)
 
-    monkeypatch.setattr(module, "remove_folder", lambda path: None)  # nobody clears up after a SIGKILL
-    monkeypatch.setattr(module, "publish_folder", killed)
+    monkeypatch.setattr(_disk_errors, "remove_folder", lambda path: None)  # nobody clears up after a SIGKILL
+    monkeypatch.setattr(_disk_errors, "publish_folder", killed)
     with pytest.raises(KeyboardInterrupt):
         small[1].to_passages(tmp_path / "p", verbose=False)
     assert [p.name for p in tmp_path.iterdir()] == [".p.building"]
+    assert len(list((tmp_path / ".p.building").iterdir())) == 3
     monkeypatch.undo()
     made = small[1].to_passages(tmp_path / "p", verbose=False)
     assert made.passages == PassageCorpus(tmp_path / "p").passages

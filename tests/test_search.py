@@ -98,6 +98,11 @@ def test_scores_of_pairs_are_the_same_bits(vectors):
     some = score_pairs(queries, docs, query_of[shuffled], rows.ravel()[shuffled], device="cpu")
     assert (some == scores.ravel()[shuffled]).all()
     assert score_pairs(queries, docs, [], []).shape == (0,)
+    strided = np.repeat(docs, 2, axis=0)[::2]
+    in_runs = score_pairs(queries, strided, query_of, rows.ravel(), device="cpu")
+    assert not strided.flags.c_contiguous and in_runs.tobytes() == scores.tobytes()
+    with pytest.raises(IndexError, match="query numbers must be 0 to 69, not -1"):
+        score_pairs(queries, docs, [-1], [0])
     for bad in (-1, 6000):
         with pytest.raises(IndexError, match="rows must be 0 to 5999"):
             score_pairs(queries, docs, [0], [bad])
