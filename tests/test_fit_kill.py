@@ -19,8 +19,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "benchmarks" / "k
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes can be forked on POSIX systems only")
 def test_killed_at_random_moments_and_between_operations_on_the_disk():
-    options = ["--kills", "1", "--seed", "5", "--topics", "40", "--keep", "best"]
-    options += ["--boundaries", "170", "--first", "60"]
+    options = ["--kills", "1", "--seed", "5", "--topics", "24", "--keep", "best"]
+    options += ["--boundaries", "190", "--first", "60"]
     done = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(done.stdout[done.stdout.index("{") :])
