@@ -12,18 +12,15 @@ that wait for each other inside every small operation cost more than they bring 
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from . import _prefilter
+from ._blas_threads import one_threaded_products, product_threads
 from ._prefilter import LEAST_QUERIES
 from ._topk import ArrayBlock
 
@@ -66,11 +63,11 @@ def score_pairs(
             raise IndexError(f"{what} must be 0 to {count - 1}, not {numbers.min()} to {numbers.max()}.")
     vectors = Vectors.of(docs, device)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    workers = 1 if vectors.tensors is not None else min(_threads(), -(-len(row_of) // (32 * _PAIR_BLOCK)))
+    workers = 1 if vectors.tensors is not None else min(product_threads(), -(-len(row_of) // (32 * _PAIR_BLOCK)))
     if workers <= 1:
         return vectors.score_pairs(queries, query_of, row_of)
     parts = np.array_split(np.arange(len(row_of)), workers)
-    with _one_threaded_products(), ThreadPoolExecutor(workers) as pool:
+    with one_threaded_products(), ThreadPoolExecutor(workers) as pool:
         scores = pool.map(lambda part: vectors.score_pairs(queries, query_of[part], row_of[part]), parts)
         return np.concatenate(list(scores))
 
@@ -149,7 +146,7 @@ def iter_exact_search(
     vectors = Vectors.of(docs, device)
     # A query's candidates must not take more room than its products.
     query_block = max(1, min(query_block, query_block * doc_block // (3 * k + 1)))
-    threads = 1 if vectors.tensors is not None else _threads()
+    threads = 1 if vectors.tensors is not None else product_threads()
     if threads > 1:
         query_block = max(1, min(query_block, -(-len(queries) // threads)))
 
@@ -165,7 +162,7 @@ def iter_exact_search(
     if threads == 1 or len(starts) <= 1:
         yield from map(search, starts)
         return
-    with _one_threaded_products(), ThreadPoolExecutor(threads, initializer=_prefilter.use_one_thread) as pool:
+    with one_threaded_products(), ThreadPoolExecutor(threads, initializer=_prefilter.use_one_thread) as pool:
         if len(queries) > threads * LEAST_QUERIES and len(docs) > 4 * doc_block:
             vectors.prefilter = pool.submit(_prefilter.pays).result()
         running: deque[Future] = deque()
@@ -334,44 +331,3 @@ def slack_per_norm(norms: np.ndarray, dimension: int) -> np.ndarray:
     """
     steps = dimension + 3
     return 2 * steps * UNIT / (1 - steps * UNIT) * norms * (1 + 1e-6)
-
-
-@cache
-def _libraries() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
-
-
-_limit_lock = threading.Lock()
-_limits: list[Any] = []  # what is in force, and how many threads there were before, once for each search within
-
-
-def _threads() -> int:
-    """As many threads as matrix products would take."""
-    with _limit_lock:
-        return _limits[0][1] if _limits else _blas_threads()
-
-
-def _blas_threads() -> int:
-    return max((library["num_threads"] for library in _libraries().info()), default=1)
-
-
-@contextlib.contextmanager
-def _one_threaded_products() -> Iterator[None]:
-    """Let matrix products take one thread each, until the last of the searches that asked for it is done.
-
-    The number is one for the whole process: were it restored by each search, one that ends last could leave the number
-    that another had set.
-    """
-    with _limit_lock:
-        if not _limits:
-            before = _blas_threads()
-            _limits.append((_libraries().limit(limits=1), before))
-        else:
-            _limits.append(_limits[0])
-    try:
-        yield
-    finally:
-        with _limit_lock:
-            limit, _ = _limits.pop()
-            if not _limits:
-                limit.restore_original_limits()
