@@ -17,7 +17,7 @@ from ._files import DiskError, building_path, lock_folder, publish_folder, remov
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_DISK = _FULL | {errno.EROFS, errno.EFBIG}
 _OF_A_FILE = _OF_THE_DISK | {errno.EACCES, errno.EPERM, errno.EIO}
-# What libraries say that raise no OSError with a number; the last two are torch's and NumPy's, whatever the reason.
+# What libraries say that raise no OSError with a number; torch (twice) and NumPy, the last three, whatever the reason.
 _SAID_WHEN_FULL = (
     "No space left on device",
     "os error 28",

@@ -234,7 +234,7 @@ class _Documents:
 
 
 def _digest(shard: list[tuple[str, Any]]) -> str:
-    contents = (c.tobytes() if isinstance(c, np.ndarray) else c.encode("utf-8", "surrogatepass") for _, c in shard)
+    contents = (c.tobytes() if isinstance(c, np.ndarray) else c.encode() for _, c in shard)
     return digest_of([docno for docno, _ in shard], contents)
 
 
