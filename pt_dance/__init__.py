@@ -9,13 +9,14 @@ from importlib import import_module as _import_module
 __version__ = "0.1.0"
 
 _CLASSES = {
+    "AnnRetriever": "retriever",
     "Corpus": "corpus",
-    "CrossEncoderScorer": "cross_encoder",
+    "CrossEncoderScorer": "encoder",
     "DanceRetriever": "estimator",
     "DenseIndex": "index",
     "DenseRetriever": "retriever",
     "DualEncoder": "encoder",
-    "PassageCorpus": "passages",
+    "PassageCorpus": "corpus",
     "Round": "recipes",
 }
 _MODULES = ("datasets", "losses", "mining", "recipes")

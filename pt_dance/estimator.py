@@ -11,20 +11,20 @@ import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
 
-from pt_dance._disk_errors import KEPT, writing
-from pt_dance._files import remove_folder
-from pt_dance._run_files import RunFiles, keep_frozen
-from pt_dance.corpus import Corpus
-from pt_dance.encoder import DualEncoder
-from pt_dance.index import DenseIndex
+from pt_dance.corpus.corpus import Corpus
+from pt_dance.encoder.dual_encoder import DualEncoder
+from pt_dance.index.dense_index import DenseIndex
 from pt_dance.mining import mine_documents, mine_queries, needs_dense, positive_pairs, resolve_source, share_of
 from pt_dance.recipes import Round, check_recipe
 from pt_dance.recipes import dance as dance_recipe
-from pt_dance.retriever import DenseRetriever
+from pt_dance.retriever.dense import DenseRetriever
+from pt_dance.storage.folders import remove_folder
+from pt_dance.storage.writing import KEPT, writing
 from pt_dance.training.examples import build_examples
 from pt_dance.training.history import best_round, describe_round
 from pt_dance.training.inputs import TrainingInput, check_in_corpus, check_query_texts, check_training_input
 from pt_dance.training.options import check_measures, check_options, is_whole
+from pt_dance.training.run_files import RunFiles, keep_frozen
 from pt_dance.training.run_folder import META, RunFolder, read_meta
 from pt_dance.training.settings import fit_settings
 from pt_dance.training.teacher import TeacherScores

@@ -11,8 +11,8 @@ from dataclasses import fields, replace
 
 import pyterrier as pt
 
-from pt_dance._round import Round, check_recipe, check_whole
 from pt_dance.mining.sources import FIRST_STAGE
+from pt_dance.training.round import Round, check_recipe, check_whole
 
 __all__ = [
     "Round", "ance", "check_recipe", "current_model", "dance", "margin_mse", "margin_mse_dual", "margin_mse_mnrl_dual",

@@ -21,7 +21,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pt_dance import Corpus, DanceRetriever, DenseIndex, DualEncoder, recipes
-from pt_dance.passages import PassageCorpus
+from pt_dance.corpus.passages import PassageCorpus
 from small_collection import standard_library
 
 SIZE = 16 << 20

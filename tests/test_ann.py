@@ -11,7 +11,7 @@ import pyterrier as pt
 import pytest
 
 from pt_dance import DenseIndex
-from pt_dance.ann import AnnRetriever
+from pt_dance.retriever.ann import AnnRetriever
 
 RNG = np.random.default_rng(0)
 CENTRES = RNG.standard_normal((40, 24))

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pt_dance import Corpus
-from pt_dance._docnos import DocnoRows, DuplicateDocnos, check_docno, hash_docno
+from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, check_docno, hash_docno
 
 DOCUMENTS = [
     {"docno": "1", "title": "Tides", "text": "The moon pulls the sea."},

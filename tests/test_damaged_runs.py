@@ -18,7 +18,7 @@ from ir_measures import nDCG
 from safetensors.torch import load_file, save_file
 
 from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, recipes
-from pt_dance._encoder_files import EncoderFiles
+from pt_dance.encoder.files import EncoderFiles
 from small_collection import standard_library
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))

@@ -21,11 +21,11 @@ import pyterrier as pt
 import pytest
 
 from pt_dance import DenseIndex
-from pt_dance._files import publish_folder
-from pt_dance._index_files import FORMATS
 from pt_dance.datasets import BeirFolder, DanceDatasetProvider, PyDocs
 from pt_dance.datasets._docstrings import STANDARD_LIBRARY, Docstring, module_files, read_docstrings, split_docstring
 from pt_dance.datasets.pydocs import PACKAGES, _cached, make_collection
+from pt_dance.index.files import FORMATS
+from pt_dance.storage.folders import publish_folder
 from small_collection import standard_library
 
 DOCUMENTS = [

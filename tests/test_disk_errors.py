@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pt_dance import Corpus
-from pt_dance._disk_errors import KEPT, NOTHING, new_folder, writing
-from pt_dance._files import DiskError, building_path
+from pt_dance.storage.folders import DiskError, building_path
+from pt_dance.storage.writing import KEPT, NOTHING, new_folder, writing
 
 SCRIPT = Path(__file__).with_name("small_disk.py")
 CASES = ("corpus", "passages", "encoder", "index", "appended", "overwritten", "approximate index", "run", "saved")

@@ -18,7 +18,7 @@ import pyterrier as pt
 import pytest
 
 import pt_dance
-from pt_dance import Round, ann, recipes
+from pt_dance import Round, recipes
 
 FOLDER = Path(pt_dance.__file__).parent / "pt_docs"
 PAGES = sorted(path.stem for path in FOLDER.glob("*.rst"))
@@ -47,14 +47,14 @@ VARIABLES = {
     "dense": pt_dance.DenseRetriever,
     "encoder": pt_dance.DualEncoder,
     "index": pt_dance.DenseIndex,
-    "quick": ann.AnnRetriever,
+    "quick": pt_dance.AnnRetriever,
 }
 # Where a function that takes **options or **kwargs hands them to.
 HANDED_ON = {
     "DualEncoder.static": ["DualEncoder"],
     "DualEncoder.static_from": ["DualEncoder"],
     "DualEncoder.two_towers": ["DualEncoder"],
-    "index.ann_retriever": ["ann.AnnRetriever", "DenseRetriever"],
+    "index.ann_retriever": ["AnnRetriever", "DenseRetriever"],
     "recipes.margin_mse_dual": ["recipes.margin_mse", "Round"],
     "recipes.margin_mse_mnrl_dual": ["recipes.margin_mse_dual", "recipes.margin_mse", "Round"],
 }

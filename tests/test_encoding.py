@@ -14,9 +14,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 
-from pt_dance import DualEncoder, _encoding, _packed, _probe
-from pt_dance._encoder_transformers import HANDED_OVER
-from pt_dance._reading import AnyReader, StaticReader, TransformerReader, reader_for
+from pt_dance import DualEncoder
+from pt_dance.encoder import batches as _encoding
+from pt_dance.encoder import packed as _packed
+from pt_dance.encoder import precision as _probe
+from pt_dance.encoder.reading import AnyReader, StaticReader, TransformerReader, reader_for
+from pt_dance.encoder.stages import HANDED_OVER
 from small_models import small_bert
 
 WORDS = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pt_dance._files import write_json
+from pt_dance.storage.folders import write_json
 from pt_dance.training import checkpoints
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "benchmarks" / "kill_fit.py"

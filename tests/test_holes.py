@@ -17,7 +17,7 @@ from ir_measures import nDCG
 from pyterrier_dr import FlexIndex, SimFn
 
 from pt_dance import DenseIndex, DualEncoder
-from pt_dance._indexing import StreamError
+from pt_dance.index.indexing import StreamError
 
 DOCUMENTS = [{"docno": f"d{i}", "text": f"word{i} word{i % 5} word{i % 3}"} for i in range(40)]
 TOPICS = pd.DataFrame({"qid": ["a", "b"], "query": ["word3 word1", "word30"]})

@@ -13,8 +13,10 @@ import pyterrier as pt
 import pytest
 from pyterrier_dr import FlexIndex
 
-from pt_dance import Corpus, DenseIndex, DualEncoder, _files, _indexing
-from pt_dance._indexing import StreamError
+from pt_dance import Corpus, DenseIndex, DualEncoder
+from pt_dance.index import indexing as _indexing
+from pt_dance.index.indexing import StreamError
+from pt_dance.storage import folders as _files
 
 WORDS = [f"word{i}" for i in range(20)]
 

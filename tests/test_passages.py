@@ -21,10 +21,10 @@ from pt_dance import (
     DualEncoder,
     PassageCorpus,
     Round,
-    _disk_errors,
     mining,
     recipes,
 )
+from pt_dance.storage import writing
 from pt_dance.training.examples import build_examples, columns_of
 from pt_dance.training.validation import documents_to_queries
 from small_collection import standard_library
@@ -162,15 +162,15 @@ def test_damage_is_named(tmp_path, small):
 
 
 def test_what_a_killed_call_left_is_made_anew(tmp_path, small, monkeypatch):
-    publish = _disk_errors.publish_folder
+    publish = writing.publish_folder
 
     def killed(building, final):
         if final.name == "p":
             raise KeyboardInterrupt
         publish(building, final)
 
-    monkeypatch.setattr(_disk_errors, "remove_folder", lambda path: None)  # nobody clears up after a SIGKILL
-    monkeypatch.setattr(_disk_errors, "publish_folder", killed)
+    monkeypatch.setattr(writing, "remove_folder", lambda path: None)  # nobody clears up after a SIGKILL
+    monkeypatch.setattr(writing, "publish_folder", killed)
     with pytest.raises(KeyboardInterrupt):
         small[1].to_passages(tmp_path / "p", verbose=False)
     assert [p.name for p in tmp_path.iterdir()] == [".p.building"]
@@ -227,9 +227,9 @@ def test_one_document_with_all_the_best_passages_does_not_crowd_out_the_others(t
 
 
 def test_many_queries_that_have_to_look_deeper(tmp_path, monkeypatch):
-    from pt_dance import _max_passage
+    from pt_dance.retriever import documents
 
-    monkeypatch.setattr(_max_passage, "_CELLS", 1000)  # so that they do it a few at a time
+    monkeypatch.setattr(documents, "_CELLS", 1000)  # so that they do it a few at a time
     rng = np.random.default_rng(1)
     documents = [{"docno": f"a%p{i}", "doc_vec": np.array([3.0, 0, 0, 0])} for i in range(100)]
     documents += [{"docno": f"d{n:03d}%p{i}", "doc_vec": rng.normal(size=4)} for n in range(60) for i in range(2)]

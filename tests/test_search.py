@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pt_dance._prefilter import HALF_ULP, Prefilter, rounding
-from pt_dance._search import Vectors, add_up, exact_search, iter_exact_search, score_pairs
-from pt_dance._search_gpu import TensorVectors
-from pt_dance._topk import ArrayBlock
+from pt_dance.retriever.search.exact import Vectors, add_up, exact_search, iter_exact_search, score_pairs
+from pt_dance.retriever.search.gpu import TensorVectors
+from pt_dance.retriever.search.prefilter import HALF_ULP, Prefilter, rounding
+from pt_dance.retriever.search.topk import ArrayBlock
 
 
 def by_definition(queries, docs, k, tie_order):

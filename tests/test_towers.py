@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Router, StaticEmbedding
 
 from pt_dance import DualEncoder
-from pt_dance._wordpiece import SPECIAL, train_wordpiece
+from pt_dance.encoder.wordpiece import SPECIAL, train_wordpiece
 from small_models import small_bert
 
 TEXTS = [

@@ -62,7 +62,7 @@ def gemm_rate(bfloat16: bool, seconds: float = 0.4) -> float:
     """
     import torch
 
-    from pt_dance import _packed
+    from pt_dance.encoder import packed
 
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +70,7 @@ def gemm_rate(bfloat16: bool, seconds: float = 0.4) -> float:
     a, b = torch.randn(rows, 384).to(device, dtype), torch.randn(1536, 384).to(device, dtype)
     threads = torch.get_num_threads()
     products = [lambda: torch.nn.functional.linear(a, b)]
-    if device == "cpu" and _packed.available():
+    if device == "cpu" and packed.available():
         laid_out = torch.ops.mkldnn._reorder_linear_weight(b)
         products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, laid_out, None, "none", [], ""))
     done: list[int] = []
@@ -109,7 +109,7 @@ def flops(model: str, texts: list[str]) -> tuple[float, int]:
     from torch import nn
 
     from pt_dance import DualEncoder
-    from pt_dance._reading import reader_for
+    from pt_dance.encoder.reading import reader_for
 
     opened = DualEncoder(model, device="cpu").model
     config = opened[0].auto_model.config
@@ -153,9 +153,9 @@ def child(name: str, model: str, texts: list[str]) -> None:
         contender(name, model, texts[:64], Path(folder) / "warm")[0]()
         bfloat16 = False
         if name in (OUR_PIPELINE, OURS, AUTO):  # the probe belongs to the first call on a machine, not to every one
-            from pt_dance import _probe
+            from pt_dance.encoder import precision
 
-            bfloat16 = _probe.plan(encoder.model, texts, "document", encoder.dtype, encoder.dim).bfloat16
+            bfloat16 = precision.plan(encoder.model, texts, "document", encoder.dtype, encoder.dim).bfloat16
         print("ready", file=answers, flush=True)
         for _ in sys.stdin:
             before = memory("VmRSS")

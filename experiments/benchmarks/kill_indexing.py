@@ -35,7 +35,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch  # noqa: E402
 
 from pt_dance import DenseIndex, DualEncoder  # noqa: E402
-from pt_dance._index_files import META, SHARDS  # noqa: E402
+from pt_dance.index.files import META, SHARDS  # noqa: E402
 
 MODES = ("create", "overwrite", "append")
 
@@ -139,10 +139,10 @@ def die_at(number: int) -> None:
 
         return wrapped
 
-    from pt_dance import _files
+    from pt_dance.storage import folders
 
     os.fsync, os.rename, os.replace = wrap(os.fsync), wrap(os.rename), wrap(os.replace)
-    _files._exchange, _files.remove_folder = wrap(_files._exchange), wrap(_files.remove_folder)
+    folders._exchange, folders.remove_folder = wrap(folders._exchange), wrap(folders.remove_folder)
 
 
 def shards_done(trial: Trial) -> int:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import pyterrier as pt
 
-from pt_dance._files import publish_folder
 from pt_dance.datasets._docstrings import STANDARD_LIBRARY, Docstring, module_files, read_docstrings, split_docstring
 from pt_dance.datasets.beir import BeirFolder
+from pt_dance.storage.folders import publish_folder
 
 PACKAGES = {
     STANDARD_LIBRARY: None,

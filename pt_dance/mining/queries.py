@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import pandas as pd
 import pyterrier as pt
 
-from pt_dance._max_passage import encoded_vectors, nearest_queries, stored_vectors
 from pt_dance.mining.candidates import CandidateSelection
 from pt_dance.mining.documents import finish
 from pt_dance.mining.filters import Filter, MiningContext
 from pt_dance.mining.judgements import positive_pairs
+from pt_dance.retriever.documents import encoded_vectors, nearest_queries, stored_vectors
 
 COLUMNS = ["docno", "qid", "score", "rank"]
 

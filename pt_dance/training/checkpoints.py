@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from pt_dance._files import publish_folder, read_json, remove_folder, write_json
+from pt_dance.storage.folders import publish_folder, read_json, remove_folder, write_json
 
 LIST = "files.json"
 BUILDING = ".checkpoint.building"

@@ -20,8 +20,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pt_dance import _files
-from pt_dance._files import publish_file, remove_folder, write_json
+from pt_dance.storage import folders
+from pt_dance.storage.folders import publish_file, remove_folder, write_json
 
 SETTINGS = "settings.json"
 META = "pt_meta.json"
@@ -165,7 +165,7 @@ def read_json(path: Path) -> dict | None:
         ValueError: if the file holds no JSON object.
     """
     try:
-        return _files.read_json(path)
+        return folders.read_json(path)
     except FileNotFoundError:
         return None
 

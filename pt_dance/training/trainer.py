@@ -15,9 +15,9 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from transformers import PrinterCallback, ProgressCallback
 
 from pt_dance import losses
-from pt_dance._files import remove_folder
-from pt_dance._models import no_bars
-from pt_dance._reading import prompt_for
+from pt_dance.encoder.models import no_bars
+from pt_dance.encoder.reading import prompt_for
+from pt_dance.storage.folders import remove_folder
 from pt_dance.training import checkpoints
 from pt_dance.training.examples import EpochBatchSampler, Examples, columns_of
 from pt_dance.training.kept_memory import keep_freed_memory

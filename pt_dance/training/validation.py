@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pt_dance._max_passage import nearest_queries, stored_vectors
 from pt_dance.mining.judgements import positive_pairs
+from pt_dance.retriever.documents import nearest_queries, stored_vectors
 from pt_dance.training.inputs import TrainingInput
 
 REVERSED = "d→q {}"

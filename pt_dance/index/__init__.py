@@ -1,0 +1,5 @@
+"""Vectors of a corpus on disk, in FLEX format."""
+
+from pt_dance.index.dense_index import DenseIndex
+
+__all__ = ["DenseIndex"]

@@ -1,0 +1,337 @@
+"""DenseIndex: documents in, vectors on disk in FLEX format, retrievers out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+from pyterrier_dr import SimFn
+
+from pt_dance.index.files import OpenIndex, read_meta
+from pt_dance.index.flex import FlexMethods
+from pt_dance.index.indexer import DenseIndexer
+from pt_dance.retriever.search.exact import Vectors, exact_search, iter_exact_search, score_pairs
+from pt_dance.storage.folders import recover_folder
+
+if TYPE_CHECKING:
+    from pt_dance.encoder.dual_encoder import DualEncoder
+    from pt_dance.retriever.ann import AnnRetriever
+    from pt_dance.retriever.dense import DenseRetriever
+
+
+class DenseIndex(FlexMethods):
+    """Vectors of a collection on disk, made from its texts, in the format of :class:`pyterrier_dr.FlexIndex`.
+
+    The index encodes texts itself, in large windows; documents that carry a ``doc_vec`` already, as in ``encoder >>
+    index``, are taken as they are. Indexing is crash-safe: work goes to a folder beside, shard by shard, and a call
+    that was killed is continued by the next one with the same settings and documents, to the same bytes. What is at
+    ``path`` is always a whole index.
+
+    Args:
+        path: Folder of the index; it need not exist yet.
+        encoder: Encodes documents when indexing and queries when retrieving. For an index that exists it is loaded from
+            where its metadata says that it was saved, if it is there.
+        text_field: Field with the documents' text.
+        vec_dtype: "float32", or "float16" for half the space and about 3 digits (pyterrier_dr cannot open these).
+        shard_size: Documents encoded and written at a time: what a crash costs at most, and the window in which the
+            encoder sorts by length.
+        device: Where to search: "cpu", "cuda", ...; a GPU if there is one by default. Results are the same to the bit.
+        verbose: Whether to show progress bars and say what will be written.
+
+    Raises:
+        TypeError: If ``encoder`` is no :class:`pt_dance.DualEncoder`.
+        ValueError: If an option is out of its range.
+
+    Example::
+
+        index = DenseIndex("runs/vaswani", encoder).index(corpus)
+        dense = index.retriever(num_results=100)
+        bm25 >> dense
+    """
+
+    ARTIFACT_TYPE = "dense_index"
+    ARTIFACT_FORMAT = "flex"
+    ARTIFACT_PACKAGE_HINT = "pt_dance"
+    schematic = {"label": "DenseIndex", "help_url": None}
+
+    def __init__(
+        self,
+        path: str | Path,
+        encoder: DualEncoder | None = None,
+        *,
+        text_field: str = "text",
+        vec_dtype: str = "float32",
+        shard_size: int = 4096,
+        device: str | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(str(path), sim_fn=SimFn.dot, verbose=verbose)
+        needed = ("encode_docs", "encode_queries", "fingerprint", "similarity", "dim")
+        if encoder is not None and not all(hasattr(encoder, name) for name in needed):
+            raise TypeError(
+                f"encoder must be a pt_dance.DualEncoder, not a {type(encoder).__name__}: wrap the model, "
+                "DualEncoder(name_or_model), or use the pipeline encoder >> index."
+            )
+        if vec_dtype not in ("float32", "float16"):
+            raise ValueError(f"vec_dtype must be 'float32' or 'float16', not {vec_dtype!r}.")
+        if type(shard_size) is not int or shard_size < 1:
+            raise ValueError(f"shard_size must be a positive number of documents, not {shard_size!r}.")
+        if not isinstance(text_field, str) or not text_field or text_field in ("docno", "doc_vec"):
+            raise ValueError(f"text_field must be the name of the field with the documents' text, not {text_field!r}.")
+        self.given_encoder = encoder
+        self.text_field, self.vec_dtype, self.shard_size, self.device = text_field, vec_dtype, shard_size, device
+        self._opened: OpenIndex | None = None
+        self._loaded_encoder: DualEncoder | None = None
+        self._vectors: Vectors | None = None
+        recover_folder(self.index_path)
+
+    # --- indexing -----------------------------------------------------------------------------------------------------
+
+    def index(self, inp: Any, **_: Any) -> DenseIndex:
+        """Index documents into a new folder.
+
+        Args:
+            inp: A :class:`pt_dance.Corpus`, an iterable of dicts, or a DataFrame, with ``docno`` and the text field, or
+                with ``docno`` and ``doc_vec``. A :class:`pt_dance.PassageCorpus` gives a vector for each
+                passage, and retrievers that score a document by its best one.
+
+        Returns:
+            This index.
+
+        Raises:
+            FileExistsError: If something is at the path already.
+            TypeError: If a document, docno or text has the wrong type; names it.
+            ValueError: If a docno occurs twice, a text is missing, or a vector is not finite or of another size; names
+                the docno.
+            OSError: If the disk has not enough room.
+            StreamError: If the documents' own iterator raises. As with every error, the whole shards before it are kept
+                for the next call.
+        """
+        return self.indexer().index(inp)
+
+    def append(self, inp: Any) -> DenseIndex:
+        """Add documents to an index that exists; it stays as it is until the longer one takes its place.
+
+        Args:
+            inp: As for :meth:`index`; the docnos must be new.
+
+        Raises:
+            FileNotFoundError: If there is no index yet.
+            ValueError: As for :meth:`index`, or if the encoder has other weights than those the index was made with.
+        """
+        return self.indexer(mode="append").index(inp)
+
+    def indexer(self, *, mode: str = "create") -> DenseIndexer:
+        """Return an indexer.
+
+        Args:
+            mode: "create" a new index, "overwrite" an existing one, which stays until the new one is complete, or
+                "append" to it.
+
+        Raises:
+            ValueError: If there is no such mode.
+        """
+        return DenseIndexer(self, mode=mode)
+
+    def index_inputs(self) -> list[list[str]]:
+        """Return the columns that documents need, for PyTerrier's inspection."""
+        return [["docno", self.text_field], ["docno", "doc_vec"]]
+
+    def encoder_for_indexing(self) -> DualEncoder | None:
+        """Return the encoder that new documents get: the given one, or that of the index to append to."""
+        if self.given_encoder is not None or not self.built():
+            return self.given_encoder
+        return self.encoder
+
+    def forget(self) -> None:
+        """Close what is open, so that the next use reads the folder as it is then; frees a GPU's memory."""
+        self._opened = self._vectors = self._loaded_encoder = None
+        self._meta = self._docnos = self._dvecs = None
+        self._cache = {}
+
+    # --- what is in it ------------------------------------------------------------------------------------------------
+
+    def built(self) -> bool:
+        """Return whether there is a whole index: its metadata is there and the sizes of its files agree."""
+        try:
+            read_meta(Path(self.index_path))
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def open(self) -> OpenIndex:
+        """Return the index's files, opened and checked.
+
+        Raises:
+            FileNotFoundError: If there is no index.
+            ValueError: If it is damaged; names the file.
+        """
+        if self._opened is None:
+            self._opened = OpenIndex(Path(self.index_path))
+        return self._opened
+
+    def payload(self, return_dvecs: bool = True, return_docnos: bool = True) -> list[Any]:
+        """Return docno lookup, vectors and metadata, as pyterrier_dr's retrievers ask for them."""
+        opened = self.open()
+        result: list[Any] = [opened.meta]
+        if return_dvecs:
+            if self._dvecs is None:
+                # pyterrier_dr reads every memory as float32, so half-precision vectors are given to it in full.
+                half = opened.vectors.dtype.itemsize == 2
+                self._dvecs = opened.vectors.astype(np.float32) if half else opened.vectors
+            result.insert(0, self._dvecs)
+        if return_docnos:
+            result.insert(0, opened.lookup)
+        return result
+
+    def __len__(self) -> int:
+        return self.open().meta["doc_count"]
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the weights that the documents were encoded with; None if the index does not know them."""
+        return (self.open().meta.get("encoder") or {}).get("fingerprint")
+
+    @property
+    def encoder(self) -> DualEncoder | None:
+        """The given encoder, or the one the index was made with if it lies where it was saved; None otherwise.
+
+        Raises:
+            ValueError: If the encoder that was saved there has other weights by now.
+        """
+        if self.given_encoder is not None:
+            return self.given_encoder
+        if self._loaded_encoder is None and self.built():
+            known = self.open().meta.get("encoder") or {}
+            folder = None if known.get("path") is None else Path(self.index_path) / known["path"]
+            if folder is not None and folder.is_dir():
+                from pt_dance.encoder.dual_encoder import DualEncoder
+
+                encoder = DualEncoder.load(str(folder.resolve()))
+                if encoder.fingerprint != known.get("fingerprint"):
+                    raise ValueError(
+                        f"the encoder in {folder.resolve()} has other weights than those the index {self.index_path} "
+                        f"was "
+                        "made with: give the right one, or index again."
+                    )
+                self._loaded_encoder = encoder
+        return self._loaded_encoder
+
+    def rows(self, docnos: Sequence[str]) -> np.ndarray:
+        """Return the row of each docno, ``int64``, -1 where there is no such document."""
+        return self.open().rows(docnos)
+
+    def known_rows(self, docnos: Sequence[str]) -> np.ndarray:
+        """Return the row of each docno, ``int64``.
+
+        Raises:
+            KeyError: Naming a docno that is not in the index.
+        """
+        return self._known(docnos, self.rows)
+
+    def _known(self, docnos: Sequence[str], lookup: Callable[[list[str]], np.ndarray]) -> np.ndarray:
+        docnos = list(docnos)
+        rows = lookup(docnos)
+        if (rows < 0).any():
+            missing = docnos[int((rows < 0).argmax())]
+            raise KeyError(f"docno {missing!r} is not in the index {self.index_path} ({len(self):,} documents).")
+        return rows
+
+    def known_documents(self, docnos: Sequence[str]) -> np.ndarray:
+        """Return the number of each document, ``int64``: its row, or its place among the documents of passages.
+
+        Raises:
+            KeyError: Naming a docno that is not in the index.
+        """
+        return self._known(docnos, self.open().documents.rows)
+
+    def docno(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Return the docnos of rows, an array of ``str`` objects of the same length."""
+        return np.array(self.open().docnos.at(np.asarray(rows, dtype=np.int64)), dtype=object)
+
+    def _load_docids(self, inp: pd.DataFrame) -> np.ndarray:
+        # pyterrier_dr's scorers and vector loaders ask here: a docid may come from another index, and an unknown docno
+        # must not pass.
+        if "docno" in inp.columns:
+            return self.known_rows(inp["docno"].tolist())
+        pt.validate.columns(inp, includes=["docid"], context=self)
+        rows = inp["docid"].to_numpy().astype(np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise KeyError(f"docid {rows[(rows < 0) | (rows >= len(self))][0]} is not in the index {self.index_path}.")
+        return rows
+
+    # --- searching ----------------------------------------------------------------------------------------------------
+
+    def search(self, query_vecs: np.ndarray, k: int, *, progress: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Find the best k documents of query vectors, exactly.
+
+        Args:
+            query_vecs: ``float32`` (q, d).
+            k: How many documents a query gets.
+            progress: Called with the number of queries finished since the last call.
+
+        Returns:
+            Scores, ``float32`` (q, min(k, n)), and rows, ``int64`` of the same shape, best first; equal scores in the
+            order of docnos.
+        """
+        return exact_search(query_vecs, self._device_vectors(), k, tie_order=self.open().ranks, progress=progress)
+
+    def iter_search(self, query_vecs: np.ndarray, k: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Search block by block, in bounded memory: yields first query number, scores and rows as :meth:`search`."""
+        vectors, ranks = self._device_vectors(), self.open().ranks
+        return iter_exact_search(query_vecs, vectors, k, tie_order=ranks)
+
+    def score_pairs(self, query_vecs: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+        """Score pairs of a query vector and a row: the same bits that :meth:`search` gives. ``float32`` (m,)."""
+        return score_pairs(query_vecs, self._device_vectors(), query_of, row_of)
+
+    def _device_vectors(self) -> Vectors:
+        if self._vectors is None:
+            self._vectors = Vectors(self.open().vectors, self.device)
+        return self._vectors
+
+    def retriever(
+        self, num_results: int = 1000, *, drop_query_vec: bool = True, verbose: bool | None = None
+    ) -> DenseRetriever:
+        """Return the exact retriever and re-scorer of this index; see :class:`pt_dance.DenseRetriever`."""
+        from pt_dance.retriever.dense import DenseRetriever
+
+        verbose = self.verbose if verbose is None else verbose
+        return DenseRetriever(self, num_results=num_results, drop_query_vec=drop_query_vec, verbose=verbose)
+
+    def ann_retriever(
+        self, num_results: int = 1000, method: str = "hnsw", *, verbose: bool | None = None, **options: Any
+    ) -> AnnRetriever:
+        """Return an approximate retriever, built if it is not there yet; see :class:`pt_dance.AnnRetriever`.
+
+        Args:
+            num_results: Documents a query gets.
+            method: "hnsw" or "ivfpq".
+            verbose: Whether to show progress bars; as the index does by default.
+            **options: ``candidates``, ``threads``, ``build_options``, ``search_options``, ``drop_query_vec``.
+        """
+        from pt_dance.retriever.ann import AnnRetriever
+
+        verbose = self.verbose if verbose is None else verbose
+        return AnnRetriever(self, method, num_results=num_results, verbose=verbose, **options).build()
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Retrieve or re-score, as the default retriever does."""
+        return self.retriever()(inp)
+
+    def subtransformers(self) -> dict[str, pt.Transformer]:
+        """Return no transformers: the encoder is part of the index."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"DenseIndex({str(self.index_path)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.update(_opened=None, _vectors=None, _loaded_encoder=None, _meta=None, _docnos=None, _dvecs=None)
+        state["_cache"] = {}
+        return state

@@ -1,0 +1,213 @@
+"""The files of a dense index: read without trusting them, opened all together or not at all.
+
+``vecs.f4`` (or ``vecs.f2``) holds the vectors row by row, ``docnos.npids`` FLEX's docno lookup; with ``pt_meta.json``
+they are what pyterrier_dr opens. ``docnos.txt`` (a docno a line), ``docnos.hash`` (rows by hash), ``docno_ranks.u4``
+(the place of each row's docno in docno order, which decides ties) and ``shards.jsonl`` (what was indexed, shard by
+shard) are ours; a folder without them is read all the same, and what they hold is computed.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pt_dance.corpus.docnos import DocnoColumn, DocnoRows
+from pt_dance.index.documents import PassageDocuments
+from pt_dance.storage.folders import read_json
+
+META = "pt_meta.json"
+NPIDS = "docnos.npids"
+DOCNOS = "docnos.txt"
+HASHES = "docnos.hash"
+RANKS = "docno_ranks.u4"
+SHARDS = "shards.jsonl"
+VECTORS = {"float32": "vecs.f4", "float16": "vecs.f2"}
+FORMATS = {"float32": "flex", "float16": "flex_f16"}
+_MAX_DIMENSION = 1 << 20
+
+
+def row_bytes(vec_dtype: str, vec_size: int) -> int:
+    """Return how many bytes a vector takes on disk."""
+    return np.dtype(vec_dtype).itemsize * vec_size
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Read and check an index's ``pt_meta.json``.
+
+    Args:
+        path: Folder of the index.
+
+    Returns:
+        The metadata, with ``vec_dtype`` filled in.
+
+    Raises:
+        FileNotFoundError: If there is no index.
+        ValueError: If the folder is no dense index or its files are not what the metadata says; names the file.
+    """
+    meta_path = path / META
+    try:
+        meta = read_json(meta_path)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        kind = "a folder without pt_meta.json" if path.exists() else "nothing"
+        raise FileNotFoundError(
+            f"there is no dense index at {path} ({kind} is there): make one with .index()."
+        ) from err
+    formats = {name: dtype for dtype, name in FORMATS.items()}
+    if meta.get("type") != "dense_index" or not isinstance(meta.get("format"), str) or meta["format"] not in formats:
+        raise ValueError(
+            f"{path} is no dense index of this kind: {META} says type {meta.get('type')!r}, format "
+            f"{meta.get('format')!r}."
+        )
+    meta["vec_dtype"] = formats[meta["format"]]
+    for key, most in (("vec_size", _MAX_DIMENSION), ("doc_count", 2**32 - 1)):
+        if type(meta.get(key)) is not int or not 0 < meta[key] <= most:
+            raise ValueError(
+                f"{meta_path} says {key} {repr(meta.get(key))[:40]} where a number from 1 to {most:,} belongs: it "
+                "is damaged."
+            )
+    for key in ("content", "text_field", "sim_fn", "corpus"):
+        if not isinstance(meta.get(key), (str, type(None))):
+            raise ValueError(f"{meta_path} has a {type(meta[key]).__name__} as {key}: it is damaged.")
+    if not isinstance(meta.get("passages", False), bool):
+        raise ValueError(f"{meta_path} has a {type(meta['passages']).__name__} as passages: it is damaged.")
+    _check_encoder(meta_path, meta.get("encoder"))
+    _check_sizes(path, meta)
+    return meta
+
+
+def _check_encoder(meta_path: Path, encoder: Any) -> None:
+    if encoder is None:
+        return
+    if not isinstance(encoder, dict) or not all(isinstance(v, (str, type(None))) for v in encoder.values()):
+        raise ValueError(f"{meta_path} does not describe its encoder as a dense index does: it is damaged.")
+    if encoder.get("path") is not None:
+        folder = meta_path.parent.resolve()
+        try:
+            inside = (folder / encoder["path"]).resolve().is_relative_to(folder.parent)
+        except (ValueError, OSError):
+            inside = False
+        if os.path.isabs(encoder["path"]) or not inside:
+            raise ValueError(
+                f"{meta_path} says that its encoder is at {encoder['path'][:80]!r}, outside the folder that holds the "
+                "index: that is not followed; give the encoder."
+            )
+
+
+def _check_sizes(path: Path, meta: dict[str, Any]) -> None:
+    count = meta["doc_count"]
+    sizes = {VECTORS[meta["vec_dtype"]]: count * row_bytes(meta["vec_dtype"], meta["vec_size"])}
+    if (path / HASHES).exists():
+        sizes[HASHES] = 12 * count
+    if (path / RANKS).exists():
+        sizes[RANKS] = 4 * count
+    recorded = meta.get("files")
+    if recorded is not None and not isinstance(recorded, dict):
+        raise ValueError(f"{path / META} has a {type(recorded).__name__} as files: it is damaged.")
+    # Only names of ours are looked at: metadata can point nowhere else.
+    for name in (NPIDS, DOCNOS, HASHES, RANKS, SHARDS):
+        if recorded and name in recorded:
+            sizes.setdefault(name, recorded[name])
+    sizes.setdefault(NPIDS, None)
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the index is damaged; index again.")
+        if size is not None and file.stat().st_size != size:
+            raise ValueError(
+                f"{file} has {file.stat().st_size:,} bytes where {size:,} belong: the index is damaged; index again."
+                if isinstance(size, int)
+                else f"{path / META} does not give sizes as numbers: it is damaged."
+            )
+
+
+class OpenIndex:
+    """A built index, opened: its metadata, vectors and docnos belong together.
+
+    Attributes:
+        meta: The checked metadata.
+        vectors: (n, d), memory-mapped.
+        docnos: Docnos by row.
+        rows: Rows by docno.
+        identity: Tells this content from any other, also from what is later built at the same path.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # An index may be replaced while it is opened: what was opened counts only if the metadata is still the same.
+        for _ in range(8):
+            before = _stamp(path)
+            try:
+                self._load(path)
+            except (FileNotFoundError, ValueError):
+                if before == _stamp(path):
+                    raise
+                continue
+            if before == _stamp(path):
+                return
+        raise OSError(f"{path} is being replaced again and again by another process: it could not be opened.")
+
+    def _load(self, path: Path) -> None:
+        self.path = path
+        self.meta = meta = read_meta(path)
+        count = meta["doc_count"]
+        file = path / VECTORS[meta["vec_dtype"]]
+        dtype = np.dtype(meta["vec_dtype"]).newbyteorder("<")
+        # Mapped so that writing would stay in memory: torch takes no arrays that cannot be written.
+        self.vectors = np.memmap(file, mode="c", dtype=dtype, shape=(count, meta["vec_size"]))
+        self._lookup: Any = None
+        if (path / DOCNOS).exists():
+            self.docnos = DocnoColumn(np.memmap(path / DOCNOS, dtype=np.uint8, mode="r"), count, path / DOCNOS)
+        else:
+            lines = "".join(f"{docno}\n" for docno in self.lookup).encode("utf-8", "surrogatepass")
+            self.docnos = DocnoColumn(lines, count, path / NPIDS)
+        if (path / HASHES).exists():
+            self.rows = DocnoRows.open(path / HASHES, count, self.docnos.at)
+        else:
+            self.rows = DocnoRows.of(self.docnos, self.docnos.at)
+        self._ranks: np.ndarray | None = None
+        if (path / RANKS).exists():
+            self._ranks = np.memmap(path / RANKS, dtype="<u4", mode="r", shape=(count,))
+        self.identity: str = meta.get("content") or ":".join(map(str, _stamp(path)))
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """The place of every row's docno in docno order, ``uint32``."""
+        if self._ranks is None:
+            self._ranks = self.docnos.ranks()
+        return self._ranks
+
+    @cached_property
+    def documents(self) -> Any:
+        """What documents are: ``docnos``, ``rows`` and ``ranks`` of whole documents where the index has passages."""
+        if not self.meta.get("passages"):
+            return self
+        return PassageDocuments(self.docnos, self.meta["doc_count"], self.path)
+
+    @property
+    def lookup(self) -> Any:
+        """FLEX's own docno lookup, an ``npids.Lookup``."""
+        if self._lookup is None:
+            import npids
+
+            file = self.path / NPIDS
+            try:
+                lookup = npids.Lookup(file)
+                count = len(lookup)
+            except Exception as err:  # npids lets through whatever its parsing runs into
+                raise ValueError(f"{file} is no docno lookup or damaged ({type(err).__name__}): index again.") from err
+            if count != self.meta["doc_count"]:
+                raise ValueError(f"{file} holds {count:,} docnos where {self.meta['doc_count']:,} belong: index again.")
+            self._lookup = lookup
+        return self._lookup
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when another index takes the place of this one."""
+    try:
+        stat = (path / META).stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,314 @@
+"""Writes a dense index shard by shard, so that a killed process loses at most the shard it was at.
+
+Everything happens in the folder beside the final one. A shard's vectors and docnos are appended and synced; then one
+line in ``shards.jsonl`` says how many documents it has and a digest of what was read. Whatever lies behind the last
+whole line does not count. A later call reads its documents again, compares shard by shard and goes on where the first
+difference (or the end) is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+from more_itertools import chunked
+
+from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, duplicate_error, write_npids
+from pt_dance.index.files import (
+    DOCNOS,
+    FORMATS,
+    HASHES,
+    META,
+    NPIDS,
+    RANKS,
+    SHARDS,
+    VECTORS,
+    DocnoColumn,
+    OpenIndex,
+    row_bytes,
+)
+from pt_dance.retriever.search.exact import MAX_NORM
+from pt_dance.storage.folders import copy_file, remove_folder, write_json
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One line of ``shards.jsonl``: how many documents, the bytes of their docnos, a digest of what was read."""
+
+    docs: int
+    docno_bytes: int
+    digest: str | None
+
+
+def digest_of(docnos: Sequence[str], contents: Iterable[bytes]) -> str:
+    """Return a digest of documents: their docnos and what was indexed of them."""
+    digest = xxhash.xxh3_128()
+    for docno, content in zip(docnos, contents, strict=True):
+        name = docno.encode("utf-8")
+        digest.update(len(name).to_bytes(4, "little") + name + len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def check_vectors(vectors: Any, docnos: Sequence[str], vec_size: int | None, vec_dtype: str) -> np.ndarray:
+    """Return the vectors of a shard as they are stored.
+
+    Args:
+        vectors: (n, d) numbers.
+        docnos: Their n docnos, for messages.
+        vec_size: The d of this index, None if it is not known yet.
+        vec_dtype: "float32" or "float16".
+
+    Raises:
+        ValueError: If there are other than n vectors, or if one has another size, is not finite, too long, or does not
+            fit ``vec_dtype``; names the docno.
+    """
+    vectors = np.asarray(vectors)
+    if vectors.ndim != 2 or len(vectors) != len(docnos) or vectors.dtype.kind not in "fiu":
+        raise ValueError(
+            f"the encoder gave {vectors.dtype} vectors of shape {vectors.shape} for {len(docnos)} documents, from "
+            f"{docnos[0]!r} on."
+        )
+    if vectors.shape[1] == 0 or (vec_size is not None and vectors.shape[1] != vec_size):
+        raise ValueError(
+            f"document {docnos[0]!r} has a vector of {vectors.shape[1]} numbers where the index has {vec_size}."
+        )
+    vectors = vectors.astype(np.float32, copy=False)
+    bad = ~np.isfinite(vectors).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"document {docnos[int(bad.argmax())]!r} has NaN or infinity in its vector: look at its text and at "
+            "the encoder's weights."
+        )
+    bad = np.linalg.norm(vectors.astype(np.float64), axis=1) > MAX_NORM
+    if vec_dtype == "float16" and not bad.any():
+        with np.errstate(over="ignore"):
+            vectors = vectors.astype(np.float16)
+        bad = ~np.isfinite(vectors).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"document {docnos[int(bad.argmax())]!r} has numbers in its vector that are too large for {vec_dtype}."
+        )
+    return np.ascontiguousarray(vectors, dtype=np.dtype(vec_dtype).newbyteorder("<"))
+
+
+class IndexWriter:
+    """The files of an index under construction.
+
+    Args:
+        folder: Folder to write in; exists and is locked.
+        settings: What decides which vectors a document gets; work done under other settings is thrown away.
+        vec_size: Numbers in a vector.
+        vec_dtype: "float32" or "float16".
+        base: For appending: the index that the new documents are added to.
+
+    Attributes:
+        recorded: Shards found on disk that the caller has not confirmed with :meth:`keep` yet.
+        count: Documents that are in the index so far.
+        fresh: Whether work done under other settings was thrown away.
+    """
+
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], vec_size: int, vec_dtype: str, base: OpenIndex | None = None
+    ):
+        self.folder, self.vec_dtype, self.vec_size = folder, vec_dtype, vec_size
+        self._settings = {
+            **settings,
+            "vec_size": vec_size,
+            "vec_dtype": vec_dtype,
+            "base": None if base is None else base.identity,
+        }
+        self._vectors_path = folder / VECTORS[vec_dtype]
+        self._row_bytes = row_bytes(vec_dtype, vec_size)
+        self._seen = DuplicateDocnos()
+        self.count = 0
+        self._docno_bytes = 0
+        self._shards: list[Shard] = []
+        (folder / META).unlink(missing_ok=True)
+        found = self._read_journal()
+        self.fresh = found is None and any(folder.iterdir())
+        if found is None:
+            self._start(base)
+            found = self._read_journal()
+        self.recorded: list[Shard] = list(found or [])
+        if base is not None:
+            while self.count < base.meta["doc_count"]:
+                self._take(self.recorded.pop(0))
+            for block in chunked(base.docnos, 1 << 16):
+                self._seen.add_block(block)
+        self._vectors: BinaryIO | None = None
+        self._docnos: BinaryIO | None = None
+        self._journal: BinaryIO | None = None
+
+    def _read_journal(self) -> list[Shard] | None:
+        """Whole shards on disk that belong to these settings; None if there is nothing to go on with."""
+        try:
+            raw = (self.folder / SHARDS).read_bytes()
+            have = {name: (self.folder / name).stat().st_size for name in (DOCNOS, self._vectors_path.name)}
+        except FileNotFoundError:
+            return None
+        shards, docs, docno_bytes = [], 0, 0
+        for number, line in enumerate(raw.split(b"\n")[:-1]):
+            try:
+                entry = json.loads(line)
+                if number == 0:
+                    if entry != {"settings": self._settings}:
+                        return None
+                    continue
+                shard = Shard(**entry)
+                docs, docno_bytes = docs + shard.docs, docno_bytes + shard.docno_bytes
+            except (ValueError, TypeError):
+                break
+            if docs * self._row_bytes > have[self._vectors_path.name] or docno_bytes > have[DOCNOS]:
+                break
+            shards.append(shard)
+        return shards if raw.count(b"\n") else None
+
+    def _start(self, base: OpenIndex | None) -> None:
+        for name in os.listdir(self.folder):
+            path = self.folder / name
+            remove_folder(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        shards = []
+        if base is None:
+            self._vectors_path.touch()
+            (self.folder / DOCNOS).touch()
+        else:
+            copy_file(base.path / VECTORS[base.meta["vec_dtype"]], self._vectors_path)
+            with open(self.folder / DOCNOS, "wb") as out:
+                for docno in base.docnos:
+                    out.write(docno.encode("utf-8") + b"\n")
+            shards = _shards_of(base, (self.folder / DOCNOS).stat().st_size)
+        # The journal comes last: without it, nothing of the above counts.
+        with open(self.folder / SHARDS, "wb") as out:
+            for entry in ({"settings": self._settings}, *map(asdict, shards)):
+                out.write(json.dumps(entry).encode() + b"\n")
+            out.flush()
+            os.fsync(out.fileno())
+
+    def _take(self, shard: Shard) -> None:
+        self._shards.append(shard)
+        self.count += shard.docs
+        self._docno_bytes += shard.docno_bytes
+
+    def keep(self, docnos: Sequence[str]) -> None:
+        """Confirm the next recorded shard: its documents are still the same."""
+        self._take(self.recorded.pop(0))
+        self._seen.add_block(docnos)
+
+    def drop(self) -> None:
+        """Forget the recorded shards that were not confirmed."""
+        self.recorded.clear()
+
+    def check_docnos(self, docnos: Sequence[str]) -> None:
+        """Raise a ``ValueError`` if one of the next shard's docnos occurs twice, there or in an earlier shard."""
+        own: set[str] = set()
+        for docno in self._seen.add_block(docnos):
+            if docnos.count(docno) > 1 or docno in own or self._contains(docno):
+                raise duplicate_error(docno)
+            own.add(docno)
+
+    def _contains(self, docno: str) -> bool:
+        line = docno.encode("utf-8") + b"\n"
+        with open(self.folder / DOCNOS, "rb") as lines:
+            return any(line == other for other, _ in zip(lines, range(self.count), strict=False))
+
+    def add(self, docnos: Sequence[str], vectors: np.ndarray, digest: str) -> None:
+        """Append a shard; when this returns it survives a crash.
+
+        Args:
+            docnos: n docnos, checked by :meth:`check_docnos`.
+            vectors: (n, d) as :func:`check_vectors` returns them.
+            digest: From :func:`digest_of`.
+        """
+        if self._journal is None:
+            self._open()
+        lines = "".join(f"{docno}\n" for docno in docnos).encode("utf-8")
+        for file, content in ((self._vectors, vectors.tobytes()), (self._docnos, lines)):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        shard = Shard(len(docnos), len(lines), digest)
+        self._journal.write(json.dumps(asdict(shard)).encode() + b"\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+        self._take(shard)
+
+    def _open(self) -> None:
+        """Cut off what lies behind the confirmed shards and go on from there."""
+        entries = ({"settings": self._settings}, *map(asdict, self._shards))
+        journal = sum(len(json.dumps(entry).encode()) + 1 for entry in entries)
+        sizes = {
+            self._vectors_path: self.count * self._row_bytes,
+            self.folder / DOCNOS: self._docno_bytes,
+            self.folder / SHARDS: journal,
+        }
+        files = []
+        # The journal is cut first: it must never promise more than the other files hold.
+        for path, size in reversed(sizes.items()):
+            file = open(path, "r+b")  # noqa: SIM115 (stays open until close())
+            files.append(file)
+            file.truncate(size)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(size)
+        self._journal, self._docnos, self._vectors = files
+
+    def close(self) -> None:
+        """Close the files; what was added stays."""
+        for file in (self._vectors, self._docnos, self._journal):
+            if file is not None:
+                file.close()
+        self._vectors = self._docnos = self._journal = None
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Write what is made from all documents, the metadata last.
+
+        Args:
+            meta: Entries of the metadata that the writer does not know: encoder, similarity, text field, corpus.
+        """
+        if self._journal is None:
+            self._open()
+        self.close()
+        lines = self.folder / DOCNOS
+        docnos = DocnoColumn(np.memmap(lines, dtype=np.uint8, mode="r"), self.count, lines)
+        (self.folder / NPIDS).unlink(missing_ok=True)
+        write_npids(self.folder / NPIDS, iter(docnos))
+        DocnoRows.write(self.folder / HASHES, self._seen.hashes)
+        docnos.ranks().tofile(self.folder / RANKS)
+        digest = xxhash.xxh3_128()
+        for path in (self._vectors_path, lines):
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+        names = (self._vectors_path.name, NPIDS, DOCNOS, HASHES, RANKS, SHARDS)
+        write_json(
+            self.folder / META,
+            {
+                "type": "dense_index",
+                "format": FORMATS[self.vec_dtype],
+                "package_hint": "pt_dance",
+                "vec_size": self.vec_size,
+                "doc_count": self.count,
+                "content": digest.hexdigest(),
+                **meta,
+                "files": {name: (self.folder / name).stat().st_size for name in names},
+            },
+        )
+
+
+def _shards_of(base: OpenIndex, docno_bytes: int) -> list[Shard]:
+    """The shards of an index that is appended to; one without digest if it was not made here."""
+    try:
+        entries = [json.loads(line) for line in (base.path / SHARDS).read_bytes().splitlines()[1:]]
+        shards = [Shard(**entry) for entry in entries]
+        if (sum(s.docs for s in shards), sum(s.docno_bytes for s in shards)) == (base.meta["doc_count"], docno_bytes):
+            return shards
+    except (FileNotFoundError, ValueError, TypeError):
+        pass
+    return [Shard(base.meta["doc_count"], docno_bytes, None)]

@@ -1,0 +1,293 @@
+"""Approximate retrieval with FAISS over an index's vectors, re-scored exactly, with its recall told."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import xxhash
+
+from pt_dance.corpus.sources import progress_bar
+from pt_dance.retriever.dense import DenseRetriever
+from pt_dance.retriever.documents import best_documents, has_passages, iter_document_search
+from pt_dance.storage.folders import read_json, remove_folder, write_json
+from pt_dance.storage.writing import new_folder
+
+if TYPE_CHECKING:
+    from pt_dance.index.dense_index import DenseIndex
+
+# Options that decide what is built, with their defaults, and options of the search.
+BUILD_OPTIONS: dict[str, dict[str, int | None]] = {
+    "hnsw": {"neighbours": 32, "ef_construction": 80},
+    "ivfpq": {"lists": None, "subvectors": None},
+}
+SEARCH_OPTIONS: dict[str, dict[str, int]] = {"hnsw": {"ef_search": 128}, "ivfpq": {"probes": 32}}
+_FOLDER, _FILE, _META = "ann", "index.faiss", "pt_meta.json"
+_QUERY_BLOCK = 512
+_ADD_BLOCK = 1 << 14
+# A codebook of product quantization has 256 entries; FAISS asks for 39 training vectors for each centre.
+_LEAST_FOR_IVFPQ = 256
+_PER_CENTRE = 39
+
+
+class AnnRetriever(DenseRetriever):
+    """Retrieves approximately: FAISS finds candidates, which are re-scored exactly.
+
+    The scores are those of :class:`pt_dance.DenseRetriever`, to the bit; only documents may be missing. :meth:`recall`
+    tells how many. Result frames are re-scored as there, without FAISS. The structure is built once for an index and
+    its build options, and kept in the index's folder.
+
+    Args:
+        index: Where the vectors are.
+        method: "hnsw" (a graph; quick, large) or "ivfpq" (lists and product quantization; small).
+        candidates: How many documents FAISS finds for a query; ``num_results`` by default, and at least that. Of an
+            index of passages, as many as so many documents have on average.
+        threads: Threads that build; with more than one, two builds of "hnsw" differ.
+        build_options: hnsw: ``neighbours`` (32), ``ef_construction`` (80). ivfpq: ``lists`` (about 4 times the root of
+            the number of documents), ``subvectors`` (a code of one byte each; a quarter of the dimensions or so).
+        search_options: hnsw: ``ef_search`` (128). ivfpq: ``probes`` (32).
+        **options: As for :class:`pt_dance.DenseRetriever`.
+
+    Raises:
+        ValueError: If there is no such method or option, or it is out of range.
+    """
+
+    schematic = {"label": "AnnRetriever", "help_url": None}
+
+    def __init__(
+        self,
+        index: DenseIndex,
+        method: str = "hnsw",
+        *,
+        candidates: int | None = None,
+        threads: int = 1,
+        build_options: dict[str, int | None] | None = None,
+        search_options: dict[str, int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(index, **options)
+        if method not in BUILD_OPTIONS:
+            raise ValueError(f"method must be one of {', '.join(map(repr, BUILD_OPTIONS))}, not {method!r}.")
+        self.method, self.threads = method, threads
+        self.build_options = _checked(method, BUILD_OPTIONS[method], build_options)
+        self.search_options = _checked(method, SEARCH_OPTIONS[method], search_options)
+        _checked(method, {"candidates": None, "threads": 1}, {"candidates": candidates, "threads": threads})
+        self.candidates = max(candidates or 0, self.num_results)
+        self._loaded: tuple[str, Any] | None = None
+
+    def build(self) -> AnnRetriever:
+        """Build what FAISS searches, if the index's folder does not hold it yet.
+
+        Raises:
+            ValueError: If there are too few documents for the method, or the options do not fit the vectors.
+            OSError: If the disk is full or cannot be written to.
+        """
+        folder = self._folder()
+        if self._is_there(folder):
+            return self
+        with new_folder(folder, "the approximate index") as building:
+            if not self._is_there(folder):  # else another process was quicker
+                self._write(building)
+                # Damaged, or of other vectors.
+                remove_folder(folder)
+        return self
+
+    def recall(self, queries: pd.DataFrame, k: int = 10) -> float:
+        """Return which share of the exact best ``k`` documents of the queries is found, as a mean over queries.
+
+        Args:
+            queries: Queries (``qid``, and ``query`` or ``query_vec``).
+            k: How many of the best, at most ``num_results``.
+
+        Raises:
+            ValueError: If ``k`` is out of range or there are no queries.
+        """
+        if not 1 <= k <= self.num_results or not len(queries):
+            raise ValueError(f"recall needs queries and a k from 1 to num_results ({self.num_results}), not k={k!r}.")
+        pt.validate.query_frame(queries, context=self)
+        vectors = self._query_vectors(queries)
+        exact = np.concatenate([found for _, _, found in iter_document_search(self.index, vectors, k)])
+        shares = []
+        for start, _, rows in self._search(vectors):
+            found = rows[:, :k]
+            shares += [np.isin(exact[start + i], found[i]).mean() for i in range(len(found))]
+        return float(np.mean(shares))
+
+    def _search(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        ann, ranks, documents = self._ann(), self.index.open().ranks, self.index.open().documents
+        per_document = -(-len(self.index) // len(documents)) if has_passages(self.index) else 1
+        count = min(self.candidates * per_document, len(self.index))
+        for start in range(0, len(vectors), _QUERY_BLOCK):
+            block = np.ascontiguousarray(vectors[start : start + _QUERY_BLOCK])
+            rows = ann.search(block, count, params=self._parameters(count))[1]
+            scores = np.full(rows.shape, -np.inf, dtype=np.float32)
+            query, slot = np.nonzero(rows >= 0)
+            found = rows[query, slot]
+            scores[query, slot] = self.index.score_pairs(block, query, found)
+            ties = np.full(rows.shape, np.iinfo(np.int64).max)
+            ties[query, slot] = ranks[found]
+            order = np.lexsort((ties, -scores), axis=-1)
+            scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+            if has_passages(self.index):
+                yield start, *best_documents(documents, scores, rows, min(self.num_results, len(documents)))
+            else:
+                yield start, scores[:, : self.num_results], rows[:, : self.num_results]
+
+    def _parameters(self, count: int) -> Any:
+        import faiss
+
+        if self.method == "hnsw":
+            return faiss.SearchParametersHNSW(efSearch=max(self.search_options["ef_search"], count))
+        return faiss.SearchParametersIVF(nprobe=self.search_options["probes"])
+
+    def _folder(self) -> Path:
+        key = xxhash.xxh3_64_hexdigest(repr(sorted(self.build_options.items())).encode())
+        return Path(self.index.index_path) / _FOLDER / f"{self.method}-{key}"
+
+    def _is_there(self, folder: Path) -> bool:
+        """Whether the folder holds what was built from the index's vectors, whole."""
+        try:
+            meta = read_json(folder / _META)
+            size = (folder / _FILE).stat().st_size
+        except (OSError, ValueError):
+            return False
+        return meta.get("of") == self.index.open().identity and meta.get("size") == size
+
+    def _ann(self) -> Any:
+        import faiss
+
+        identity = self.index.open().identity
+        if self._loaded is None or self._loaded[0] != identity:
+            self.build()
+            file = self._folder() / _FILE
+            # FAISS trusts what it reads: only the bytes that were written here reach it.
+            if _digest(file) != read_json(file.with_name(_META)).get("digest"):
+                raise ValueError(f"{file} is not what was written there: remove {file.parent}, it is built again.")
+            ann = faiss.read_index(str(file))
+            if (ann.ntotal, ann.d) != self.index.open().vectors.shape:
+                raise ValueError(f"{file} is of other vectors: remove {file.parent}, it is built again.")
+            self._loaded = identity, ann
+        return self._loaded[1]
+
+    def _write(self, folder: Path) -> None:
+        import faiss
+
+        vectors = self.index.open().vectors
+        count, dimension = vectors.shape
+        with _threads(self.threads):
+            ann = self._empty(count, dimension)
+            if not ann.is_trained:
+                wanted = _PER_CENTRE * max(_LEAST_FOR_IVFPQ, self._lists(count))
+                chosen = np.sort(np.random.default_rng(0).permutation(count)[:wanted])
+                ann.train(np.ascontiguousarray(vectors[chosen], dtype=np.float32))
+            with progress_bar(self.verbose, repr(self), count) as bar:
+                for start in range(0, count, _ADD_BLOCK):
+                    block = np.ascontiguousarray(vectors[start : start + _ADD_BLOCK], dtype=np.float32)
+                    ann.add(block)
+                    bar.update(len(block))
+        faiss.write_index(ann, str(folder / _FILE))
+        meta = {
+            "type": "ann_index",
+            "format": f"faiss_{self.method}",
+            "package_hint": "pt_dance",
+            "options": self.build_options,
+            "of": self.index.open().identity,
+            "size": (folder / _FILE).stat().st_size,
+            "digest": _digest(folder / _FILE),
+        }
+        write_json(folder / _META, meta)
+
+    def _lists(self, count: int) -> int:
+        return self.build_options.get("lists") or max(1, min(int(4 * count**0.5), count // _PER_CENTRE))
+
+    def _empty(self, count: int, dimension: int) -> Any:
+        import faiss
+
+        if self.method == "hnsw":
+            # Half precision is enough to find candidates.
+            kind = faiss.ScalarQuantizer.QT_fp16
+            ann = faiss.IndexHNSWSQ(dimension, kind, self.build_options["neighbours"], faiss.METRIC_INNER_PRODUCT)
+            ann.hnsw.efConstruction = self.build_options["ef_construction"]
+            return ann
+        lists = self._lists(count)
+        if count < max(_LEAST_FOR_IVFPQ, lists):
+            raise ValueError(
+                f"ivfpq needs at least {max(_LEAST_FOR_IVFPQ, lists)} documents and the index {self.index.index_path} "
+                f"has {count}: use the exact retriever, or hnsw."
+            )
+        parts = self.build_options["subvectors"] or max(m for m in range(1, dimension // 4 + 2) if dimension % m == 0)
+        if dimension % parts:
+            raise ValueError(f"subvectors must divide the vectors' {dimension} numbers, and {parts} does not.")
+        coarse = faiss.IndexFlatIP(dimension)
+        ann = faiss.IndexIVFPQ(coarse, dimension, lists, parts, 8, faiss.METRIC_INNER_PRODUCT)
+        ann.cp.seed = 0
+        return ann
+
+    def fuse_rank_cutoff(self, k: int) -> AnnRetriever | None:
+        """Return a retriever that stops at ``k`` itself; it looks at as many candidates, so it finds the same."""
+        if k < 1:
+            return None
+        return AnnRetriever(
+            self.index,
+            self.method,
+            candidates=self.candidates,
+            threads=self.threads,
+            build_options=self.build_options,
+            search_options=self.search_options,
+            encoder=self.encoder,
+            num_results=min(k, self.num_results),
+            drop_query_vec=self.drop_query_vec,
+            rescore_cutoff=min(k, self.rescore_cutoff or k),
+            verbose=self.verbose,
+        )
+
+    def _key(self) -> tuple[Any, ...]:
+        options = tuple(sorted({**self.build_options, **self.search_options}.items()))
+        return (*super()._key(), self.method, self.candidates, options)
+
+    __hash__ = DenseRetriever.__hash__
+
+    def __repr__(self) -> str:
+        return f"AnnRetriever({str(self.index.index_path)!r}, {self.num_results}, {self.method!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+
+def _checked(method: str, known: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
+    """Return options with defaults filled in."""
+    unknown = sorted(set(given or {}) - set(known))
+    if unknown:
+        raise ValueError(f"{method} has no option {unknown[0]!r}: it has {', '.join(known)}.")
+    options = {**known, **(given or {})}
+    for name, value in options.items():
+        if value is None and known[name] is None:
+            continue
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, not {value!r}.")
+    return options
+
+
+def _digest(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(file, "rb") as src:
+        while block := src.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

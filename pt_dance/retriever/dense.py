@@ -1,0 +1,292 @@
+"""DenseRetriever: retrieves for queries, re-scores results, from stored vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+
+from pt_dance.corpus.sources import lone_surrogate
+from pt_dance.retriever.documents import iter_document_search, score_documents
+from pt_dance.retriever.search.exact import MAX_NORM
+
+if TYPE_CHECKING:
+    from pt_dance.encoder.dual_encoder import DualEncoder
+    from pt_dance.index.dense_index import DenseIndex
+
+# Queries that are encoded and searched together: more would grow the memory, not the speed.
+_QUERY_CHUNK = 4096
+_REPLACED = ("docno", "docid", "score", "rank")
+
+
+class DenseRetriever(pt.Transformer):
+    """Retrieves from a :class:`pt_dance.DenseIndex`, exactly, and re-scores other systems' results.
+
+    Given queries, it returns the best documents of the whole index. Given results (a frame with ``docno``), it keeps
+    every row and gives it the score that the first way would give it, to the bit: no text is needed. Equal scores are
+    ordered by docno. Of an index of passages the documents are the whole ones, each with the score of its best passage
+    (MaxP).
+
+    Args:
+        index: Where the vectors are.
+        encoder: Encodes queries; the index's own by default.
+        num_results: Documents a query gets.
+        drop_query_vec: Whether the column ``query_vec`` is left out of the output.
+        rescore_cutoff: Results kept for a query when re-scoring; all by default. ``% k`` sets it when a pipeline is
+            compiled.
+        verbose: Whether to show a progress bar.
+
+    Raises:
+        TypeError: If ``index`` is no dense index.
+        ValueError: If ``num_results`` or ``rescore_cutoff`` is less than 1.
+    """
+
+    schematic = {"label": "DenseRetriever", "help_url": None}
+
+    def __init__(
+        self,
+        index: DenseIndex,
+        *,
+        encoder: DualEncoder | None = None,
+        num_results: int = 1000,
+        drop_query_vec: bool = True,
+        rescore_cutoff: int | None = None,
+        verbose: bool = False,
+    ) -> None:
+        from pt_dance.index.dense_index import DenseIndex
+
+        if not isinstance(index, DenseIndex):
+            raise TypeError(
+                f"index must be a pt_dance.DenseIndex, not a {type(index).__name__}: open the folder with "
+                "DenseIndex(path)."
+            )
+        for name, value in (("num_results", num_results), ("rescore_cutoff", rescore_cutoff)):
+            if value is None and name == "rescore_cutoff":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} must be a number of documents, at least 1, not {value!r}.")
+        self.index = index
+        self.encoder = encoder
+        self.num_results = int(num_results)
+        self.drop_query_vec = drop_query_vec
+        self.rescore_cutoff = None if rescore_cutoff is None else int(rescore_cutoff)
+        self.verbose = verbose
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Retrieve or re-score.
+
+        Args:
+            inp: Queries (``qid``, and ``query`` or ``query_vec``), or results (``docno`` too). A ``docid`` column is
+                not looked at: it may be another index's.
+
+        Returns:
+            For queries: all their columns with ``docno``, ``score`` and ``rank`` (from 0), a query's rows together,
+            best first. For results: the same rows in the same order with all their columns, ``score`` and ``rank`` new,
+            ``docid`` gone.
+
+        Raises:
+            KeyError: Naming a docno that is not in the index, or missing columns.
+            TypeError: If a query is no string; names the qid.
+            ValueError: If the encoder's weights are not those the index was made with, there is no encoder, or a query
+                vector has the wrong size or is not finite; names the qid.
+        """
+        with pt.validate.any(inp, context=self) as v:
+            v.result_frame(extra_columns=["query_vec"], mode="rescore")
+            v.result_frame(extra_columns=["query"], mode="rescore")
+            v.query_frame(extra_columns=["query_vec"], mode="retrieve")
+            v.query_frame(extra_columns=["query"], mode="retrieve")
+        if v.mode == "rescore":
+            return self._rescore(inp)
+        # In one piece rather than from blocks, which would be in memory twice when they are put together.
+        return next(self._retrieve(inp, len(inp)))
+
+    def iter_blocks(self, inp: pd.DataFrame) -> Iterator[pd.DataFrame]:
+        """Retrieve for queries block by block, in bounded memory: the rows of :meth:`transform`, cut into pieces.
+
+        Args:
+            inp: Queries (``qid``, and ``query`` or ``query_vec``).
+
+        Yields:
+            Result frames of some hundred queries each; at least one, even for no queries.
+        """
+        with pt.validate.any(inp, context=self) as v:
+            v.query_frame(extra_columns=["query_vec"])
+            v.query_frame(extra_columns=["query"])
+        yield from self._retrieve(inp, 1)
+
+    def _retrieve(self, inp: pd.DataFrame, least: int) -> Iterator[pd.DataFrame]:
+        """Yield result frames of at least so many queries each, except for the last one."""
+        kept = inp.drop(columns=[name for name in self._dropped() if name in inp.columns])
+        if not len(inp):
+            yield _with_results(
+                kept.reset_index(drop=True), pd.Series([], dtype=str), np.empty(0), np.empty(0, np.int64)
+            )
+            return
+        chunks = [inp.iloc[first : first + _QUERY_CHUNK] for first in range(0, len(inp), _QUERY_CHUNK)]
+        if len(chunks) > 1:
+            # What is wrong with a late query is said before the first one is searched.
+            for chunk in chunks:
+                self._check_queries(chunk)
+        docnos = self.index.open().documents.docnos
+        blocks: list[tuple[np.ndarray, ...]] = []
+        written = done = 0
+        with pt.tqdm(desc=repr(self), total=len(inp), unit="q", disable=not self.verbose, delay=1) as bar:
+            for number, chunk in enumerate(chunks):
+                for first, scores, rows in self._search(self._query_vectors(chunk)):
+                    query, rank = np.nonzero(rows >= 0)
+                    blocks.append((query + number * _QUERY_CHUNK + first, rank, scores[query, rank], rows[query, rank]))
+                    done += len(rows)
+                    bar.update(len(rows))
+                    if done - written >= least or done == len(inp):
+                        query, rank, scores, rows = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+                        blocks, written = [], done
+                        found = docnos.take(rows).to_pandas()
+                        yield _with_results(kept.iloc[query].reset_index(drop=True), found, scores, rank)
+
+    def _search(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield number of the first query, scores and document numbers of a block, best first; -1 for no more."""
+        return iter_document_search(self.index, vectors, self.num_results)
+
+    def _rescore(self, inp: pd.DataFrame) -> pd.DataFrame:
+        kept = inp.drop(columns=[name for name in self._dropped() if name in inp.columns and name != "docno"])
+        if not len(inp):
+            return _with_results(kept, inp["docno"], np.empty(0), np.empty(0, np.int64))
+        documents = self.index.known_documents(inp["docno"].tolist())
+        if "query_vec" in inp.columns:
+            vectors, query_of = self._query_vectors(inp), np.arange(len(inp))
+        else:
+            # Each distinct query is encoded once; the qid that names it in an error is the first one.
+            query_of, queries = pd.factorize(inp["query"], use_na_sentinel=False)
+            first = np.full(len(queries), len(inp), dtype=np.int64)
+            np.minimum.at(first, query_of, np.arange(len(inp)))
+            vectors = self._query_vectors(inp.iloc[first])
+        scores = score_documents(self.index, vectors, query_of, documents)
+        qids = pd.factorize(inp["qid"], use_na_sentinel=False)[0]
+        order = np.lexsort((self.index.open().documents.ranks[documents], -scores, qids))
+        ranks = np.empty(len(inp), dtype=np.int64)
+        starts = np.flatnonzero(np.diff(qids[order], prepend=-1))
+        ranks[order] = np.arange(len(inp)) - np.repeat(starts, np.diff(starts, append=len(inp)))
+        result = _with_results(kept, inp["docno"], scores, ranks)
+        if self.rescore_cutoff is not None:
+            result = result[result["rank"] < self.rescore_cutoff].reset_index(drop=True)
+        return result
+
+    def _dropped(self) -> tuple[str, ...]:
+        return (*_REPLACED, "query_vec") if self.drop_query_vec else _REPLACED
+
+    def _check_queries(self, inp: pd.DataFrame) -> np.ndarray | list[str]:
+        """Return vectors, ``float32`` (rows, d), or queries as they are given, if nothing is wrong with them."""
+        qids = inp["qid"]
+        if "query_vec" not in inp.columns:
+            queries = inp["query"].tolist()
+            for position, query in enumerate(queries):
+                if not isinstance(query, str):
+                    raise TypeError(
+                        f"query {qids.iloc[position]!r} is {query!r}, no string: give its text or leave it out."
+                    )
+                if lone_surrogate(query) is not None:
+                    raise ValueError(
+                        f"query {qids.iloc[position]!r} is no valid Unicode (it has a lone surrogate): clean it or "
+                        "leave it out."
+                    )
+            return queries
+        dim = self.index.open().meta["vec_size"]
+        vectors = np.empty((len(inp), dim), dtype=np.float32)
+        for position, value in enumerate(inp["query_vec"]):
+            vector = np.asarray(value)
+            if vector.shape != (dim,) or vector.dtype.kind not in "fiu":
+                found = "no numbers" if vector.dtype.kind not in "fiu" else f"shape {vector.shape}"
+                raise ValueError(
+                    f"query {qids.iloc[position]!r} has a query_vec with {found} where the index has vectors of {dim} "
+                    "numbers: encode it with the encoder of this index."
+                )
+            vectors[position] = vector
+        return _checked_lengths(vectors, qids)
+
+    def _query_vectors(self, inp: pd.DataFrame) -> np.ndarray:
+        """Return a checked vector for every row, ``float32`` (rows, d)."""
+        given = self._check_queries(inp)
+        if isinstance(given, np.ndarray):
+            return given
+        vectors = np.asarray(self._checked_encoder().encode_queries(given), dtype=np.float32)
+        dim = self.index.open().meta["vec_size"]
+        if vectors.shape != (len(inp), dim):
+            raise ValueError(
+                f"the encoder gives vectors of {vectors.shape[-1]} numbers and the index {self.index.index_path} has "
+                f"{dim}: use the encoder it was made with."
+            )
+        return _checked_lengths(vectors, inp["qid"])
+
+    def _checked_encoder(self) -> DualEncoder:
+        encoder = self.encoder or self.index.encoder
+        path, expected = self.index.index_path, self.index.fingerprint
+        if encoder is None:
+            raise ValueError(
+                f"the index {path} has no encoder at hand for queries: open it with DenseIndex({str(path)!r}, "
+                f"encoder), "
+                "or put encoder.query_encoder() before the retriever."
+            )
+        if expected is not None and encoder.fingerprint != expected:
+            raise ValueError(
+                f"the encoder's weights are not those the index {path} was made with (they were trained since, or it "
+                f"is "
+                "another model): index the documents again, or use the encoder of that time."
+            )
+        return encoder
+
+    def fuse_rank_cutoff(self, k: int) -> DenseRetriever | None:
+        """Return a retriever that stops at ``k`` itself, for ``% k`` in compiled pipelines."""
+        if k < 1:
+            return None
+        return DenseRetriever(
+            self.index,
+            encoder=self.encoder,
+            num_results=min(k, self.num_results),
+            drop_query_vec=self.drop_query_vec,
+            rescore_cutoff=min(k, self.rescore_cutoff or k),
+            verbose=self.verbose,
+        )
+
+    def __mod__(self, right: int) -> pt.Transformer:
+        if isinstance(right, bool) or not isinstance(right, (int, np.integer)) or right < 1:
+            raise ValueError(f"% {right!r} makes no sense: the number of results to keep must be at least 1.")
+        return super().__mod__(int(right))
+
+    def _key(self) -> tuple[Any, ...]:
+        path = Path(self.index.index_path).resolve()
+        built = self.index.built()
+        identity = (self.index.open().identity, self.index.fingerprint) if built else None
+        encoder = None if self.encoder is None else self.encoder.fingerprint
+        return path, identity, encoder, self.num_results, self.drop_query_vec, self.rescore_cutoff
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or self._key() == other._key() if isinstance(other, DenseRetriever) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((DenseRetriever, Path(self.index.index_path).resolve(), self.num_results))
+
+    def __repr__(self) -> str:
+        return f"DenseRetriever({str(self.index.index_path)!r}, {self.num_results})"
+
+    def subtransformers(self) -> dict[str, pt.Transformer]:
+        """Return no transformers: index and encoder are parts of this one."""
+        return {}
+
+
+def _checked_lengths(vectors: np.ndarray, qids: pd.Series) -> np.ndarray:
+    bad = ~(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64) <= MAX_NORM**2)
+    if bad.any():
+        raise ValueError(
+            f"query {qids.iloc[int(bad.argmax())]!r} has NaN, infinity or numbers beyond float32's dot products in its "
+            "vector: look at its text and the encoder's weights."
+        )
+    return vectors
+
+
+def _with_results(frame: pd.DataFrame, docnos: Any, scores: np.ndarray, ranks: np.ndarray) -> pd.DataFrame:
+    # Every float32 is a float64: the scores stay what they are.
+    return frame.assign(docno=docnos, score=scores.astype(np.float64), rank=ranks)

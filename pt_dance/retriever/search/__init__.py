@@ -1,0 +1,1 @@
+"""Exact search over vectors in memory, on disk or on a GPU."""

@@ -1,0 +1,128 @@
+"""Disks that are full or cannot be written to: one plain error, whichever library found out."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pt_dance.storage.folders import DiskError, building_path, lock_folder, publish_folder, remove_folder, replaced_path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_OF_THE_DISK = _FULL | {errno.EROFS, errno.EFBIG}
+_OF_A_FILE = _OF_THE_DISK | {errno.EACCES, errno.EPERM, errno.EIO}
+# What libraries say that raise no OSError with a number; torch (twice) and NumPy, the last three, whatever the reason.
+_SAID_WHEN_FULL = (
+    "No space left on device",
+    "os error 28",
+    "database or disk is full",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+    "requested and",
+)
+_SAID_WHEN_READ_ONLY = ("Read-only file system", "os error 30", "readonly database")
+_NEARLY_FULL = 64 << 20
+
+KEPT = "what was finished is kept, and the same call goes on from there"
+NOTHING = "nothing of it is left"
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, what: str, left: str) -> Iterator[None]:
+    """Turn what is raised because ``path`` cannot be written to into one error.
+
+    An error that names no file counts only if the disk is full, or read-only, indeed: another program's error, such as
+    that of a stage of the user's pipeline, passes as it is.
+
+    Args:
+        path: What is written.
+        what: How the message calls it, e.g. "the index".
+        left: What the message says of what is there now, :data:`KEPT` or :data:`NOTHING`.
+
+    Raises:
+        DiskError: In the place of the error of another library.
+    """
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as err:
+        code, file = _cause(err, Path(os.path.abspath(path)))
+        if code is None:
+            raise
+        done = "written" if code in _OF_THE_DISK else "read or written"
+        message = f"{what} could not be {done} ({os.strerror(code)}); {left}"
+        raise DiskError(code, message, str(file or path)) from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, what: str) -> Iterator[Path]:
+    """Write a folder beside its place; it gets its name when the block ends, and is removed if the block raises.
+
+    Args:
+        path: The folder to make; if the block has written nothing, it is not made.
+        what: How an error calls it, e.g. "the corpus".
+
+    Yields:
+        An empty folder to write to.
+
+    Raises:
+        BlockingIOError: If another process is making it.
+        DiskError: If the disk is full or cannot be written to.
+    """
+    building = building_path(path)
+    with writing(path, what, NOTHING):
+        building.mkdir(parents=True, exist_ok=True)
+    with lock_folder(building, f"another process is making {path}: wait for it."):
+        try:
+            # Inside the clean-up, so that a full disk is seen to be full.
+            with writing(path, what, NOTHING):
+                for old in building.iterdir():
+                    remove_folder(old) if old.is_dir() else old.unlink()
+                yield building
+                if any(building.iterdir()):
+                    publish_folder(building, path)
+                else:
+                    building.rmdir()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                remove_folder(building)
+            raise
+
+
+def _cause(err: Exception, path: Path) -> tuple[int | None, Path | None]:
+    """The system's number of an error that comes from writing to ``path``, and the file it names; else None."""
+    if isinstance(err, OSError) and err.errno is not None:
+        if isinstance(err.filename, (str, bytes)):
+            file = Path(os.path.abspath(os.fsdecode(err.filename)))
+            places = (path, building_path(path), replaced_path(path))
+            # A folder above that is not there could not be made.
+            is_ours = any(file.is_relative_to(place) for place in places) or (
+                file in path.parents and not os.path.lexists(file)
+            )
+            return (err.errno, file) if is_ours and err.errno in _OF_A_FILE else (None, None)
+        return (err.errno if _is_so(err.errno, path) else None), None
+    # Tokenizers raises a bare Exception, torch and FAISS a RuntimeError, shutil and NumPy an OSError without a number.
+    if isinstance(err, (OSError, sqlite3.OperationalError, SafetensorError)) or type(err) in (Exception, RuntimeError):
+        for code, sentences in ((errno.ENOSPC, _SAID_WHEN_FULL), (errno.EROFS, _SAID_WHEN_READ_ONLY)):
+            if any(sentence in str(err) for sentence in sentences) and _is_so(code, path):
+                return code, None
+    return None, None
+
+
+def _is_so(code: int, path: Path) -> bool:
+    """Whether the disk of ``path`` is in the state that an error speaks of."""
+    while not os.path.lexists(path):
+        path = path.parent
+    with contextlib.suppress(OSError):
+        if code in _FULL:
+            return shutil.disk_usage(path).free < _NEARLY_FULL or code == errno.EDQUOT
+        if code == errno.EROFS and hasattr(os, "statvfs"):
+            return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    return False
