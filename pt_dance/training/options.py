@@ -1,15 +1,31 @@
-"""Options of ``DanceRetriever``, refused before any work where they make no sense."""
+"""Options of ``DanceRetriever`` and ``Round``, refused before any work where they make no sense."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 from ir_measures import DefaultPipeline
 from ir_measures.measures import Measure
+from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers import SchedulerType
 
 _KEEP = ("all", "best")
+
+# The others follow a loss that is measured while training; here rounds are measured.
+SCHEDULERS = tuple(s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy"))
+
+# What the estimator says itself: with others, a run could not be gone on with, or would not be what its settings say.
+_SAID_ELSEWHERE = {
+    "output_dir": "the estimator's path",
+    "seed": "the estimator's seed",
+    "data_seed": "the estimator's seed",
+    "resume_from_checkpoint": "calling fit again",
+}
 
 
 def check_options(*, num_results: object, seed: object, patience: object, keep: object, path: object) -> None:
@@ -74,3 +90,37 @@ def check_measures(measure: object) -> list[Measure]:
 def is_whole(value: object) -> bool:
     """Whether the value is a whole number: an int, of Python or NumPy, and no truth value."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_training_arguments(given: object) -> None:
+    """Refuses training arguments of a round that sentence-transformers does not have, or that are set elsewhere.
+
+    Args:
+        given: as given to ``Round``.
+
+    Raises:
+        TypeError: if they are no dict.
+        ValueError: if one makes no sense here; names it.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(f"training_arguments={given!r} must be a dict of names and values")
+    known = {f.name for f in fields(SentenceTransformerTrainingArguments)}
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"training_arguments: {name!r} is no argument of sentence-transformers' "
+                "SentenceTransformerTrainingArguments; remove it or mend its name"
+            )
+        if name in _SAID_ELSEWHERE:
+            raise ValueError(f"training_arguments: {name!r} is not set here but by {_SAID_ELSEWHERE[name]}")
+
+
+def check_whole(option: str, value: object, lowest: int) -> None:
+    """Raises ValueError where an option is no whole number of at least ``lowest``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise ValueError(f"{option}={value!r} must be a whole number of at least {lowest}")
+
+
+def is_number(value: object) -> bool:
+    """Whether the value is a finite number and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
