@@ -5,6 +5,16 @@ torch nor Java.
 """
 
 from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pt_dance import datasets, losses, mining, recipes
+    from pt_dance.corpus import Corpus, PassageCorpus
+    from pt_dance.encoder import CrossEncoderScorer, DualEncoder
+    from pt_dance.estimator import DanceRetriever
+    from pt_dance.index import DenseIndex
+    from pt_dance.recipes import Round
+    from pt_dance.retriever import AnnRetriever, DenseRetriever
 
 __version__ = "0.1.0"
 
@@ -21,7 +31,23 @@ _CLASSES = {
 }
 _MODULES = ("datasets", "losses", "mining", "recipes")
 
-__all__ = ["__version__", *_CLASSES, *_MODULES]
+# Spelled out, since type checkers and editors read it without running it; a test compares it with the tables above.
+__all__ = [
+    "AnnRetriever",
+    "Corpus",
+    "CrossEncoderScorer",
+    "DanceRetriever",
+    "DenseIndex",
+    "DenseRetriever",
+    "DualEncoder",
+    "PassageCorpus",
+    "Round",
+    "__version__",
+    "datasets",
+    "losses",
+    "mining",
+    "recipes",
+]
 
 
 def __getattr__(name: str):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import json
 import re
 import subprocess
 import sys
-from importlib.metadata import requires
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import jedi
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import pt_dance
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest requires there
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "sentence_transformers", "datasets", "faiss", "matplotlib", "jnius", "pyterrier_dr"}
@@ -50,20 +59,68 @@ def test_every_public_name_is_there():
         pt_dance.surely_not  # noqa: B018
 
 
-def _dependencies() -> list[Requirement]:
-    """What the package and all its extras require directly."""
-    found = [Requirement(text) for text in requires("pt_dance") or []]
+def test_type_checkers_and_editors_see_the_same_public_names():
+    """They read ``__all__`` and the imports under ``TYPE_CHECKING`` without running either."""
+    assert sorted(pt_dance.__all__) == sorted(["__version__", *pt_dance._CLASSES, *pt_dance._MODULES])
+    (checked,) = [node for node in ast.parse(Path(pt_dance.__file__).read_text()).body if isinstance(node, ast.If)]
+    homes = {alias.name: node.module for node in checked.body for alias in node.names}
+    modules = dict.fromkeys(pt_dance._MODULES, "pt_dance")
+    assert homes == {name: f"pt_dance.{home}" for name, home in pt_dance._CLASSES.items()} | modules
+
+
+def test_editors_complete_the_public_names():
+    offered = {found.name for found in jedi.Script("from pt_dance import ").complete()}
+    assert set(pt_dance.__all__) - {"__version__"} <= offered
+    (signature,) = jedi.Script("from pt_dance import DualEncoder\nDualEncoder(").get_signatures()
+    assert [p.name for p in signature.params] == list(inspect.signature(pt_dance.DualEncoder).parameters)
+
+
+def _imported(*folders: str) -> dict[str, set[str]]:
+    """The modules of others that some folders import, late imports and all, with the distributions that hold each."""
+    homes = packages_distributions()
+    found: set[str] = set()
+    for path in itertools.chain.from_iterable((ROOT / folder).rglob("*.py") for folder in folders):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                found.add(node.module.split(".")[0])
+    found -= sys.stdlib_module_names | {"pt_dance"}
+    return {name: {canonicalize_name(home) for home in homes[name]} for name in found if name in homes}
+
+
+def _dependencies(*extras: str) -> list[Requirement]:
+    """What pyproject.toml requires: the package itself, and some or (with "all") all of its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    texts = project["dependencies"] + [text for extra in (optional if extras == ("all",) else extras)
+                                       for text in optional[extra]]  # fmt: skip
+    found = [Requirement(text) for text in texts]
     return [requirement for requirement in found if canonicalize_name(requirement.name) != "pt-dance"]
+
+
+def _names(*extras: str) -> set[str]:
+    return {canonicalize_name(requirement.name) for requirement in _dependencies(*extras)}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    imported = _imported("pt_dance")
+    declared = _names("pisa", "terrier", "lora")
+    assert [name for name, homes in imported.items() if not homes & declared] == []
+    # The Trainer asks for accelerate; matplotlib, scikit-learn and Jinja2 belong to pt_dance.analysis.
+    assert _names() - set().union(*imported.values()) <= {"accelerate", "jinja2", "matplotlib", "scikit-learn"}
+    others = _imported("tests", "experiments")
+    assert [name for name, homes in others.items() if not homes & _names("all")] == []
 
 
 def test_what_is_required_is_pinned_within_its_bounds():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(re.fullmatch(r"([a-z0-9-]+)==(\S+)", line).groups() for line in lines if not line.startswith("#"))
     assert pins["torch"] == "2.13.0"
-    for requirement in _dependencies():
+    for requirement in _dependencies("all"):
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
 def test_every_dependency_has_a_lower_bound():
-    for requirement in _dependencies():
+    for requirement in _dependencies("all"):
         assert [bound.operator for bound in requirement.specifier] == [">="], requirement
