@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,6 +78,16 @@ def test_errors_of_others_pass_as_they_are(tmp_path):
         with pytest.raises(type(error)) as caught, writing(final, "it", KEPT):
             raise error
         assert caught.value is error
+
+
+def test_a_full_disk_makes_no_other_error_one_of_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    for error in (RuntimeError("4 devices requested and 1 found"), ValueError("No space left on device")):
+        with pytest.raises(type(error)) as caught, writing(tmp_path / "final", "it", KEPT):
+            raise error
+        assert caught.value is error
+    with pytest.raises(DiskError, match="it could not be written"), writing(tmp_path / "final", "it", KEPT):
+        raise RuntimeError("write error in index.faiss: No space left on device")
 
 
 def test_a_stage_of_the_user_on_a_full_disk_is_not_ours(tmp_path):

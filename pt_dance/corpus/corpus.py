@@ -13,8 +13,9 @@ import xxhash
 
 from pt_dance.corpus.arrow import TextColumn, open_table, table_writer
 from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, check_docno
-from pt_dance.corpus.sources import iter_documents, progress_bar
+from pt_dance.corpus.sources import iter_documents
 from pt_dance.storage.folders import read_json, write_json
+from pt_dance.storage.progress import progress_bar
 from pt_dance.storage.writing import new_folder
 
 if TYPE_CHECKING:

@@ -130,7 +130,7 @@ def split_corpus(
             fields=["text"],
             verbose=False,
         )
-        counts.tofile(building / _COUNTS)
+        (building / _COUNTS).write_bytes(counts.data)
         meta = {
             "type": PassageCorpus.ARTIFACT_TYPE,
             "format": PassageCorpus.ARTIFACT_FORMAT,

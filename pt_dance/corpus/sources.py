@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyterrier as pt
+
+from pt_dance.storage.progress import progress_bar
 
 
 def iter_documents(source: Any, *, verbose: bool = False, desc: str = "documents") -> Iterator[dict[str, Any]]:
@@ -61,20 +62,4 @@ def source_length(source: Any) -> int | None:
     """Return how many documents a source has, None if it does not say."""
     with contextlib.suppress(TypeError, NotImplementedError):
         return len(source)
-    return None
-
-
-def progress_bar(verbose: bool, desc: str, total: int | None, initial: int = 0) -> Any:
-    """Return a progress bar over documents; it shows nothing if not ``verbose``."""
-    return pt.tqdm(desc=desc, total=total, initial=initial, unit="doc", disable=not verbose, delay=1)
-
-
-def lone_surrogate(text: str) -> int | None:
-    """Return the index of the first lone surrogate in a text, which is no valid Unicode then; None if there is none."""
-    if text.isascii():
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError as err:
-        return err.start
     return None

@@ -18,9 +18,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Router
 from torch import nn
 
-from pt_dance.corpus.sources import lone_surrogate
 from pt_dance.encoder.packed import packed
 from pt_dance.encoder.reading import Reader, TransformerReader, reader_for
+from pt_dance.storage.texts import lone_surrogate
 
 READ_AT_ONCE = 1024
 """Texts tokenised in one go: what waits in memory besides the batches in flight."""

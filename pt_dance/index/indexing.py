@@ -16,7 +16,7 @@ import pyterrier as pt
 from pt_dance.corpus.corpus import Corpus
 from pt_dance.corpus.docnos import check_docno
 from pt_dance.corpus.passages import PassageCorpus
-from pt_dance.corpus.sources import iter_documents, lone_surrogate, progress_bar, source_length
+from pt_dance.corpus.sources import iter_documents, source_length
 from pt_dance.index.files import META, OpenIndex, row_bytes
 from pt_dance.index.writer import IndexWriter, Shard, check_vectors, digest_of
 from pt_dance.storage.folders import (
@@ -29,6 +29,8 @@ from pt_dance.storage.folders import (
     replace_folder,
     require_space,
 )
+from pt_dance.storage.progress import progress_bar
+from pt_dance.storage.texts import lone_surrogate
 from pt_dance.storage.writing import KEPT, writing
 
 if TYPE_CHECKING:

@@ -280,7 +280,7 @@ class IndexWriter:
         (self.folder / NPIDS).unlink(missing_ok=True)
         write_npids(self.folder / NPIDS, iter(docnos))
         DocnoRows.write(self.folder / HASHES, self._seen.hashes)
-        docnos.ranks().tofile(self.folder / RANKS)
+        (self.folder / RANKS).write_bytes(docnos.ranks().data)
         digest = xxhash.xxh3_128()
         for path in (self._vectors_path, lines):
             with open(path, "rb") as file:

@@ -12,10 +12,10 @@ import pandas as pd
 import pyterrier as pt
 import xxhash
 
-from pt_dance.corpus.sources import progress_bar
 from pt_dance.retriever.dense import DenseRetriever
 from pt_dance.retriever.documents import best_documents, has_passages, iter_document_search
 from pt_dance.storage.folders import read_json, remove_folder, write_json
+from pt_dance.storage.progress import progress_bar
 from pt_dance.storage.writing import new_folder
 
 if TYPE_CHECKING:

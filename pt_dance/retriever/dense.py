@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pt_dance.corpus.sources import lone_surrogate
 from pt_dance.retriever.documents import iter_document_search, score_documents
 from pt_dance.retriever.search.exact import MAX_NORM
+from pt_dance.storage.texts import lone_surrogate
 
 if TYPE_CHECKING:
     from pt_dance.encoder.dual_encoder import DualEncoder

@@ -17,16 +17,18 @@ from pt_dance.storage.folders import DiskError, building_path, lock_folder, publ
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_DISK = _FULL | {errno.EROFS, errno.EFBIG}
 _OF_A_FILE = _OF_THE_DISK | {errno.EACCES, errno.EPERM, errno.EIO}
-# What libraries say that raise no OSError with a number; torch (twice) and NumPy, the last three, whatever the reason.
-_SAID_WHEN_FULL = (
-    "No space left on device",
-    "os error 28",
-    "database or disk is full",
-    "PytorchStreamWriter failed",
-    "unexpected pos",
-    "requested and",
-)
-_SAID_WHEN_READ_ONLY = ("Read-only file system", "os error 30", "readonly database")
+# What libraries say that raise no OSError with a number: the system's own words (tokenizers, safetensors, FAISS),
+# SQLite's, and torch's, whose writer gives no reason.
+_SAID = {
+    errno.ENOSPC: (
+        os.strerror(errno.ENOSPC),
+        "database or disk is full",
+        "PytorchStreamWriter failed",
+        "unexpected pos",
+    ),
+    errno.EROFS: (os.strerror(errno.EROFS), "readonly database"),
+}
+# More than any library leaves unused when it finds no room for its next block.
 _NEARLY_FULL = 64 << 20
 
 KEPT = "what was finished is kept, and the same call goes on from there"
@@ -108,9 +110,9 @@ def _cause(err: Exception, path: Path) -> tuple[int | None, Path | None]:
             )
             return (err.errno, file) if is_ours and err.errno in _OF_A_FILE else (None, None)
         return (err.errno if _is_so(err.errno, path) else None), None
-    # Tokenizers raises a bare Exception, torch and FAISS a RuntimeError, shutil and NumPy an OSError without a number.
+    # Tokenizers raises a bare Exception, torch and FAISS a RuntimeError, shutil an OSError without a number.
     if isinstance(err, (OSError, sqlite3.OperationalError, SafetensorError)) or type(err) in (Exception, RuntimeError):
-        for code, sentences in ((errno.ENOSPC, _SAID_WHEN_FULL), (errno.EROFS, _SAID_WHEN_READ_ONLY)):
+        for code, sentences in _SAID.items():
             if any(sentence in str(err) for sentence in sentences) and _is_so(code, path):
                 return code, None
     return None, None

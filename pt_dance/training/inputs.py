@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pt_dance.corpus.sources import lone_surrogate
+from pt_dance.storage.texts import lone_surrogate
 
 
 @dataclass

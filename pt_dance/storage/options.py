@@ -1,0 +1,144 @@
+"""The one check of options: what makes no sense is refused in one sentence that names the option and its value."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def is_whole(value: object) -> bool:
+    """Return whether a value is a whole number, of Python or NumPy; a truth value is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number, of Python or NumPy; a truth value is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def whole(name: str, value: Any, lowest: int = 1, highest: int | None = None, *, or_none: bool = False) -> Any:
+    """Return an option that is a whole number as an ``int`` (or None, where ``or_none`` says that it may be that).
+
+    Args:
+        name: The option, for the message.
+        value: What was given: an ``int`` or a whole number of NumPy.
+        lowest: The smallest number that makes sense.
+        highest: The largest one, None for no limit.
+        or_none: Whether None makes sense, too.
+
+    Raises:
+        ValueError: If it is no such number.
+    """
+    if value is None and or_none:
+        return None
+    if not is_whole(value) or value < lowest or (highest is not None and value > highest):
+        bounds = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ValueError(f"{name}={value!r} must be a whole number {bounds}{', or None' if or_none else ''}")
+    return int(value)
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    lowest: float | None = None,
+    below: float | None = None,
+    highest: float | None = None,
+    or_none: bool = False,
+) -> Any:
+    """Return an option that is a finite number as a ``float`` (or None, where ``or_none`` says that it may be that).
+
+    Args:
+        name: The option, for the message.
+        value: What was given: a number of Python or NumPy.
+        above: It must be greater than this.
+        lowest: It must be at least this.
+        below: It must be less than this.
+        highest: It must be at most this.
+        or_none: Whether None makes sense, too.
+
+    Raises:
+        ValueError: If it is no such number.
+    """
+    if value is None and or_none:
+        return None
+    good = is_number(value) and (above is None or value > above) and (lowest is None or value >= lowest)
+    if not good or (below is not None and value >= below) or (highest is not None and value > highest):
+        limits = (("above", above), ("of at least", lowest), ("below", below), ("of at most", highest))
+        words = " and ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
+        raise ValueError(f"{name}={value!r} must be a number {words}".rstrip() + (", or None" if or_none else ""))
+    return float(value)
+
+
+def choice(name: str, value: Any, choices: Sequence[str], *, or_none: bool = False) -> Any:
+    """Return an option that is one of a few words (or None, where ``or_none`` says that it may be that).
+
+    Raises:
+        ValueError: If it is none of them; lists them.
+    """
+    if value is None and or_none:
+        return None
+    if not isinstance(value, str) or value not in choices:
+        known = ", ".join(map(repr, [*choices, *([None] if or_none else [])]))
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {known}")
+    return str(value)
+
+
+def column(name: str, value: Any) -> str:
+    """Return an option that names a column.
+
+    Raises:
+        ValueError: If it is no string, or an empty one.
+    """
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name}={value!r} must be the name of a column")
+    return str(value)
+
+
+def path_of(value: Any, name: str = "path") -> Path:
+    """Return the absolute path that a user means: ``~`` is the home folder, and a relative path is meant from here.
+
+    Every path that enters goes through this door, so that a process may change its working folder afterwards.
+
+    Args:
+        value: A string or an ``os.PathLike`` of one.
+        name: What the message calls it.
+
+    Raises:
+        TypeError: If it is no path.
+        ValueError: If it is empty, holds a null character, or begins with the home folder of an unknown user.
+    """
+    path = value if isinstance(value, str) else os.fspath(value) if isinstance(value, os.PathLike) else None
+    if not isinstance(path, str):
+        raise TypeError(f"{name}={value!r} must be a path, a string or a pathlib.Path")
+    if not path or "\0" in path:
+        raise ValueError(f"{name}={value!r} is no path: it {'holds a null character' if path else 'is empty'}")
+    # Before pathlib, which takes the "./" away from a folder called "./~".
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{name}={value!r} begins with a home folder that is not known: write it out")
+    return Path(os.path.abspath(expanded))
+
+
+def list_of(what: str, values: Iterable[Any], context: str) -> list[Any]:
+    """Return a list of what was given as several things; one string is not a list of its characters.
+
+    Args:
+        what: What they are, for the message, e.g. "docnos".
+        values: Any iterable but a string.
+        context: Who asks, e.g. "Corpus.texts".
+
+    Raises:
+        TypeError: If it is one string, or no iterable.
+    """
+    if isinstance(values, (str, bytes)):
+        raise TypeError(f"{context} takes a list of {what}, not one string: write [{values!r}]")
+    try:
+        return list(values)
+    except TypeError as err:
+        raise TypeError(f"{context} takes a list of {what}, not {values!r}") from err
