@@ -12,6 +12,7 @@ import pytest
 from ir_measures import R, nDCG
 
 from pt_dance import Corpus, DenseIndex, DenseRetriever, DualEncoder
+from pt_dance.storage.queries import _say_once
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +290,26 @@ class TestContractOfTheIndex(pt.testing.transformer_test_class(lambda: None)):
     @classmethod
     def make(cls, index):
         cls.transformer = index
+
+
+def test_the_users_words_are_encoded_not_what_rewriters_made_of_them(index):
+    dense = index.retriever(40)
+    expected = dense(TOPICS)
+    rewrite = pt.apply.query(lambda row: f"applypipeline:off {row['query']}^0.3")
+    _say_once.cache_clear()
+    with pytest.warns(UserWarning, match="the queries were rewritten .* it reads what the user asked") as said:
+        once, twice = (rewrite >> dense)(TOPICS), (rewrite >> rewrite >> dense)(TOPICS)
+        rescored = dense(rewrite(expected))
+    assert len(said) == 1
+    for found in (once, twice, rescored):
+        assert found["docno"].tolist() == expected["docno"].tolist()
+        assert np.abs(found["score"] - expected["score"]).max() < 1e-6
+        assert found["query"].str.startswith("applypipeline:off ").all(), "columns that came in stay"
+    # In a frame of rewritten and other queries every row has its own; without the column there is nothing to know.
+    some = rewrite(TOPICS).assign(query_0=[None, "other3", float("nan")], query=TOPICS["query"])
+    assert dense(some)["docno"].tolist() == expected["docno"].tolist()
+    told = dense(rewrite(TOPICS).drop(columns="query_0"))
+    assert told["score"].tolist() != expected["score"].tolist()
 
 
 # --- bad input

@@ -12,6 +12,7 @@ import pyterrier as pt
 
 from pt_dance.retriever.documents import iter_document_search, score_documents
 from pt_dance.retriever.search.exact import MAX_NORM
+from pt_dance.storage.queries import users_queries
 from pt_dance.storage.texts import lone_surrogate
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ class DenseRetriever(pt.Transformer):
 
     Given queries, it returns the best documents of the whole index. Given results (a frame with ``docno``), it keeps
     every row and gives it the score that the first way would give it, to the bit: no text is needed. Equal scores are
-    ordered by docno. Of an index of passages the documents are the whole ones, each with the score of its best passage
-    (MaxP).
+    ordered by docno. Where a rewriter changed the query, the user's own words are encoded: the last of PyTerrier's
+    columns ``query_0``, ``query_1``, ... Of an index of passages the documents are the whole ones, each with the score
+    of its best passage (MaxP).
 
     Args:
         index: Where the vectors are.
@@ -160,7 +162,7 @@ class DenseRetriever(pt.Transformer):
             vectors, query_of = self._query_vectors(inp), np.arange(len(inp))
         else:
             # Each distinct query is encoded once; the qid that names it in an error is the first one.
-            query_of, queries = pd.factorize(inp["query"], use_na_sentinel=False)
+            query_of, queries = pd.factorize(users_queries(inp), use_na_sentinel=False)
             first = np.full(len(queries), len(inp), dtype=np.int64)
             np.minimum.at(first, query_of, np.arange(len(inp)))
             vectors = self._query_vectors(inp.iloc[first])
@@ -182,7 +184,7 @@ class DenseRetriever(pt.Transformer):
         """Return vectors, ``float32`` (rows, d), or queries as they are given, if nothing is wrong with them."""
         qids = inp["qid"]
         if "query_vec" not in inp.columns:
-            queries = inp["query"].tolist()
+            queries = users_queries(inp).tolist()
             for position, query in enumerate(queries):
                 if not isinstance(query, str):
                     raise TypeError(
