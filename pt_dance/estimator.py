@@ -23,7 +23,7 @@ from pt_dance.storage.writing import KEPT, writing
 from pt_dance.training.examples import build_examples
 from pt_dance.training.history import best_round, describe_round
 from pt_dance.training.inputs import TrainingInput, check_in_corpus, check_query_texts, check_training_input
-from pt_dance.training.options import check_measures, check_options, is_whole
+from pt_dance.training.options import check_measures, check_one_process, check_options, is_whole
 from pt_dance.training.run_files import RunFiles, keep_frozen
 from pt_dance.training.run_folder import META, RunFolder, read_meta
 from pt_dance.training.settings import fit_settings
@@ -188,8 +188,10 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
 
         Raises:
             KeyError, TypeError, ValueError: one sentence on what is wrong with the frames, before any work is done.
+            RuntimeError: one of several processes called this.
             OSError: the disk is full or cannot be written to; what was finished is kept.
         """
+        check_one_process()
         if self.corpus is None:
             raise ValueError("training needs the documents: give corpus=... when making or loading the DanceRetriever")
         if (topics_or_res_va is None) != (qrels_va is None):

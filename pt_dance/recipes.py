@@ -6,6 +6,7 @@ what the method does; ``dataclasses.replace(round, ...)`` changes what you want 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -46,6 +47,12 @@ class Round:
         share_of_queries: part of the training queries that is mined for and trained on in this round, taking turns.
         teacher: any pipeline that scores (query, text) rows, for losses that learn from a teacher ("margin_mse").
         epochs: passes over the (query, positive) pairs.
+        steps: optimiser steps of this round, whatever ``epochs`` says: the index is refreshed every so many steps, as
+            ANCE's release does. A pass may then go on in the next round; None trains ``epochs`` passes.
+        carry_optimizer: go on with the optimiser and the learning rate schedule of the round before, instead of
+            starting both anew. Rounds that go on so share one schedule over all their steps, whose ``learning_rate``,
+            ``warmup``, ``scheduler`` and ``training_arguments`` must be the same in all of them. Means nothing in the
+            first round of a recipe.
         batch_size: rows of a batch.
         learning_rate: peak learning rate; None takes 2e-5 for transformers and 2e-2 for static towers.
         warmup: share of the steps over which the learning rate rises linearly.
@@ -71,6 +78,8 @@ class Round:
     share_of_queries: float = 1.0
     teacher: object = None
     epochs: int = 1
+    steps: int | None = None
+    carry_optimizer: bool = False
     batch_size: int = 64
     learning_rate: float | None = None
     warmup: float = 0.1
@@ -92,6 +101,10 @@ class Round:
         check_options(self.depth, self.negatives_per_query, self.sampling, self.rank_range)
         for option in ("negatives_per_row", "query_negatives_per_row", "epochs", "batch_size", "checkpoint_steps"):
             check_whole(option, getattr(self, option), 1)
+        if self.steps is not None:
+            check_whole("steps", self.steps, 1)
+        if not isinstance(self.carry_optimizer, bool):
+            raise TypeError(f"carry_optimizer={self.carry_optimizer!r} must be True or False")
         if self.learning_rate is not None and not (is_number(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate={self.learning_rate!r} must be a number above 0, or None")
         if not (is_number(self.share_of_queries) and 0 < self.share_of_queries <= 1):
@@ -352,6 +365,13 @@ def check_recipe(recipe: object) -> list[Round]:
             )
     if not rounds:
         raise ValueError("the recipe has no round; give at least one pt_dance.Round")
+    for number, (before, entry) in enumerate(itertools.pairwise(rounds), start=2):
+        for option in ("learning_rate", "warmup", "scheduler", "training_arguments"):
+            if entry.carry_optimizer and getattr(entry, option) != getattr(before, option):
+                raise ValueError(
+                    f"round {number} of the recipe goes on with the optimiser of the round before (carry_optimizer), "
+                    f"but has another {option}: {getattr(entry, option)!r} instead of {getattr(before, option)!r}"
+                )
     return list(rounds)
 
 

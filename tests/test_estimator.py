@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -291,3 +292,27 @@ class TestTransformerContract(pt.testing.transformer_test_class(uninspected)):
 def test_dense_retriever_is_what_transform_uses(fitted):
     assert isinstance(fitted[0].retriever(), DenseRetriever)
     assert fitted[0].retriever(5).num_results == 5
+
+
+def test_one_of_several_processes_is_refused_before_anything_is_written(collection, tmp_path, monkeypatch):
+    dance = make(collection, tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2"):
+        dance.fit(collection.train, collection.qrels)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    dance.fit(collection.train.head(20), collection.qrels)
+
+
+def test_rounds_that_carry_the_optimizer_share_one_schedule():
+    first = Round(learning_rate=1e-3)
+    for option, value in {
+        "learning_rate": 2e-3, "warmup": 0.3, "scheduler": "cosine", "training_arguments": {"weight_decay": 0.1},
+    }.items():  # fmt: skip
+        other = replace(first, carry_optimizer=True, **{option: value})
+        with pytest.raises(ValueError, match=f"round 2 .*{option}"):
+            recipes.check_recipe([first, other])
+        recipes.check_recipe([first, replace(other, carry_optimizer=False)])
+    for wrong in ({"carry_optimizer": 1}, {"steps": 0}, {"steps": 2.0}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+            Round(**wrong)

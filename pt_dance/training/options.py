@@ -57,6 +57,20 @@ def check_options(*, num_results: object, seed: object, patience: object, keep: 
         raise FileExistsError(f"{str(path)!r} cannot be made, since {str(above)!r} is a file; give another path")
 
 
+def check_one_process() -> None:
+    """Refuse to train in one of several processes, which would write to one folder at once.
+
+    Raises:
+        RuntimeError: if ``torchrun`` or ``accelerate launch`` started more than one process.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes.isdecimal() and int(processes) > 1:
+        raise RuntimeError(
+            f"fit runs in one process, but {processes} were started (WORLD_SIZE={processes}); start it with plain "
+            "python, without torchrun or accelerate launch"
+        )
+
+
 def check_measures(measure: object) -> list[Measure]:
     """The measures as a list.
 
