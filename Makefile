@@ -23,12 +23,16 @@ quickstart: $(INSTALLED)  ## train on a small real collection and print the tabl
 test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest tests
 
-lint: $(INSTALLED)  ## check the style
+lint: $(INSTALLED)  ## check style, types and what imports what
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
-format: $(INSTALLED)  ## sort imports and mend what can be mended automatically
+format: $(INSTALLED)  ## format, sort imports and mend what can be mended automatically
 	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 clean:  ## remove caches and builds, but neither the environment nor results
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find pt_dance tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

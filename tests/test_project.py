@@ -6,7 +6,9 @@ import ast
 import inspect
 import itertools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -124,3 +126,37 @@ def test_what_is_required_is_pinned_within_its_bounds():
 def test_every_dependency_has_a_lower_bound():
     for requirement in _dependencies("all"):
         assert [bound.operator for bound in requirement.specifier] == [">="], requirement
+
+
+def lint_imports(folder: Path) -> subprocess.CompletedProcess:
+    """import-linter over the package in a folder, with the contracts of pyproject.toml."""
+    program = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(cache_dir=None))"
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, env=environment, timeout=120
+    )
+
+
+BROKEN = {
+    "storage/folders.py": ("from pt_dance.corpus import Corpus", "storage is not allowed to import pt_dance.corpus"),
+    "encoder/towers.py": ("from pt_dance.corpus import Corpus", "encoder is not allowed to import pt_dance.corpus"),
+    "losses/rows.py": ("import pyterrier", "losses is not allowed to import pyterrier"),
+    "mining/filters.py": ("import torch", "mining is not allowed to import torch"),
+    "losses/base.py": ("from pt_dance.losses.dual import DualLoss", "No cycles are allowed in pt_dance.losses"),
+}
+
+
+@pytest.mark.parametrize("module", BROKEN)
+def test_a_broken_layer_is_found(tmp_path, module):
+    """A late import counts, too. The package as it is keeps every contract."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "pt_dance", tmp_path / "pt_dance", ignore=shutil.ignore_patterns("__pycache__"))
+    if module is None:
+        done = lint_imports(tmp_path)
+        assert done.returncode == 0, done.stdout
+    else:
+        statement, complaint = BROKEN[module]
+        with (tmp_path / "pt_dance" / module).open("a") as file:
+            file.write(f"\n\ndef late():\n    {statement}\n")
+        done = lint_imports(tmp_path)
+        assert done.returncode == 1 and complaint in done.stdout, done.stdout + done.stderr
