@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pt_dance import mining
+from pt_dance import Corpus, mining
 from pt_dance.mining import NearDuplicate, PositiveMargin, RankRange, TeacherScore, mine_documents, mine_queries
 
 TOPICS = pd.DataFrame({"qid": ["a", "b", "c"], "query": ["red fox", "blue sky", "red fox"]})
@@ -146,21 +146,18 @@ def test_positive_margin_compares_with_the_best_positive():
         PositiveMargin(scorer)
 
 
-class Texts:
-    """Texts by docno, as a corpus gives them."""
-
-    def __init__(self, texts):
-        self.of = texts
-
-    def texts(self, docnos):
-        return [self.of[docno] for docno in docnos]
+def corpus_of(texts: dict[str, str], folder) -> Corpus:
+    documents = [{"docno": docno, "text": text} for docno, text in texts.items()]
+    return Corpus.build(documents, folder / "corpus", fields=["text"], verbose=False)
 
 
-def test_near_duplicates_of_a_positive_are_removed():
+def test_near_duplicates_of_a_positive_are_removed(tmp_path):
     words = "a long enough text about foxes that run over hills and fields in the morning sun of a day"
     texts = {f"d{i}": f"document {i} has words {i * 7} of its own {i * 13}" for i in range(40)}
     texts |= {"d3": words, "d5": words + " again", "d6": "not at all " + texts["d6"]}
-    mined = mine_documents(results(), TOPICS, QRELS, Texts(texts), depth=40, negatives=40, filters=[NearDuplicate(0.8)])
+    mined = mine_documents(
+        results(), TOPICS, QRELS, corpus_of(texts, tmp_path), depth=40, negatives=40, filters=[NearDuplicate(0.8)]
+    )
     of_b = set(mined[mined["qid"] == "b"]["docno"])
     assert "d5" not in of_b and "d6" in of_b and len(of_b) == 38
     with pytest.raises(ValueError, match="corpus="):
@@ -205,7 +202,7 @@ def static_encoder():
     return DualEncoder.static(texts * 3, dim=32, vocab_size=500, seed=0)
 
 
-def test_query_negatives_are_the_nearest_queries_that_are_not_relevant(static_encoder):
+def test_query_negatives_are_the_nearest_queries_that_are_not_relevant(static_encoder, tmp_path):
     rng = np.random.default_rng(0)
     topics = pd.DataFrame(
         {"qid": [f"q{i}" for i in range(60)], "query": [f"word{i % 50} word{i % 50 + 1}" for i in range(60)]}
@@ -215,7 +212,7 @@ def test_query_negatives_are_the_nearest_queries_that_are_not_relevant(static_en
         [(f"q{q}", f"d{d}", 1) for q in range(60) for d in {q % 50, *rng.integers(0, 50, 2).tolist()}],
         columns=["qid", "docno", "label"],
     )
-    corpus = Texts(documents)
+    corpus = corpus_of(documents, tmp_path)
     mined = mine_queries(
         static_encoder, topics, qrels, corpus, depth=12, negatives=12, sampling="top", document_block=7
     )
@@ -234,8 +231,8 @@ def test_query_negatives_are_the_nearest_queries_that_are_not_relevant(static_en
     pd.testing.assert_frame_equal(frame, again)
 
 
-def test_query_negatives_from_a_pipeline_with_documents_as_queries():
-    corpus = Texts({f"d{i}": f"text {i}" for i in range(40)})
+def test_query_negatives_from_a_pipeline_with_documents_as_queries(tmp_path):
+    corpus = corpus_of({f"d{i}": f"text {i}" for i in range(40)}, tmp_path)
     found = pd.DataFrame({"qid": ["d1"] * 3 + ["d3"] * 3, "docno": ["a", "b", "zz"] * 2})
     found = found.assign(score=[3.0, 2.0, 1.0] * 2, rank=[0, 1, 2] * 2)
     pairs = QRELS[QRELS["docno"].isin(["d1", "d3"])]

@@ -22,7 +22,7 @@ from pt_dance.encoder import precision as _probe
 from pt_dance.encoder.builders import EncoderBuilders
 from pt_dance.encoder.files import EncoderFiles
 from pt_dance.encoder.fingerprint import fingerprint as _fingerprint
-from pt_dance.encoder.reading import prompt_for
+from pt_dance.encoder.reading import prompt_for, reading_digests
 from pt_dance.encoder.stages import HANDED_OVER, DocEncoder, QueryEncoder, TextScorer
 
 DTYPES = ("float32", "bfloat16", "auto")
@@ -245,6 +245,22 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
                 for i in range(0, len(texts), size)
             ]
         )
+
+    def reading_digests(self, texts: Sequence[str], task: str = "document") -> np.ndarray:
+        """Return what tells the texts that the encoder can tell apart from one another: a hash of what it reads.
+
+        That is their tokens: after lower-casing, unknown words and cutting at the maximum length, as the tokenizer
+        does these; of static towers, whose vectors are means, without their order. Texts with equal hashes get equal
+        vectors.
+
+        Args:
+            texts: Queries or documents.
+            task: "query" or "document".
+
+        Returns:
+            uint64 (len(texts),).
+        """
+        return reading_digests(self.model, _encoding.checked(texts, task), task)
 
     # -- in pipelines --------------------------------------------------------------------------------------------
 

@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, StaticEmbedding, Transformer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pt_dance.storage.digests import short_text_digest
+
 # A tokenizer cannot be used by two threads at once (it is reconfigured at every call), and encoders may share one.
 _TOKENIZING = threading.Lock()
+
+_DIGEST_BLOCK = 4096
 
 
 def prompt_for(model: SentenceTransformer, task: str) -> str | None:
@@ -56,6 +61,12 @@ class PaddedTexts:
             features[name] = torch.from_numpy(padded)
         features["attention_mask"] = torch.from_numpy(held.astype(np.int64))
         return features
+
+    def digests(self) -> np.ndarray:
+        """A hash of each text's token ids, uint64 (texts,)."""
+        ids = self._flat["input_ids"]
+        cuts = zip(self._starts, self._starts + self.lengths, strict=True)
+        return np.fromiter((_hash(ids[a:b]) for a, b in cuts), np.uint64, len(self.lengths))
 
 
 class TransformerReader:
@@ -120,6 +131,15 @@ class BagOfTexts:
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])[:-1]]).astype(np.int64)
         return {"input_ids": torch.from_numpy(ids), "offsets": torch.from_numpy(offsets)}
 
+    def digests(self) -> np.ndarray:
+        """A hash of each text's token ids and how often each occurs, uint64 (texts,): a mean knows no order."""
+
+        def shares(ids: list[int]) -> np.ndarray:
+            tokens, counts = np.unique(np.array(ids, dtype=np.int64), return_counts=True)
+            return np.stack([tokens, counts // (np.gcd.reduce(counts) or 1)])
+
+        return np.fromiter((_hash(shares(ids)) for ids in self._ids), np.uint64, len(self._ids))
+
 
 class StaticReader:
     """Tokenises as :class:`sentence_transformers.sentence_transformer.modules.StaticEmbedding` does."""
@@ -152,6 +172,10 @@ class AnyTexts:
         with _TOKENIZING:
             return reader.model.preprocess([self._texts[row] for row in rows], prompt=reader.prompt, task=reader.task)
 
+    def digests(self) -> np.ndarray:
+        """A hash of each text, uint64 (texts,): only texts equal letter by letter are known to be read alike."""
+        return np.fromiter(map(short_text_digest, self._texts), np.uint64, len(self._texts))
+
 
 class AnyReader:
     """For input modules with a tokenisation of their own."""
@@ -177,3 +201,14 @@ def reader_for(model: SentenceTransformer, task: str) -> Reader:
     if type(tower) is StaticEmbedding:
         return StaticReader(tower, prompt)
     return AnyReader(model, task, prompt)
+
+
+def reading_digests(model: SentenceTransformer, texts: list[str], task: str) -> np.ndarray:
+    """A hash of what a model reads of each text, uint64 (texts,): texts with equal ones get equal vectors."""
+    reader = reader_for(model, task)
+    blocks = (reader.read(texts[i : i + _DIGEST_BLOCK]).digests() for i in range(0, len(texts), _DIGEST_BLOCK))
+    return np.concatenate([np.empty(0, np.uint64), *blocks])
+
+
+def _hash(numbers: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(numbers))

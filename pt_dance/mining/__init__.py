@@ -8,6 +8,7 @@ from pt_dance.mining.documents import mine_documents
 from pt_dance.mining.filters import MiningContext, NearDuplicate, PositiveMargin, RankRange, TeacherScore
 from pt_dance.mining.judgements import positive_pairs
 from pt_dance.mining.queries import mine_queries
+from pt_dance.mining.readings import Readings
 from pt_dance.mining.sources import describe_source, needs_dense, resolve_source
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "NearDuplicate",
     "PositiveMargin",
     "RankRange",
+    "Readings",
     "TeacherScore",
     "describe_source",
     "mine_documents",

@@ -13,26 +13,25 @@ import numpy as np
 import pandas as pd
 
 from pt_dance.mining.filters import Filter, MiningContext
+from pt_dance.mining.readings import Readings
+from pt_dance.storage import options
 
 SAMPLING = ("uniform", "top")
 
 
 def check_options(depth: int, negatives: int, sampling: str, rank_range: tuple[int, int] | None) -> None:
-    """Raises ValueError where an option of the mining functions makes no sense."""
-    if sampling not in SAMPLING:
-        raise ValueError(f"sampling={sampling!r} is unknown; choose one of {', '.join(map(repr, SAMPLING))}")
-    for name, value in (("depth", depth), ("negatives", negatives)):
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    """Raise ValueError where an option of the mining functions makes no sense."""
+    options.choice("sampling", sampling, SAMPLING)
+    options.whole("depth", depth)
+    options.whole("negatives", negatives)
     if rank_range is None:
         return
     is_pair = isinstance(rank_range, (tuple, list)) and len(rank_range) == 2
-    is_pair = is_pair and all(isinstance(rank, (int, np.integer)) for rank in rank_range)
-    if not is_pair or not 0 <= rank_range[0] < rank_range[1]:
+    if not is_pair or not all(map(options.is_whole, rank_range)) or not 0 <= rank_range[0] < rank_range[1]:
         raise ValueError(f"rank_range={rank_range!r} must be (first, last) with 0 <= first < last")
 
 
-def random_keys(seed: int, source: pd.Series, candidate: pd.Series) -> np.ndarray:
+def random_keys(seed: int, source: pd.Series, candidate: pd.Series | np.ndarray) -> np.ndarray:
     """One reproducible pseudo-random uint64 a row, from the seed and the two ids alone.
 
     Taking the smallest keys of a query draws uniformly without replacement, and the draw does not depend on the
@@ -40,7 +39,8 @@ def random_keys(seed: int, source: pd.Series, candidate: pd.Series) -> np.ndarra
     """
     with np.errstate(over="ignore"):
         mixed = pd.util.hash_array(source.to_numpy(dtype=object)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= pd.util.hash_array(candidate.to_numpy(dtype=object))
+        is_hash = isinstance(candidate, np.ndarray)
+        mixed ^= candidate if is_hash else pd.util.hash_array(candidate.to_numpy(dtype=object))
         mixed += np.uint64(seed % 2**64) * np.uint64(0xD1B54A32D192ED03)
         # splitmix64's finaliser: neighbouring inputs give unrelated outputs
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -86,10 +86,9 @@ def ranked(results: pd.DataFrame, source_column: str, candidate_column: str) -> 
     return frame.reset_index(drop=True)
 
 
-def without_pairs(frame: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
-    """The rows of ``frame`` whose (qid, docno) is not among ``pairs``."""
-    known = frame[["qid", "docno"]].merge(pairs[["qid", "docno"]].drop_duplicates(), how="left", indicator=True)
-    return frame[(known["_merge"] == "left_only").to_numpy()]
+def pair_keys(frame: pd.DataFrame, readings: Readings) -> np.ndarray:
+    """Return a hash of each row's qid and of what is read of its document, uint64 (rows,)."""
+    return random_keys(0, frame["qid"], readings.documents(frame["docno"]))
 
 
 def draw(frame: pd.DataFrame, number: int, sampling: str, seed: int, source_column: str, candidate_column: str):
@@ -125,6 +124,7 @@ class CandidateSelection:
     ):
         check_options(depth, negatives, sampling, rank_range)
         self.context = context
+        self._positives = np.sort(pair_keys(context.pairs, context.readings))
         self.source_column = source_column
         self.candidate_column = candidate_column
         self.depth = depth
@@ -145,10 +145,18 @@ class CandidateSelection:
             frame = self._keep(
                 "rank range", frame, frame[frame["rank"].between(self.rank_range[0], self.rank_range[1] - 1)]
             )
-        frame = self._keep("positives", frame, without_pairs(frame, self.context.pairs))
+        frame = self._keep("positives", frame, frame[~self._are_positive(frame)])
         for a_filter in self.filters:
             frame = self._keep(repr(a_filter), frame, frame[np.asarray(a_filter(frame, self.context), dtype=bool)])
         return frame
+
+    def _are_positive(self, frame: pd.DataFrame) -> np.ndarray:
+        """Say which candidates are known to be relevant, copies of what is relevant among them."""
+        if not len(self._positives):
+            return np.zeros(len(frame), dtype=bool)
+        keys = pair_keys(frame, self.context.readings)
+        at = np.minimum(np.searchsorted(self._positives, keys), len(self._positives) - 1)
+        return self._positives[at] == keys
 
     def _keep(self, reason: str, before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
         self.removed[reason] += len(before) - len(after)

@@ -10,7 +10,9 @@ import pyterrier as pt
 from pt_dance.mining.candidates import CandidateSelection
 from pt_dance.mining.filters import Filter, MiningContext
 from pt_dance.mining.judgements import positive_pairs
+from pt_dance.mining.readings import Readings
 from pt_dance.mining.sources import resolve_source
+from pt_dance.storage import options
 
 COLUMNS = ["qid", "docno", "score", "rank"]
 
@@ -28,6 +30,7 @@ def mine_documents(
     filters: Sequence[Filter] = (),
     seed: int = 42,
     qids: pd.Series | None = None,
+    reads: object = None,
     query_block: int = 1000,
     verbose: bool = False,
 ) -> pd.DataFrame:
@@ -35,7 +38,7 @@ def mine_documents(
 
     ANCE (arXiv 2007.00808) mines this way from the index of the model in training: the top 200 of each training query,
     known positives removed, 20 drawn uniformly. **All** positives of a query are removed, also those of another topic
-    with the same text.
+    that reads the same, and copies of them under other docnos.
 
     Args:
         source: a PyTerrier pipeline that takes queries and gives ranked documents; or a result frame; or a list of
@@ -43,7 +46,7 @@ def mine_documents(
             none is given), one source filling up what another lacks.
         topics: queries to mine for, columns ``qid`` and ``query``; further columns are handed to the pipeline.
         qrels: columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
-        corpus: ``Corpus``; only filters that read texts need it.
+        corpus: ``Corpus``; without it copies of a positive are not recognised, and filters cannot read texts.
         depth: how many of the best documents of a query are candidates.
         negatives: how many negatives a query gets at most.
         sampling: ``"uniform"`` draws among the candidates without replacement, ``"top"`` takes the best ranked.
@@ -51,6 +54,8 @@ def mine_documents(
         filters: false-negative filters, applied in order, see :mod:`pt_dance.mining.filters`.
         seed: fixes the draw, which depends on nothing else but the ids.
         qids: mine for these topics only; positives of all are removed all the same.
+        reads: ``DualEncoder`` that is trained, or :class:`Readings`: what it reads of texts decides which are the same.
+            None compares them letter by letter.
         query_block: how many queries are retrieved at a time; bounds memory, does not change the result.
         verbose: shows a progress bar and says how many queries got fewer negatives than asked.
 
@@ -64,8 +69,9 @@ def mine_documents(
         ValueError: if an option makes no sense.
         KeyError: if a column is missing.
     """
+    readings = Readings.of(reads, corpus)
     selection = CandidateSelection(
-        MiningContext(topics, positive_pairs(topics, qrels), corpus),
+        MiningContext(topics, positive_pairs(topics, qrels, readings), corpus, readings),
         source_column="qid",
         candidate_column="docno",
         depth=depth,
@@ -79,7 +85,7 @@ def mine_documents(
     topics = topics.drop_duplicates("qid")
     if qids is not None:
         topics = topics[topics["qid"].isin(qids)]
-    blocks = range(0, len(topics), query_block)
+    blocks = range(0, len(topics), options.whole("query_block", query_block))
     if verbose:
         blocks = pt.tqdm(blocks, desc="mining documents", unit=f"{query_block} queries")
     parts = [pd.DataFrame(columns=COLUMNS)]

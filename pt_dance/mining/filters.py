@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
+
+from pt_dance.mining.readings import Readings
 
 
 @dataclass
@@ -23,11 +25,17 @@ class MiningContext:
         topics: ``qid`` and ``query`` of all queries.
         pairs: all known-relevant (``qid``, ``docno``) pairs.
         corpus: the ``Corpus``, or None where mining was not given one.
+        readings: which texts are the same; those equal letter by letter where nothing else is said.
     """
 
     topics: pd.DataFrame
     pairs: pd.DataFrame
     corpus: object | None = None
+    readings: Readings = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Compare texts letter by letter where nothing else is said."""
+        self.readings = Readings(self.corpus) if self.readings is None else self.readings
 
     def texts(self, docnos: list[str], needed_by: str) -> list[str]:
         """Texts of documents.

@@ -11,7 +11,9 @@ from pt_dance.mining.candidates import CandidateSelection
 from pt_dance.mining.documents import finish
 from pt_dance.mining.filters import Filter, MiningContext
 from pt_dance.mining.judgements import positive_pairs
+from pt_dance.mining.readings import Readings
 from pt_dance.retriever.documents import encoded_vectors, nearest_queries, stored_vectors
+from pt_dance.storage import options
 
 COLUMNS = ["docno", "qid", "score", "rank"]
 
@@ -30,6 +32,7 @@ def mine_queries(
     filters: Sequence[Filter] = (),
     seed: int = 42,
     qids: pd.Series | None = None,
+    reads: object = None,
     document_block: int = 1000,
     verbose: bool = False,
 ) -> pd.DataFrame:
@@ -42,7 +45,7 @@ def mine_queries(
         source: a ``DualEncoder``, whose query vectors make the index that is searched; or a PyTerrier pipeline over the
             training queries (a BM25 index of them, say) that takes a frame of ``qid`` (a docno) and ``query`` (the
             document's text) and gives back queries' qids in the column ``docno``.
-        topics: all training queries, columns ``qid`` and ``query``. Of topics with the same text only the first is a
+        topics: all training queries, columns ``qid`` and ``query``. Of topics that read the same only the first is a
             candidate.
         qrels: columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
         corpus: ``Corpus`` with the positive documents' texts; not needed where ``index`` holds their vectors, unless
@@ -56,6 +59,7 @@ def mine_queries(
         filters: as in :func:`mine_documents`.
         seed: fixes the draw.
         qids: mine for the positive documents of these topics only; all topics are candidates all the same.
+        reads: as in :func:`mine_documents`; ``source`` where that is an encoder and nothing else is given.
         document_block: how many documents are searched with at a time; bounds memory, does not change the result.
         verbose: shows a progress bar and says how many documents got fewer negatives than asked.
 
@@ -68,9 +72,13 @@ def mine_queries(
         ValueError: if an option makes no sense, ``index`` holds other weights, or neither corpus nor index is given.
         KeyError: if a column is missing or a positive document is not in the corpus.
     """
-    pairs = positive_pairs(topics, qrels)
+    is_encoder = not isinstance(source, pt.Transformer) or hasattr(source, "encode_queries")
+    if reads is None and hasattr(source, "reading_digests"):
+        reads = source
+    readings = Readings.of(reads, corpus)
+    pairs = positive_pairs(topics, qrels, readings)
     selection = CandidateSelection(
-        MiningContext(topics, pairs, corpus),
+        MiningContext(topics, pairs, corpus, readings),
         source_column="docno",
         candidate_column="qid",
         depth=depth,
@@ -82,13 +90,15 @@ def mine_queries(
     )
     wanted = pairs if qids is None else pairs[pairs["qid"].isin(qids)]
     documents = wanted["docno"].drop_duplicates().reset_index(drop=True)
-    if isinstance(source, pt.Transformer) and not hasattr(source, "encode_queries"):
-        if corpus is None:
-            raise ValueError("mining queries with a pipeline needs corpus=..., whose texts are the pipeline's queries")
-        search = _pipeline_search(source, topics, corpus, depth)
+    topics = topics[["qid", "query"]]
+    topics = topics[~pd.Series(readings.queries(topics["query"]), index=topics.index).duplicated()]
+    if is_encoder:
+        search = _vector_search(source, topics, corpus, index, depth)
+    elif corpus is None:
+        raise ValueError("mining queries with a pipeline needs corpus=..., whose texts are the pipeline's queries")
     else:
-        search = _vector_search(source, topics, corpus, index, depth, verbose)
-    blocks = range(0, len(documents), document_block)
+        search = _pipeline_search(source, topics, corpus, depth)
+    blocks = range(0, len(documents), options.whole("document_block", document_block))
     if verbose:
         blocks = pt.tqdm(blocks, desc="mining queries", unit=f"{document_block} documents")
     parts = [pd.DataFrame(columns=COLUMNS)]
@@ -98,9 +108,9 @@ def mine_queries(
     return finish(parts, documents, selection, "docno", verbose)
 
 
-def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int, verbose: bool):
-    """A function from docnos to the queries nearest to these documents' vectors."""
-    queries = topics[["qid", "query"]].drop_duplicates("query").sort_values("qid", kind="stable")
+def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int):
+    """Return a function from docnos to the queries nearest to these documents' vectors."""
+    queries = topics.sort_values("qid", kind="stable")
     qids = queries["qid"].to_numpy(dtype=object)
     if index is not None:
         if index.fingerprint != encoder.fingerprint:
@@ -126,9 +136,9 @@ def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int, ver
 
 
 def _pipeline_search(pipeline: pt.Transformer, topics: pd.DataFrame, corpus, depth: int):
-    """A function from docnos to the queries that a pipeline finds with these documents' texts."""
+    """Return a function from docnos to the queries that a pipeline finds with these documents' texts."""
     cut = (pipeline % depth).compile()
-    known = set(topics.drop_duplicates("query")["qid"])
+    known = set(topics["qid"])
 
     def search(docnos: list[str]) -> pd.DataFrame:
         found = cut(pd.DataFrame({"qid": docnos, "query": corpus.texts(docnos)}))

@@ -16,6 +16,7 @@ from scipy.sparse import csr_matrix
 from sentence_transformers.base.sampler import DefaultBatchSampler
 
 from pt_dance.losses.rows import TrainingRows
+from pt_dance.mining.readings import Readings
 
 
 @dataclass
@@ -85,6 +86,7 @@ def build_examples(
     seed: int = 42,
     qids: pd.Series | None = None,
     teacher=None,
+    reads=None,
 ) -> Examples:
     """Makes the training rows of one round.
 
@@ -101,20 +103,25 @@ def build_examples(
         seed: fixes the draw.
         qids: train on the pairs of these topics only (the masks still know all pairs); None trains on all.
         teacher: ``TeacherScores`` for losses that learn from a teacher.
+        reads: ``DualEncoder`` or :class:`pt_dance.mining.Readings`: queries that it reads the same are one query, and
+            documents one document, whatever their ids. None compares texts letter by letter.
 
     Returns:
         The examples.
     """
-    texts, query_of_qid = _queries(topics)
+    readings = Readings.of(reads, corpus)
+    texts, query_of_qid = _queries(topics, readings)
+    mined = [frame["docno"] for frame in (negatives, query_negatives) if frame is not None]
+    document_of = _Documents(corpus, readings, pd.concat([pairs["docno"], *mined]))
     pair_query = query_of_qid.loc[pairs["qid"]].to_numpy()
-    pair_document = corpus.rows(pairs["docno"].tolist())
+    pair_document = document_of(pairs["docno"])
     relevance = csr_matrix(
         (np.ones(len(pairs), dtype=bool), (pair_query, pair_document)), shape=(len(texts), len(corpus))
     )
     if qids is not None:
         chosen = pairs["qid"].isin(qids).to_numpy()
         pair_query, pair_document = pair_query[chosen], pair_document[chosen]
-    # two topics of one text give the same pair twice
+    # topics that read the same, and copies of a document, give the same pair twice
     unique = np.unique(pair_query.astype(np.int64) * len(corpus) + pair_document)
     pair_query, pair_document = unique // len(corpus), unique % len(corpus)
     number = len(unique)
@@ -128,7 +135,7 @@ def build_examples(
             "qid",
             "docno",
             query_of_qid,
-            corpus,
+            document_of,
             len(texts),
             pair_query,
             query,
@@ -141,7 +148,7 @@ def build_examples(
             "docno",
             "qid",
             query_of_qid,
-            corpus,
+            document_of,
             len(corpus),
             pair_document,
             positive,
@@ -157,26 +164,42 @@ def build_examples(
     return Examples(_lazy_dataset(rows, texts, corpus), rows, number, epochs)
 
 
-def _queries(topics: pd.DataFrame) -> tuple[list[str], pd.Series]:
-    """Distinct query texts, and which of them each qid has."""
-    number, texts = pd.factorize(topics["query"])
-    return list(texts), pd.Series(number, index=topics["qid"])
+def _queries(topics: pd.DataFrame, readings: Readings) -> tuple[list[str], pd.Series]:
+    """Return the texts of queries that do not read the same, and which of them each qid has."""
+    read = pd.Series(readings.queries(topics["query"]), index=topics.index)
+    texts = topics["query"][~read.duplicated()].tolist()
+    return texts, pd.Series(pd.factorize(read)[0], index=topics["qid"])
+
+
+class _Documents:
+    """Numbers of documents: of those among the training rows that read the same, the first row in the corpus."""
+
+    def __init__(self, corpus, readings: Readings, docnos: pd.Series):
+        self._corpus = corpus
+        self._rows = np.unique(corpus.known_rows(docnos.drop_duplicates().tolist()))
+        # Rows are in order, so the first of a reading is its smallest.
+        _, first, group = np.unique(readings.rows(self._rows), return_index=True, return_inverse=True)
+        self._number = self._rows[first[group]]
+
+    def __call__(self, docnos: pd.Series) -> np.ndarray:
+        """Return the number of each docno, int64."""
+        return self._number[np.searchsorted(self._rows, self._corpus.rows(docnos.tolist()))]
 
 
 def _drawn(
-    mined: pd.DataFrame | None, source_column: str, value_column: str, query_of_qid: pd.Series, corpus, sources: int,
-    pair_source: np.ndarray, row_source: np.ndarray, epoch: np.ndarray, per_row: int, seed: int,
+    mined: pd.DataFrame | None, source_column: str, value_column: str, query_of_qid: pd.Series, document_of: _Documents,
+    sources: int, pair_source: np.ndarray, row_source: np.ndarray, epoch: np.ndarray, per_row: int, seed: int,
 ) -> np.ndarray:  # fmt: skip
     """Negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) without any mined."""
     if mined is None or per_row == 0:
         return np.empty((len(row_source), 0), dtype=np.int32)
     numbers = {
         "qid": lambda ids: query_of_qid.loc[ids].to_numpy(),
-        "docno": lambda ids: corpus.rows(ids.tolist()),
+        "docno": document_of,
     }
     source = numbers[source_column](mined[source_column])
     value = numbers[value_column](mined[value_column])
-    # topics of one text share a pool, in which a document counts once
+    # topics that read the same share a pool, in which a document counts once
     keep = np.unique(source.astype(np.int64) * (max(int(value.max(initial=0)), 0) + 1) + value, return_index=True)[1]
     keep.sort()
     pools = Pools(source[keep], value[keep], sources, seed)
