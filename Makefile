@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test lint imports format docs package clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -23,15 +23,27 @@ quickstart: $(INSTALLED)  ## train on a small real collection and print the tabl
 test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest tests
 
-lint: $(INSTALLED)  ## check style, types and what imports what
+lint: imports  ## check style, types and what imports what
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+imports: $(INSTALLED)  ## check only what imports what
 	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
 format: $(INSTALLED)  ## format, sort imports and mend what can be mended automatically
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+docs: $(INSTALLED)  ## build the documentation into docs/_build/html, warnings are errors
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -c docs pt_dance/pt_docs docs/_build/html
+
+# Without build's own environment: setuptools is pinned with everything else, and nothing is downloaded.
+package: $(INSTALLED)  ## build sdist and wheel into dist/, and run tests from the unpacked sdist
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	rm -rf build/sdist && mkdir -p build/sdist && tar xzf dist/*.tar.gz -C build/sdist --strip-components=1
+	cd build/sdist && PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q tests/test_losses.py tests/test_mining.py tests/test_docs.py
 
 clean:  ## remove caches and builds, but neither the environment nor results
 	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -11,11 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import jedi
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -124,8 +126,11 @@ def test_what_is_required_is_pinned_within_its_bounds():
 
 
 def test_every_dependency_has_a_lower_bound():
+    """And what people install has no upper one, which would keep it from living beside other packages."""
     for requirement in _dependencies("all"):
-        assert [bound.operator for bound in requirement.specifier] == [">="], requirement
+        assert ">=" in {bound.operator for bound in requirement.specifier}, requirement
+    for requirement in _dependencies("pisa", "terrier", "lora", "test"):
+        assert {bound.operator for bound in requirement.specifier} == {">="}, requirement
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess:
@@ -160,3 +165,54 @@ def test_a_broken_layer_is_found(tmp_path, module):
             file.write(f"\n\ndef late():\n    {statement}\n")
         done = lint_imports(tmp_path)
         assert done.returncode == 1 and complaint in done.stdout, done.stdout + done.stderr
+
+
+def test_the_version_is_said_once_and_the_same_everywhere():
+    """The release's workflow compares the tag with it; the changelog has a section of its own for it."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == pt_dance.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["license"] == project["license"]
+    assert citation["repository-code"] == project["urls"]["Repository"]
+    sections = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert sections[0] == "Unreleased" and pt_dance.__version__ in sections
+
+
+def test_workflows_and_hooks_call_what_is_there():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    called = re.findall(r"^make ([a-z]+)", (ROOT / ".ci" / "run").read_text(), re.M)
+    called += re.findall(r"`make ([a-z]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert [path.stem for path in workflows] == ["docs", "release", "style", "test"]
+    for path in workflows:
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            steps = " ".join(step.get("run", "") for step in job["steps"])
+            called += re.findall(r"\bmake ([a-z]+)", steps)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    called += [
+        hook["entry"].removeprefix("make ") for repo in hooks if repo["repo"] == "local" for hook in repo["hooks"]
+    ]
+    assert {"test", "lint", "docs", "package"} <= set(called) <= targets
+    (ruff,) = [repo["rev"] for repo in hooks if repo["repo"].endswith("ruff-pre-commit")]
+    assert f"ruff=={ruff.removeprefix('v')}" in (ROOT / "constraints.txt").read_text().split()
+
+
+def test_the_sdist_holds_all_that_its_tests_need(tmp_path):
+    """Everything that belongs to the project's own work, and no leavings of a run."""
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "_build", "runs", "build", "dist")
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored)
+    (tmp_path / "copy" / "tests" / "__pycache__").mkdir()
+    (tmp_path / "copy" / "tests" / "__pycache__" / "left.pyc").touch()
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), "."]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path / "copy", timeout=120)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        inside = {name.partition("/")[2] for name in packed.getnames()}
+    needed = {
+        path.relative_to(tmp_path / "copy").as_posix()
+        for folder in ("docs", "experiments", "notebooks", "pt_dance", "tests")
+        for path in (tmp_path / "copy" / folder).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert needed | {"Makefile", "constraints.txt", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md"} <= inside
+    assert not [name for name in inside if name.endswith(".pyc")]
