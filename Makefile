@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help quickstart test lint imports format docs package clean
+.PHONY: help quickstart test lint imports format pages docs package clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -34,6 +34,9 @@ imports: $(INSTALLED)  ## check only what imports what
 format: $(INSTALLED)  ## format, sort imports and mend what can be mended automatically
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+pages: $(INSTALLED)  ## write committed measurements into the pages of the documentation
+	$(BIN)/python experiments/benchmarks/pages.py
 
 docs: $(INSTALLED)  ## build the documentation into docs/_build/html, warnings are errors
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -c docs pt_dance/pt_docs docs/_build/html

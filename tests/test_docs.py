@@ -20,7 +20,8 @@ import pytest
 import pt_dance
 from pt_dance import Round, recipes
 
-FOLDER = Path(pt_dance.__file__).parent / "pt_docs"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "pt_dance" / "pt_docs"
 PAGES = sorted(path.stem for path in FOLDER.glob("*.rst"))
 METHODS = {
     name: name.replace("_", "-")
@@ -211,6 +212,16 @@ def test_the_reference_has_every_public_name():
     for module in ("datasets", "losses", "mining", "recipes"):
         public |= {f"{module}.{name}" for name in getattr(pt_dance, module).__all__}
     assert public - listed == {"recipes.Round"}  # which is pt_dance.Round
+
+
+def test_the_tables_of_benchmarks_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "benchmarks"))
+    pages = importlib.import_module("pages")
+    page = text_of("benchmarks")
+    assert len(pages.BLOCKS) >= 8 and pages.render(page) == page
+    assert pages.render(re.sub(r"^(    . - \D*)\d", r"\g<1>7", page, flags=re.M)) == page
+    with pytest.raises(ValueError, match="measured parts"):
+        pages.render(page.replace(".. measured: memory", ".. measured: memories"))
 
 
 @pytest.mark.parametrize("recipe", METHODS)

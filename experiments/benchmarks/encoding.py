@@ -209,6 +209,21 @@ def measure(options: argparse.Namespace, texts: list[str]) -> dict[str, list[dic
     return results
 
 
+def table(documents: int, work: float, median: dict[str, dict[str, float]]) -> str:
+    lines = [
+        f"| | docs/s | × {PIPELINE} | × {WHOLE_LIST} | s | CPU s | peak MiB | GEMM GFLOP/s | share on real tokens |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, m in median.items():
+        against = [f"{median[o]['wall'] / m['wall']:.2f}" if o in median else "" for o in (PIPELINE, WHOLE_LIST)]
+        share = work / m["wall"] / 1e9 / m["gemm"]
+        lines.append(
+            f"| {name} | {documents / m['wall']:.1f} | {against[0]} | {against[1]} | {m['wall']:.2f} "
+            f"| {m['cpu']:.2f} | {m['rss']:.0f} | {m['gemm']:.0f} | {share:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def report(options: argparse.Namespace, texts: list[str], results: dict[str, list[dict]]) -> dict:
     """Print the table; return what it says, and all measurements."""
     work, tokens = flops(options.model, texts)
@@ -224,15 +239,7 @@ def report(options: argparse.Namespace, texts: list[str], results: dict[str, lis
         **{name: version(name) for name in ("torch", "sentence-transformers", "transformers", "pyterrier-dr")},
     }
     print(f"\n{len(texts):,} documents of {options.dataset}, {tokens:,} tokens, {options.repeats} turns; {machine}\n")
-    print(f"| | docs/s | × {PIPELINE} | × {WHOLE_LIST} | s | CPU s | peak MiB | GEMM GFLOP/s | share on real tokens |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
-    for name, m in median.items():
-        against = [f"{median[o]['wall'] / m['wall']:.2f}" if o in median else "" for o in (PIPELINE, WHOLE_LIST)]
-        share = work / m["wall"] / 1e9 / m["gemm"]
-        print(
-            f"| {name} | {len(texts) / m['wall']:.1f} | {against[0]} | {against[1]} | {m['wall']:.2f} "
-            f"| {m['cpu']:.2f} | {m['rss']:.0f} | {m['gemm']:.0f} | {share:.2f} |"
-        )
+    print(table(len(texts), work, median))
     for name, probe in probes.items():
         print(f"\nprobe of {name}: {probe}")
     return {

@@ -182,6 +182,16 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def indexing_table(builds: list[dict]) -> str:
+    lines = ["| documents | indexing seconds | CPU seconds | on disk | peak MiB |", "|---:|---:|---:|---:|---:|"]
+    for b in builds:
+        lines.append(
+            f"| {b['documents']:,} | {b['seconds']:.1f} | {b['cpu_seconds']:.1f} | {b['bytes'] / 1e6:,.0f} MB "
+            f"| {b['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         what, *rest = sys.argv[2:]
@@ -219,12 +229,7 @@ def main() -> None:
         "indexing": builds,
     }
     print(table(rows), end="\n\n")
-    print("| documents | indexing seconds | CPU seconds | on disk | peak MiB |\n|---:|---:|---:|---:|---:|")
-    for b in builds:
-        print(
-            f"| {b['documents']:,} | {b['seconds']:.1f} | {b['cpu_seconds']:.1f} | {b['bytes'] / 1e6:,.0f} MB "
-            f"| {b['peak_mib']:.0f} |"
-        )
+    print(indexing_table(builds))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")

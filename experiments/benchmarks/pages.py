@@ -1,0 +1,161 @@
+"""Write the committed measurements into pt_dance/pt_docs/benchmarks.rst.
+
+What stands on that page between ".. measured: NAME" and ".. end of NAME" is made here, from the JSON files in
+experiments/results and by the functions that print the tables of the scripts themselves. A test compares.
+
+    python experiments/benchmarks/pages.py            # after a benchmark has written new results with --out
+    python experiments/benchmarks/pages.py --check    # only say whether the page is what it would be
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import encoding
+import large_batches
+import memory
+import overhead
+import retrieval
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "pt_dance" / "pt_docs" / "benchmarks.rst"
+RESULTS = ROOT / "experiments" / "results"
+MEASURED = re.compile(r"^\.\. measured: (?P<name>[\w-]+)\n.*?^\.\. end of (?P=name)$", re.M | re.S)
+
+
+def load(name: str) -> dict:
+    """A file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def list_table(markdown: str) -> str:
+    """A Markdown table as a list-table, which reStructuredText needs for cells of any length."""
+    header, _, *body = markdown.splitlines()
+    rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in (header, *body)]
+    lines = [".. list-table::", "    :header-rows: 1", ""]
+    for row in rows:
+        lines += [f"    {'* ' if number == 0 else '  '}- {cell}".rstrip() for number, cell in enumerate(row)]
+    return "\n".join(lines)
+
+
+def machine(report: dict) -> str:
+    """What the numbers belong to, in one line."""
+    about = report["machine"] | report.get("versions", {})
+    words = [about["processor"]]
+    if "cores" in about:
+        words.append(f"{about['cores']} cores")
+    if about.get("threads", about.get("cores")) != about.get("cores"):
+        words.append(f"{about['threads']} thread" + "s" * (about["threads"] != 1))
+    names = ("python", "torch", "sentence-transformers", "transformers", "pyterrier-dr", "numpy")
+    words += [f"{name.replace('python', 'Python')} {about[name]}" for name in names if name in about]
+    return ", ".join(words)
+
+
+def encoding_medquad() -> str:
+    found = load("encoding-medquad")
+    turns = len(next(iter(found["turns"].values())))
+    return (
+        f"{found['documents']:,} documents, {found['tokens']:,} tokens, medians of {turns} turns; {machine(found)}:\n\n"
+        + list_table(encoding.table(found["documents"], found["flops"], found["median"]))
+    )
+
+
+def retrieval_of(name: str) -> str:
+    found = load(name)
+    return (
+        f"{found['dimension']} dimensions, medians of {found['repeats']} turns; {machine(found)}:\n\n"
+        + list_table(retrieval.table(found["retrieval"]))
+    )  # fmt: skip
+
+
+def overhead_of(name: str) -> str:
+    found = load(name)
+    (case,) = found["cases"]
+    return (
+        f"{case['rows']:,} training rows, {case['epochs']} epochs, medians of {found['repeats']} turns; "
+        f"{machine(found)}:\n\n" + list_table(overhead.table([case]))
+    )
+
+
+def memory_medquad() -> str:
+    found = load("memory-medquad")
+    about = f"{found['phases'][0]['about']}, {found['depth']} candidates each"
+    return (
+        f"{about}; {found['model_mib']:,.0f} MiB with the models loaded; {machine(found)}:\n\n"
+        + list_table(memory.table(found["phases"]))
+    )  # fmt: skip
+
+
+def large_batches_medquad() -> str:
+    found = load("large-batches-medquad")
+    sizes = SimpleNamespace(small=found["small"], large=found["large"])
+    return (
+        f"Texts of at most {found['max_length']} tokens; {machine(found)}:\n\n"
+        + list_table(large_batches.table(sizes, found["results"]))
+    )  # fmt: skip
+
+
+def kills() -> str:
+    lines = ["| what | encoder | kills | runs | interrupted runs that went on | outcome |", "|---|---|---|---|---|---|"]
+    for name in ("kill-indexing-static", "kill-indexing-minilm", "kill-fit-static"):
+        found = load(name)
+        if "documents" in found:
+            what, runs, resumed = f"indexing {found['documents']:,} documents", found["finished"], found["resumed"]
+        else:
+            what, runs, resumed = f"fits of {found['rounds']} rounds", found["fits"], ""
+        lines.append(f"| {what} | {found['encoder']} | {found['kills']} | {runs} | {resumed} | {found['result']} |")
+    return list_table("\n".join(lines))
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "encoding": encoding_medquad,
+    "retrieval": lambda: retrieval_of("retrieval"),
+    "retrieval-by-size": lambda: retrieval_of("retrieval-by-size"),
+    "indexing-by-size": lambda: list_table(retrieval.indexing_table(load("retrieval-by-size")["indexing"])),
+    "overhead-static": lambda: overhead_of("overhead-medquad-static"),
+    "overhead-minilm": lambda: overhead_of("overhead-medquad-minilm"),
+    "memory": memory_medquad,
+    "large-batches": large_batches_medquad,
+    "kills": kills,
+}
+
+
+def render(page: str) -> str:
+    """The page with every measured part made anew.
+
+    Raises:
+        ValueError: if a part that can be made is not on the page, or one on the page cannot be made.
+    """
+    named = [part["name"] for part in MEASURED.finditer(page)]
+    if sorted(named) != sorted(BLOCKS):
+        raise ValueError(
+            f"the page has the measured parts {sorted(named)}, those that can be made are {sorted(BLOCKS)}"
+        )
+    return MEASURED.sub(lambda part: made(part["name"]), page)
+
+
+def made(name: str) -> str:
+    """A measured part with the lines around it."""
+    return f".. measured: {name}\n\n{BLOCKS[name]()}\n\n.. end of {name}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page would change")
+    options = parser.parse_args()
+    before = PAGE.read_text(encoding="utf-8")
+    after = render(before)
+    if options.check:
+        return int(before != after)
+    PAGE.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
