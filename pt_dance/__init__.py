@@ -8,7 +8,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pt_dance import datasets, losses, mining, recipes
+    from pt_dance import analysis, datasets, losses, mining, recipes
     from pt_dance.corpus import Corpus, PassageCorpus
     from pt_dance.encoder import CrossEncoderScorer, DualEncoder
     from pt_dance.estimator import DanceRetriever
@@ -29,7 +29,7 @@ _CLASSES = {
     "PassageCorpus": "corpus",
     "Round": "recipes",
 }
-_MODULES = ("datasets", "losses", "mining", "recipes")
+_MODULES = ("analysis", "datasets", "losses", "mining", "recipes")
 
 # Spelled out, since type checkers and editors read it without running it; a test compares it with the tables above.
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "PassageCorpus",
     "Round",
     "__version__",
+    "analysis",
     "datasets",
     "losses",
     "mining",

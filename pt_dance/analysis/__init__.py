@@ -1,0 +1,10 @@
+"""What training did to an embedding space and to the negatives, in numbers, figures and a page.
+
+Everything here works on vectors and data frames; an encoder is anything that makes vectors of texts.
+"""
+
+from pt_dance.analysis.embedding_space import compare, space
+from pt_dance.analysis.measures import uniform_sphere
+from pt_dance.analysis.space_report import SpaceReport, describe_sample
+
+__all__ = ["SpaceReport", "compare", "describe_sample", "space", "uniform_sphere"]
