@@ -1,4 +1,4 @@
-"""Exact search: equal to exact arithmetic, and the same bits however it is cut into blocks."""
+"""Exact search: nothing is lost, scores are right to float32, and the same however it is cut into blocks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pt_dance.retriever.search.exact import Vectors, add_up, exact_search, iter_exact_search, score_pairs
-from pt_dance.retriever.search.gpu import TensorVectors
-from pt_dance.retriever.search.prefilter import HALF_ULP, Prefilter, rounding
-from pt_dance.retriever.search.topk import ArrayBlock
+from pt_dance.retriever.search.arrays import ArrayBlock, best_first
+from pt_dance.retriever.search.exact import exact_search, iter_exact_search, open_vectors, score_pairs
+from pt_dance.retriever.search.prefilter import HALF_ULP, Prefilter
+from pt_dance.retriever.search.tensors import TensorVectors
+from pt_dance.retriever.search.vectors import Vectors
 
 
 def by_definition(queries, docs, k, tie_order):
@@ -108,29 +109,39 @@ def test_scores_of_pairs_are_the_same_bits(vectors):
             score_pairs(queries, docs, [0], [bad])
 
 
-def test_sums_that_the_order_of_adding_decides():
-    # 1 + 2^-24 is the middle between two float32 numbers. 2^-53 more is lost in float64, unless two of them meet first.
+def test_scores_are_products_in_float64_rounded_once_whatever_is_scored_beside():
+    # 1 + 2^-24 is the middle between two float32 numbers, and 2^-53 more is lost in float64, unless two of them meet
+    # first: the order of adding decides. A pair's score must not depend on where in which call it stands.
     rng = np.random.default_rng(6)
     docs = np.zeros((600, 96), dtype=np.float32)
     docs[:, :6] = 1, 2.0**-24, 2.0**-53, 2.0**-53, 2.0**-53, -(2.0**-53)
     docs = rng.permuted(docs, axis=1)
     docs[400:] = rng.standard_normal((200, 96))
-    docs[500:550, ::2], docs[500:550, 1::2] = 1e18, -1e18
+    docs[500:550, ::2], docs[500:550, 1::2] = 1e18 / 7, -1e18 / 7
     docs[550:580] *= np.float32(1e-35)
     docs[580:590], docs[590:] = 0, -0.0
     queries = np.stack([np.ones(96), -np.ones(96), rng.standard_normal(96), np.zeros(96)]).astype(np.float32)
     query_of, row_of = np.repeat(np.arange(4), 600), np.tile(np.arange(600), 4)
-    defined = add_up(docs[row_of].astype(np.float64) * queries[query_of]).astype(np.float32)
-    sums = (docs.astype(np.float64) @ queries.T.astype(np.float64)).astype(np.float32).T.ravel()
-    assert (sums != defined).sum() > 50, "these vectors do not test what they should"
     for width in (np.float32, np.float16):
-        stored = docs.astype(width) if width == np.float32 else np.clip(docs, -6e4, 6e4).astype(width)
-        vectors = Vectors(stored, "cpu")
-        slow = vectors._score_by_definition(queries, query_of, row_of)
-        fast = vectors.score_pairs(queries, query_of, row_of)
-        assert slow.tobytes() == fast.tobytes()
-        if width == np.float32:
-            assert slow.tobytes() == defined.tobytes()
+        vectors = Vectors(docs if width == np.float32 else np.clip(docs, -6e4, 6e4).astype(width))
+        scores = vectors.score_pairs(queries, query_of, row_of)
+        exact = [math.fsum(map(float, vectors.docs[d].astype(float) * queries[q])) for q, d in zip(query_of, row_of)]
+        sizes = (np.abs(vectors.docs).astype(float) @ np.abs(queries).astype(float).T).T.ravel()
+        assert (np.abs(scores - exact) <= 2.0**-24 * np.abs(exact) + 96 * 2.0**-53 * sizes + 1e-45).all()
+        assert width == np.float16 or len(np.unique(scores[:400])) == 2, "these vectors do not test what they should"
+        for order in (rng.permutation(2400), np.lexsort((query_of, row_of)), np.arange(2400)[::-1]):
+            for size in (1, 3, 700, 2400):
+                parts = [order[start : start + size] for start in range(0, 2400, size)]
+                again = [vectors.score_pairs(queries, query_of[part], row_of[part]) for part in parts]
+                assert (np.concatenate(again) == scores[order]).all()
+
+
+def test_best_first_is_a_sort_by_score_and_tie():
+    rng = np.random.default_rng(9)
+    scores = rng.choice(np.array([-np.inf, -3e38, -1.5, -1e-45, -0.0, 0.0, 1e-45, 2.5, 3e38], np.float32), (50, 40))
+    ties = np.stack([rng.choice(2**32, 40, replace=False) for _ in range(50)])
+    assert (best_first(scores, ties) == np.lexsort((ties, -scores), axis=-1)).all()
+    assert (best_first(scores, ties.astype(np.uint32)) == best_first(scores, ties)).all()
 
 
 def test_order_of_rows_does_not_matter(vectors):
@@ -234,9 +245,8 @@ def test_the_path_of_a_gpu_on_a_cpu(vectors):
     # The same tensors and operations as on a GPU, where one is missing.
     queries, docs = vectors
     for keep in (True, False):
-        vectors = Vectors(docs, "cpu")
-        vectors.tensors = TensorVectors(docs, torch.device("cpu"))
-        vectors.tensors.kept = torch.from_numpy(docs.copy()) if keep else None
+        vectors = TensorVectors(docs, torch.device("cpu"))
+        vectors.kept = torch.from_numpy(docs.copy()) if keep else None
         for tie_order in (None, np.random.default_rng(0).permutation(len(docs))):
             first = exact_search(queries, docs, 50, tie_order=tie_order, device="cpu")
             with torch.autocast("cpu", torch.bfloat16):
@@ -248,10 +258,10 @@ def test_the_path_of_a_gpu_on_a_cpu(vectors):
 def test_a_gpu_gives_the_same_bits(vectors):
     queries, docs = vectors
     on_cpu = exact_search(queries, docs, 50, device="cpu")
-    kept = Vectors(docs, "cuda")
-    assert kept.tensors.kept is not None
-    streamed = Vectors(docs, "cuda")
-    streamed.tensors.kept = None
+    kept = open_vectors(docs, "cuda")
+    assert kept.kept is not None
+    streamed = open_vectors(docs, "cuda")
+    streamed.kept = None
     for where in (kept, streamed):
         on_gpu = exact_search(queries, where, 50, doc_block=1024)
         assert (on_gpu[0] == on_cpu[0]).all() and (on_gpu[1] == on_cpu[1]).all()
@@ -275,11 +285,9 @@ def test_a_first_look_in_bfloat16_changes_no_bit(kind, k):
         docs *= np.geomspace(1e-3, 1e6, 3000, dtype=np.float32)[:, None]
     tie_order = rng.permutation(3000)
     plain = exact_search(queries, docs, k, tie_order=tie_order, query_block=40, doc_block=400, device="cpu")
-    looked = Vectors(docs, "cpu")
-    looked.prefilter = True
     for start in (0, 5):
-        block = ArrayBlock(queries[start:], np.linalg.norm(queries[start:], axis=1), looked, k, tie_order)
-        assert block._look is not None
+        norms = np.linalg.norm(queries[start:], axis=1)
+        block = ArrayBlock(queries[start:], norms, Vectors(docs), k, tie_order, prefilter=True)
         for first in range(0, 3000, 400):
             block.add(first, min(first + 400, 3000))
         scores, rows = block.best()
@@ -290,15 +298,10 @@ def test_the_bound_of_the_first_look_holds_and_is_of_use():
     rng = np.random.default_rng(8)
     docs, queries = (rng.standard_normal((n, 96)).astype(np.float32) for n in (500, 40))
     docs *= rng.lognormal(0, 2, (500, 1)).astype(np.float32)
-    norms, dim = np.linalg.norm(queries, axis=1), 96
-    look = Prefilter(queries, norms)
+    look = Prefilter(queries, np.linalg.norm(queries, axis=1))
     exact = queries.astype(np.float64) @ docs.T.astype(np.float64)
-    error = look.error(np.linalg.norm(docs, axis=1).max(), rounding(docs), dim)
-    least = np.full(40, np.float32(1e-3))
-    at, products = look.passing(docs[:, :], least) or (np.empty(0, int), np.empty(0))
-    if not len(at):
-        order = np.sort(exact, axis=1)[:, -20].astype(np.float32)
-        at, products = look.passing(docs, order)
+    error = look.error(np.linalg.norm(docs, axis=1).max(), Vectors(docs).rounding(0, docs))
+    at, products = look.passing(look.products(docs), np.sort(exact, axis=1)[:, -20].astype(np.float32))
     query, column = np.divmod(at, 500)
     difference = np.abs(products - exact[query, column])
     assert (difference <= error[query] + np.abs(products) * HALF_ULP).all()

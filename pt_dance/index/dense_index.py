@@ -14,7 +14,8 @@ from pyterrier_dr import SimFn
 from pt_dance.index.files import OpenIndex, read_meta
 from pt_dance.index.flex import FlexMethods
 from pt_dance.index.indexer import DenseIndexer
-from pt_dance.retriever.search.exact import Vectors, exact_search, iter_exact_search, score_pairs
+from pt_dance.retriever.search.exact import exact_search, iter_exact_search, open_vectors, score_pairs
+from pt_dance.retriever.search.vectors import Vectors
 from pt_dance.storage.folders import recover_folder
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ class DenseIndex(FlexMethods):
 
     def _device_vectors(self) -> Vectors:
         if self._vectors is None:
-            self._vectors = Vectors(self.open().vectors, self.device)
+            self._vectors = open_vectors(self.open().vectors, self.device)
         return self._vectors
 
     def retriever(

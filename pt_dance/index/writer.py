@@ -33,7 +33,7 @@ from pt_dance.index.files import (
     OpenIndex,
     row_bytes,
 )
-from pt_dance.retriever.search.exact import MAX_NORM
+from pt_dance.retriever.search.vectors import MAX_NORM
 from pt_dance.storage.folders import copy_file, remove_folder, write_json
 
 

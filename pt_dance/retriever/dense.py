@@ -11,7 +11,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pt_dance.retriever.documents import iter_document_search, score_documents
-from pt_dance.retriever.search.exact import MAX_NORM
+from pt_dance.retriever.search.vectors import MAX_NORM
 from pt_dance.storage.queries import users_queries
 from pt_dance.storage.texts import lone_surrogate
 
