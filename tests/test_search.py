@@ -125,7 +125,8 @@ def test_scores_are_products_in_float64_rounded_once_whatever_is_scored_beside()
     for width in (np.float32, np.float16):
         vectors = Vectors(docs if width == np.float32 else np.clip(docs, -6e4, 6e4).astype(width))
         scores = vectors.score_pairs(queries, query_of, row_of)
-        exact = [math.fsum(map(float, vectors.docs[d].astype(float) * queries[q])) for q, d in zip(query_of, row_of)]
+        pairs = zip(queries[query_of], vectors.docs[row_of].astype(float), strict=True)
+        exact = [math.fsum(map(float, query * doc)) for query, doc in pairs]
         sizes = (np.abs(vectors.docs).astype(float) @ np.abs(queries).astype(float).T).T.ravel()
         assert (np.abs(scores - exact) <= 2.0**-24 * np.abs(exact) + 96 * 2.0**-53 * sizes + 1e-45).all()
         assert width == np.float16 or len(np.unique(scores[:400])) == 2, "these vectors do not test what they should"
