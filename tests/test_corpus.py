@@ -9,6 +9,8 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -98,8 +100,9 @@ def test_sources_give_equal_corpora(tmp_path, corpus):
     frame = Corpus.build(pd.DataFrame(DOCUMENTS), tmp_path / "frame", verbose=False)
     again = Corpus.build(corpus, tmp_path / "again", fields=["title", "text"], verbose=False)
     assert frame == corpus and hash(frame) == hash(corpus)
-    # A corpus's own text has the title already.
-    assert again != corpus
+    assert again == corpus
+    # Of other fields, a corpus's own text has the title already.
+    assert Corpus.build(corpus, tmp_path / "text", fields=["text"], verbose=False).texts(["1"]) == corpus.texts(["1"])
     assert Corpus.build(iter(DOCUMENTS), tmp_path / "iter", verbose=False) == corpus
     swapped = [DOCUMENTS[1], DOCUMENTS[0], *DOCUMENTS[2:]]
     assert Corpus.build(swapped, tmp_path / "swapped", verbose=False) != corpus
@@ -153,7 +156,7 @@ class TestTextLoaderContract(pt.testing.transformer_test_class(lambda: None)):
         ),
         ([{"docno": "1", "text": None}], ValueError, "document '1' has None as its 'text'"),
         ([{"docno": "1", "text": math.nan}], ValueError, "document '1' has nan"),
-        ([{"docno": "7", "body": "a"}], ValueError, "document '7' has nothing: its fields are"),
+        ([{"docno": "7", "body": "a"}], ValueError, r"document '7' has only \['body', 'docno'\] and no 'text'"),
         ([{"docno": "1", "text": 5}], TypeError, "document '1' has a int"),
         ([{"docno": "1", "text": "a", "title": ["x"]}], TypeError, "document '1' has a list as its 'title'"),
         ([{"docno": 1, "text": "a"}], TypeError, "document number 0 has the docno 1"),
@@ -189,9 +192,9 @@ def test_bad_fields_and_paths(tmp_path, corpus):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "important.txt").write_text("keep me")
-    for path in (corpus.path, foreign):
-        with pytest.raises(FileExistsError, match="already exists"):
-            Corpus.build(DOCUMENTS, path, verbose=False)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="exists and is no corpus"):
+            Corpus.build(DOCUMENTS, foreign, overwrite=overwrite, verbose=False)
     assert (foreign / "important.txt").read_text() == "keep me"
     with pytest.raises(FileNotFoundError, match="no corpus at"):
         Corpus(foreign)
@@ -224,6 +227,103 @@ def test_damaged_corpus(corpus, name, content):
     (corpus.path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
         Corpus(corpus.path)
+
+
+def changed(position: int, **values) -> list[dict]:
+    return [dict(d, **values) if i == position else d for i, d in enumerate(DOCUMENTS)]
+
+
+def test_the_same_documents_again_are_not_written_again(corpus):
+    before = (corpus.path / "corpus.arrow").stat()
+    for source in (DOCUMENTS, iter(DOCUMENTS), pd.DataFrame(DOCUMENTS), corpus):
+        assert Corpus.build(source, corpus.path, verbose=False) == corpus
+    after = (corpus.path / "corpus.arrow").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "says"),
+    [
+        (changed(2, text="Other."), {}, "its document number 2, docno 'été-1', is another one"),
+        (changed(0, docno="1 "), {}, "document number 0, docno '1'"),
+        (changed(3, title="Short"), {}, "document number 3"),
+        (DOCUMENTS[::-1], {}, "document number 0"),
+        (DOCUMENTS[:-1], {}, "it has 5 documents and 4 were given"),
+        ([*DOCUMENTS, {"docno": "6", "text": ""}], {}, "it has 5 documents and more were given"),
+        (DOCUMENTS, {"fields": ["text"]}, "its fields are"),
+        (DOCUMENTS, {"separator": "\n"}, "joined by ' '"),
+    ],
+)
+def test_other_documents_are_refused_unless_they_are_to_replace(corpus, documents, options, says):
+    with pytest.raises(FileExistsError, match=says) as caught:
+        Corpus.build(documents, corpus.path, verbose=False, **options)
+    assert "overwrite=True" in str(caught.value) and "\n" not in str(caught.value).replace("\\n", "")
+    assert Corpus(corpus.path) == corpus
+    other = Corpus.build(documents, corpus.path, overwrite=True, verbose=False, **options)
+    assert other == Corpus(corpus.path) != corpus and len(other) == len(documents)
+    assert corpus.texts(["1"]) == ["Tides The moon pulls the sea."]  # whoever has the old one open reads on
+    assert [p.name for p in corpus.path.parent.iterdir()] == ["corpus"]
+
+
+def test_a_failing_source_does_not_replace_anything(corpus):
+    with pytest.raises(ValueError, match=r"has only .* and no 'text'"):
+        Corpus.build([{"docno": "1"}], corpus.path, overwrite=True, verbose=False)
+    assert Corpus(corpus.path) == corpus and [p.name for p in corpus.path.parent.iterdir()] == ["corpus"]
+
+
+def test_a_damaged_corpus_can_be_replaced(corpus):
+    (corpus.path / "corpus.arrow").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="overwrite=True"):
+        Corpus.build(DOCUMENTS, corpus.path, verbose=False)
+    assert Corpus.build(DOCUMENTS, corpus.path, overwrite=True, verbose=False) == corpus
+
+
+def test_threads_that_want_the_same_corpus_wait_for_it(tmp_path):
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow():
+        started.set()
+        assert go_on.wait(30)
+        yield from DOCUMENTS
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(Corpus.build, slow(), tmp_path / "c", verbose=False)
+        assert started.wait(30)
+        others = [pool.submit(Corpus.build, DOCUMENTS, tmp_path / "c", verbose=False) for _ in range(2)]
+        go_on.set()
+        made = {id(corpus.result()): corpus.result() for corpus in (first, *others)}
+    assert len(made) == 3 and len(set(made.values())) == 1
+
+
+def test_one_string_is_not_a_list(corpus):
+    for call in (corpus.texts, corpus.known_rows, corpus.rows, corpus.docno, corpus.texts_at):
+        for value in ("5", b"5"):
+            with pytest.raises(TypeError, match="not"):
+                call(value)
+    with pytest.raises(TypeError, match="rows are whole numbers"):
+        corpus.texts_at(["5"])
+
+
+def test_a_corpus_is_found_after_the_process_went_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    near, home = Corpus.build(DOCUMENTS, "c", verbose=False), Corpus.build(DOCUMENTS, "~/c", verbose=False)
+    passages = near.to_passages("p", verbose=False)
+    monkeypatch.chdir("/")
+    assert near.path == tmp_path / "here" / "c" and home.path == tmp_path / "home" / "c"
+    for corpus in (near, home, passages):
+        assert pickle.loads(pickle.dumps(corpus)) == corpus and type(corpus)(corpus.path) == corpus
+    assert Corpus("~/c") == near
+
+
+def test_documents_from_and_to_a_place(corpus):
+    docnos = [d["docno"] for d in DOCUMENTS]
+    for start, count in ((0, None), (2, None), (1, 2), (3, 9), (0, 0), (5, 1), (np.int64(1), np.int64(3))):
+        found = [d["docno"] for d in corpus.get_corpus_iter(verbose=False, start=start, count=count)]
+        assert found == docnos[start:][:count]
+    with pytest.raises(ValueError, match="count=-1"):
+        next(corpus.get_corpus_iter(verbose=False, count=-1))
 
 
 def test_a_failing_source_leaves_nothing(tmp_path):

@@ -136,8 +136,21 @@ def test_damage_is_named(tmp_path, small):
     corpus = Corpus.build(documents, tmp_path / "corpus", fields=["text"], verbose=False)
     path = tmp_path / "p"
     assert corpus.to_passages(path, length=1, stride=1, verbose=False).passage_counts.tolist() == [2, 1]
-    with pytest.raises(FileExistsError, match="already exists"):
-        corpus.to_passages(path, verbose=False)
+    before = (path / "counts.u4").stat().st_ino
+    assert corpus.to_passages(path, length=1, stride=1, verbose=False) == PassageCorpus(path)
+    assert (path / "counts.u4").stat().st_ino == before
+    other = Corpus.build(documents[:1], tmp_path / "other", fields=["text"], verbose=False)
+    for source, options, says in (
+        (corpus, {"length": 2, "stride": 1}, "length=1"),
+        (corpus, {"length": 1, "stride": 1, "most": None}, "most=8"),
+        (other, {"length": 1, "stride": 1}, "those of"),
+    ):
+        with pytest.raises(FileExistsError, match=f"holds other passages .{says}.*overwrite=True"):
+            source.to_passages(path, verbose=False, **options)
+    with pytest.raises(FileExistsError, match="is no corpus of passages"):
+        corpus.to_passages(corpus.path, overwrite=True, verbose=False)
+    assert corpus.to_passages(path, length=2, stride=2, overwrite=True, verbose=False).passage_counts.tolist() == [1, 1]
+    assert corpus.to_passages(path, length=1, stride=1, overwrite=True, verbose=False).passage_counts.tolist() == [2, 1]
     with pytest.raises(TypeError, match="holds passages already"):
         PassageCorpus(path).to_passages(tmp_path / "q", verbose=False)
     with pytest.raises(ValueError, match="no corpus of passages"):

@@ -99,14 +99,17 @@ class TextColumn:
 
         Raises:
             IndexError: If a row number is negative or too large.
+            TypeError: If they are no whole numbers.
         """
-        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        wanted = np.asarray(rows).reshape(-1)
         if not len(wanted):
             return []
+        if wanted.dtype.kind not in "iu":
+            raise TypeError(f"rows are whole numbers, not {rows!r}: Corpus.rows() gives those of docnos")
         count = int(self._ends[-1])
         if wanted.min() < 0 or wanted.max() >= count:
             bad = wanted[(wanted < 0) | (wanted >= count)][0]
-            raise IndexError(f"there is no document in row {bad}: rows are 0 to {count - 1}.")
+            raise IndexError(f"there is no document in row {bad}: rows are 0 to {count - 1}")
         chunks = np.searchsorted(self._ends, wanted, side="right")
         local = wanted - self._starts[chunks]
         texts = []

@@ -7,22 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyterrier as pt
-import xxhash
 
-from pt_dance.corpus.arrow import TextColumn, open_table, table_writer
-from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, check_docno
+from pt_dance.corpus.arrow import TextColumn, open_table
+from pt_dance.corpus.docnos import DocnoRows
+from pt_dance.corpus.records import HASHES, TABLE, checked_fields, columns_of, first_difference, rows_of, write_rows
 from pt_dance.corpus.sources import iter_documents
-from pt_dance.storage.folders import read_json, write_json
+from pt_dance.corpus.text_loader import CorpusTextLoader
+from pt_dance.storage import options
+from pt_dance.storage.folders import read_json, recover_folder, write_json
+from pt_dance.storage.meta import META, TEXT, TEXT_OR_NONE, check_sizes, entry_of, list_entry, read_meta, whole_entry
 from pt_dance.storage.progress import progress_bar
-from pt_dance.storage.writing import new_folder
+from pt_dance.storage.writing import new_folder, one_thread
 
 if TYPE_CHECKING:
     from pt_dance.corpus.passages import PassageCorpus
 
 _BLOCK_DOCUMENTS = 1000
-_BLOCK_CHARACTERS = 16 << 20
+_ENTRIES = {
+    "doc_count": whole_entry(1, 2**32 - 1),
+    "fields": list_entry(str, "a list of names", least=1),
+    "separator": TEXT_OR_NONE,
+    "fingerprint": TEXT,
+    "files": entry_of(dict, "the size of each file"),
+}
 
 
 class Corpus(pt.Artifact):
@@ -49,53 +57,35 @@ class Corpus(pt.Artifact):
     ARTIFACT_FORMAT = "arrow"
     ARTIFACT_PACKAGE_HINT = "pt_dance"
 
+    path: Path
+
     def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
+        super().__init__(options.path_of(path))
         self._open()
 
     def _open(self) -> None:
-        if not (self.path / "pt_meta.json").is_file():
-            kind = "a folder without pt_meta.json" if self.path.exists() else "nothing"
-            raise FileNotFoundError(
-                f"there is no corpus at {self.path} ({kind} is there): make one with Corpus.build()."
-            )
-        meta_path = self.path / "pt_meta.json"
-        meta = read_json(meta_path)
-        if (meta.get("type"), meta.get("format")) != (self.ARTIFACT_TYPE, self.ARTIFACT_FORMAT):
-            raise ValueError(
-                f"{self.path} is no corpus: {meta_path.name} says type {meta.get('type')!r}, "
-                f"format {meta.get('format')!r}."
-            )
-        count, fields, fingerprint = meta.get("doc_count"), meta.get("fields"), meta.get("fingerprint")
-        if not (
-            type(count) is int
-            and count > 0
-            and isinstance(fingerprint, str)
-            and isinstance(fields, list)
-            and fields
-            and all(isinstance(f, str) for f in fields)
-        ):
-            raise ValueError(
-                f"{meta_path} does not say doc_count, fields and fingerprint as a corpus does: it is damaged."
-            )
-        for name in ("corpus.arrow", "docnos.hash"):
-            file, size = self.path / name, (meta.get("files") or {}).get(name)
-            if not file.is_file() or file.stat().st_size != size:
-                raise ValueError(
-                    f"{file} is missing or has not the {size} bytes that pt_meta.json says: it is damaged."
-                )
-        self.dataset = open_table(self.path / "corpus.arrow")
+        meta = read_meta(
+            self.path,
+            "corpus",
+            type=self.ARTIFACT_TYPE,
+            formats=(self.ARTIFACT_FORMAT,),
+            entries=_ENTRIES,
+            advice="make one with Corpus.build()",
+        )
+        count, fields = meta["doc_count"], meta["fields"]
+        sizes = {name: meta["files"].get(name, 0) for name in (TABLE, HASHES)}
+        check_sizes(self.path, sizes, "corpus", "build it again with overwrite=True")
+        self.dataset = open_table(self.path / TABLE)
         columns = list(self.dataset.column_names)
-        if len(self.dataset) != count or columns != _columns(fields):
+        if len(self.dataset) != count or columns != columns_of(fields):
             raise ValueError(
-                f"{self.path / 'corpus.arrow'} does not hold the {count} documents and the columns that "
-                "pt_meta.json says: it is damaged."
+                f"{self.path / TABLE} is damaged: it does not hold the {count} documents and columns that {META} says"
             )
         self.fields: tuple[str, ...] = tuple(fields)
-        self.separator: str = meta.get("separator", " ")
-        self.fingerprint: str = fingerprint
+        self.separator: str = " " if meta.get("separator") is None else meta["separator"]
+        self.fingerprint: str = meta["fingerprint"]
         self._columns = {name: TextColumn(self.dataset, name) for name in columns}
-        self._rows = DocnoRows.open(self.path / "docnos.hash", count, self._columns["docno"].take)
+        self._rows = DocnoRows.open(self.path / HASHES, count, self._columns["docno"].take)
 
     @classmethod
     def build(
@@ -105,36 +95,56 @@ class Corpus(pt.Artifact):
         *,
         fields: Sequence[str] = ("title", "text"),
         separator: str = " ",
+        overwrite: bool = False,
         verbose: bool = True,
     ) -> Corpus:
-        """Write the documents of ``source`` to a new folder, as a stream: memory does not grow with them.
+        """Write the documents of ``source`` to a folder, as a stream: memory does not grow with them.
+
+        A corpus that is at ``path`` already is compared with ``source`` document by document, and used where it is the
+        same. Threads that ask for a corpus that another thread of the process is making wait for it.
 
         Args:
-            source: An iterable of dicts, a DataFrame, or an object with ``get_corpus_iter()`` such as a PyTerrier data
-                set. Each document has a ``docno`` and the fields.
+            source: An iterable of dicts, a DataFrame, an object with ``get_corpus_iter()`` such as a PyTerrier data
+                set, or a Terrier index (an object, or its folder) that stores its documents' text, as
+                ``pt.IterDictIndexer(path, meta={"docno": 20, "text": 131072})`` does up to so many bytes. Each document
+                has a ``docno`` and the fields. Another corpus of the same fields is copied as it is.
             path: Folder to make; written beside and renamed, so that it is whole or not there.
             fields: Fields that make up a document's text, in this order. The last one must be a string in every
                 document; the others may be missing, None or NaN, which counts as empty.
             separator: What stands between two non-empty fields.
+            overwrite: Whether a corpus at ``path`` is replaced, once the new one is whole.
             verbose: Whether to show a progress bar.
 
         Returns:
             The corpus.
 
         Raises:
-            FileExistsError: If something is at ``path`` already.
+            FileExistsError: If at ``path`` there is a corpus of other documents, unless ``overwrite`` says to replace
+                it, or something else.
             TypeError: If a document, docno or field has the wrong type.
             ValueError: If a docno is invalid or occurs twice, if the last field of a document is missing or None, if
                 there are no documents, or the fields make no sense. The message names the docno.
             OSError: If the disk is full or cannot be written to.
         """
-        path, fields = Path(path), _check_fields(fields)
-        if path.exists():
-            raise FileExistsError(f"{path} already exists: open it with Corpus({str(path)!r}), or choose another path.")
-        documents = iter_documents(source, verbose=verbose, desc=f"{path.name} corpus")
-        with new_folder(path, "the corpus") as building:
-            write_json(building / "pt_meta.json", _write(building, documents, fields, separator))
-        return cls(path)
+        path, fields = options.path_of(path), checked_fields(fields)
+        if isinstance(source, Corpus) and (list(source.fields), source.separator) == (fields, separator):
+            rows = source._iter_rows(range(len(source)))
+        else:
+            rows = rows_of(iter_documents(source, verbose=verbose, desc=f"{path.name} corpus"), fields, separator)
+        with one_thread(path):
+            recover_folder(path)
+            if path.exists() and not overwrite:
+                return _same(path, rows, fields, separator)
+            if path.exists() and not holds(path, Corpus):
+                raise FileExistsError(f"{path} exists and is no corpus, so it is not replaced: choose another path")
+            with new_folder(path, "the corpus", replace=overwrite) as building:
+                write_json(building / META, write_rows(building, rows, fields, separator))
+            return Corpus(path)
+
+    def _iter_rows(self, rows: range) -> Iterator[tuple[str, ...]]:
+        for start in range(rows.start, rows.stop, _BLOCK_DOCUMENTS):
+            block = range(start, min(start + _BLOCK_DOCUMENTS, rows.stop))
+            yield from zip(*(column.take(block) for column in self._columns.values()), strict=True)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -144,7 +154,7 @@ class Corpus(pt.Artifact):
 
     def rows(self, docnos: Sequence[str]) -> np.ndarray:
         """Return the row number of each docno, ``int64``, -1 where there is no such document."""
-        return self._rows(docnos)
+        return self._rows(options.list_of("docnos", docnos, "Corpus.rows"))
 
     def docno(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
         """Return the docnos of row numbers, an array of ``str`` objects of the same length.
@@ -159,8 +169,9 @@ class Corpus(pt.Artifact):
 
         Raises:
             KeyError: Naming a docno that is not in the corpus.
+            TypeError: If it is one string instead of several.
         """
-        return self.texts_at(self.known_rows(docnos))
+        return self.texts_at(self.known_rows(options.list_of("docnos", docnos, "Corpus.texts")))
 
     def texts_at(self, rows: np.ndarray | Sequence[int]) -> list[str]:
         """Return the texts of row numbers.
@@ -179,31 +190,34 @@ class Corpus(pt.Artifact):
 
         Raises:
             KeyError: Naming a docno that is not in the corpus.
+            TypeError: If it is one string instead of several.
         """
-        docnos = list(docnos)
+        docnos = options.list_of("docnos", docnos, "Corpus.known_rows")
         rows = self._rows(docnos)
         if (rows < 0).any():
             missing = docnos[int(np.flatnonzero(rows < 0)[0])]
-            raise KeyError(f"docno {missing!r} is not in the corpus {self.path} ({len(self):,} documents).")
+            raise KeyError(f"docno {missing!r} is not in the corpus {self.path} ({len(self):,} documents)")
         return rows
 
-    def get_corpus_iter(self, verbose: bool = True, start: int = 0) -> Iterator[dict[str, str]]:
+    def get_corpus_iter(
+        self, verbose: bool = True, start: int = 0, count: int | None = None
+    ) -> Iterator[dict[str, str]]:
         """Iterate over the documents in stored order.
 
         Args:
             verbose: Whether to show a progress bar.
             start: Row number to start at.
+            count: How many documents; None for all that follow.
 
         Yields:
             Dicts with ``docno``, the fields and ``text``.
         """
-        with progress_bar(verbose, f"{self.path.name} documents", len(self), start) as bar:
-            for begin in range(start, len(self), _BLOCK_DOCUMENTS):
-                rows = range(begin, min(begin + _BLOCK_DOCUMENTS, len(self)))
-                columns = {name: column.take(rows) for name, column in self._columns.items()}
-                for values in zip(*columns.values(), strict=True):
-                    yield dict(zip(columns, values, strict=True))
-                bar.update(len(rows))
+        start = options.whole("start", start, 0)
+        end = len(self) if count is None else min(len(self), start + options.whole("count", count, 0))
+        with progress_bar(verbose, f"{self.path.name} documents", end, start) as bar:
+            for values in self._iter_rows(range(start, end)):
+                yield dict(zip(self._columns, values, strict=True))
+                bar.update()
 
     def text_loader(self, fields: str | Sequence[str] = "*", *, verbose: bool = False) -> pt.Transformer:
         """Return a transformer that adds columns with the documents' texts, for ``pt.text.get_text(corpus, "text")``.
@@ -215,8 +229,6 @@ class Corpus(pt.Artifact):
         Raises:
             ValueError: If the corpus has no such field.
         """
-        from pt_dance.corpus.text_loader import CorpusTextLoader
-
         return CorpusTextLoader(self, fields, verbose=verbose)
 
     def to_passages(
@@ -227,9 +239,12 @@ class Corpus(pt.Artifact):
         stride: int = 75,
         most: int | None = 8,
         prepend: str | None = None,
+        overwrite: bool = False,
         verbose: bool = True,
     ) -> PassageCorpus:
         """Cut the documents into passages with :func:`pyterrier.text.sliding`, to score them by the best one (MaxP).
+
+        The passages of the same documents and options that are at ``path`` already are used.
 
         Args:
             path: Folder to make; the whole documents stay where they are.
@@ -238,19 +253,22 @@ class Corpus(pt.Artifact):
             most: How many passages of a document count, the first ones; None for all. A batch of training holds so many
                 texts for each document.
             prepend: The first field, such as the title, if every passage is to begin with it; None for none.
+            overwrite: Whether other passages at ``path`` are replaced, once the new ones are whole.
             verbose: Whether to show a progress bar.
 
         Returns:
             A corpus for :class:`pt_dance.DanceRetriever` and :class:`pt_dance.DenseIndex`.
 
         Raises:
-            FileExistsError: If something is at ``path`` already.
+            FileExistsError: If at ``path`` there are other passages, unless ``overwrite`` says to replace them, or
+                something else.
             ValueError: If an option makes no sense.
             OSError: If the disk is full or cannot be written to.
         """
         from pt_dance.corpus.passages import split_corpus
 
-        return split_corpus(self, Path(path), length, stride, most=most, prepend=prepend, verbose=verbose)
+        settings = {"length": length, "stride": stride, "most": most, "prepend": prepend}
+        return split_corpus(self, options.path_of(path), settings, overwrite=overwrite, verbose=verbose)
 
     def __eq__(self, other: object) -> bool:
         return self.fingerprint == other.fingerprint if isinstance(other, Corpus) else NotImplemented
@@ -269,75 +287,26 @@ class Corpus(pt.Artifact):
         self._open()
 
 
-def _columns(fields: Sequence[str]) -> list[str]:
-    return ["docno", *(f for f in fields if f != "text"), "text"]
+def holds(path: Path, kind: type[Corpus]) -> bool:
+    """Whether the folder at ``path`` is one of ours of this kind, whole or damaged."""
+    try:
+        meta = read_json(path / META)
+    except (OSError, ValueError):
+        return False
+    return (meta.get("type"), meta.get("format")) == (kind.ARTIFACT_TYPE, kind.ARTIFACT_FORMAT)
 
 
-def _check_fields(fields: Sequence[str]) -> list[str]:
-    fields = [fields] if isinstance(fields, str) else list(fields)
-    if not fields or not all(isinstance(f, str) and f for f in fields) or len(set(fields)) < len(fields):
-        raise ValueError(f"fields must name at least one field, each once, not {fields!r}.")
-    if "docno" in fields:
-        raise ValueError("'docno' cannot be one of the fields: it is the document's name, not its text.")
-    return fields
-
-
-def _text_of(document: dict[str, Any], docno: str, fields: Sequence[str], separator: str) -> tuple[list[str], str]:
-    values = []
-    for field in fields:
-        value = document.get(field)
-        if value is None or (isinstance(value, float) and value != value) or value is pd.NA:
-            if field == fields[-1]:
-                found = f"{value!r}" if field in document else f"nothing: its fields are {sorted(map(str, document))}"
-                raise ValueError(
-                    f"document {docno!r} has {found} as its {field!r}: every document needs a string there; give "
-                    "an empty one, leave the document out, or choose other fields."
-                )
-            value = ""
-        elif not isinstance(value, str):
-            raise TypeError(
-                f"document {docno!r} has a {type(value).__name__} as its {field!r}: fields must be strings."
-            )
-        values.append(value)
-    return values, separator.join(v for v in values if v)
-
-
-def _write(folder: Path, documents: Iterator[dict[str, Any]], fields: list[str], separator: str) -> dict[str, Any]:
-    """Write the files of a corpus and return its metadata."""
-    names = _columns(fields)
-    digest = xxhash.xxh3_128("\x1f".join(names).encode())
-    seen = DuplicateDocnos()
-    with table_writer(folder / "corpus.arrow", names) as write:
-        block: dict[str, list[str]] = {name: [] for name in names}
-        characters = 0
-        for position, document in enumerate(documents):
-            docno = check_docno(document.get("docno"), position)
-            values, text = _text_of(document, docno, fields, separator)
-            seen.add(docno)
-            row = {"docno": docno, **dict(zip(fields, values, strict=True)), "text": text}
-            for name in names:
-                raw = row[name].encode("utf-8", "surrogatepass")
-                digest.update(len(raw).to_bytes(8, "little") + raw)
-                block[name].append(row[name])
-                characters += len(raw)
-            if len(block["docno"]) == _BLOCK_DOCUMENTS or characters >= _BLOCK_CHARACTERS:
-                write(block)
-                block, characters = {name: [] for name in names}, 0
-        if block["docno"]:
-            write(block)
-    if not seen.hashes:
-        raise ValueError("the source has no documents: a corpus needs at least one.")
-    docnos = TextColumn(open_table(folder / "corpus.arrow"), "docno")
-    seen.check(lambda row: docnos.take([row])[0])
-    DocnoRows.write(folder / "docnos.hash", seen.hashes)
-    files = {name: (folder / name).stat().st_size for name in ("corpus.arrow", "docnos.hash")}
-    return {
-        "type": "corpus",
-        "format": "arrow",
-        "package_hint": "pt_dance",
-        "doc_count": len(seen.hashes),
-        "fields": fields,
-        "separator": separator,
-        "fingerprint": digest.hexdigest(),
-        "files": files,
-    }
+def _same(path: Path, rows: Iterator[tuple[str, ...]], fields: list[str], separator: str) -> Corpus:
+    """Open the corpus at a path, which is to be the one that would be built of some rows."""
+    if not holds(path, Corpus):
+        raise FileExistsError(f"{path} exists and is no corpus: choose another path")
+    corpus = Corpus(path)
+    if (list(corpus.fields), corpus.separator) != (fields, separator):
+        difference: str | None = f"its fields are {corpus.fields}, joined by {corpus.separator!r}"
+    else:
+        difference = first_difference(rows, corpus._iter_rows, len(corpus))
+    if difference is not None:
+        raise FileExistsError(
+            f"{path} holds another corpus ({difference}): overwrite=True replaces it, or choose another path"
+        )
+    return corpus

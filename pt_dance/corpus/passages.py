@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyterrier as pt
-import xxhash
 
-from pt_dance.corpus.corpus import Corpus
-from pt_dance.storage.folders import read_json, write_json
-from pt_dance.storage.writing import new_folder
+from pt_dance.corpus.corpus import Corpus, holds
+from pt_dance.storage import options
+from pt_dance.storage.digests import new_digest
+from pt_dance.storage.folders import recover_folder, write_json
+from pt_dance.storage.meta import META, TEXT, read_meta
+from pt_dance.storage.writing import new_folder, one_thread
 
 _BLOCK_DOCUMENTS = 500
 _COUNTS = "counts.u4"
@@ -46,25 +48,21 @@ class PassageCorpus(Corpus):
     ARTIFACT_FORMAT = "passages"
 
     def _open(self) -> None:
-        meta_path = self.path / "pt_meta.json"
-        if not meta_path.is_file():
-            raise FileNotFoundError(
-                f"there is no corpus of passages at {self.path}: make one with Corpus.to_passages()."
-            )
-        meta = read_json(meta_path)
-        if (meta.get("type"), meta.get("format")) != (self.ARTIFACT_TYPE, self.ARTIFACT_FORMAT):
-            raise ValueError(
-                f"{self.path} is no corpus of passages: {meta_path.name} says type {meta.get('type')!r}, "
-                f"format {meta.get('format')!r}."
-            )
-        if not all(isinstance(meta.get(key), str) for key in ("documents", "documents_fingerprint", "fingerprint")):
-            raise ValueError(f"{meta_path} does not say documents and fingerprints as it should: it is damaged.")
+        meta = read_meta(
+            self.path,
+            "corpus of passages",
+            type=self.ARTIFACT_TYPE,
+            formats=(self.ARTIFACT_FORMAT,),
+            entries={"documents": TEXT, "documents_fingerprint": TEXT, "fingerprint": TEXT},
+            advice="make one with Corpus.to_passages()",
+        )
         if os.path.isabs(meta["documents"]) or "\0" in meta["documents"]:
-            raise ValueError(f"{meta_path} gives no relative path of the whole documents: it is damaged.")
+            raise ValueError(f"{self.path / META} is damaged: it gives no relative path of the whole documents")
         self.documents = Corpus((self.path / meta["documents"]).resolve())
         if self.documents.fingerprint != meta["documents_fingerprint"]:
             raise ValueError(
-                f"the corpus {self.documents.path} is not the one that {self.path} was made of: make them again."
+                f"the corpus {self.documents.path} is not the one that {self.path} was made of: make it again with "
+                "overwrite=True"
             )
         self.passages = Corpus(self.path / "passages")
         content = (self.path / _COUNTS).read_bytes() if (self.path / _COUNTS).is_file() else b""
@@ -72,12 +70,13 @@ class PassageCorpus(Corpus):
             self.documents, self.passages, content
         ):
             raise ValueError(
-                f"{self.path / _COUNTS} and the passages beside it are not what {meta_path.name} says: they are "
-                "damaged; make them again."
+                f"{self.path / _COUNTS} and the passages beside it are damaged, not what {META} says: make them again "
+                "with overwrite=True"
             )
         counts = np.frombuffer(content, dtype="<u4")
         self.passage_counts: np.ndarray = counts.astype(np.int32)
         self.fingerprint = meta["fingerprint"]
+        self._settings = {name: meta.get(name) for name in ("length", "stride", "most", "prepend")}
         self.dataset, self.fields = self.documents.dataset, self.documents.fields
         self.separator = self.documents.separator
         self._columns, self._rows = self.documents._columns, self.documents._rows
@@ -106,26 +105,48 @@ class PassageCorpus(Corpus):
 
 
 def split_corpus(
-    documents: Corpus, path: Path, length: int, stride: int, *, most: int | None, prepend: str | None, verbose: bool
+    documents: Corpus, path: Path, settings: dict[str, Any], *, overwrite: bool, verbose: bool
 ) -> PassageCorpus:
-    """Write the passages of a corpus to a new folder; see :meth:`pt_dance.Corpus.to_passages`."""
-    for name, value in (("length", length), ("stride", stride), ("most", most)):
-        if not (name == "most" and value is None) and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
+    """Write the passages of a corpus to a folder; see :meth:`pt_dance.Corpus.to_passages`."""
+    length, stride = options.whole("length", settings["length"]), options.whole("stride", settings["stride"])
+    most, prepend = options.whole("most", settings["most"], or_none=True), settings["prepend"]
+    settings = {"length": length, "stride": stride, "most": most, "prepend": prepend}
     if stride > length:
-        raise ValueError(f"stride={stride} is more than length={length}: the words between would be in no passage.")
+        raise ValueError(f"stride={stride} is more than length={length}: the words between would be in no passage")
     if prepend is not None and prepend != documents.fields[0]:
-        raise ValueError(f"prepend must be the first of the fields, {documents.fields[0]!r}, not {prepend!r}.")
+        raise ValueError(f"prepend={prepend!r} must be the first of the fields, {documents.fields[0]!r}, or None")
     if isinstance(documents, PassageCorpus):
-        raise TypeError(f"{documents.path} holds passages already: use its whole documents, .documents.")
-    if path.exists():
+        raise TypeError(f"{documents.path} holds passages already: use its whole documents, .documents")
+    with one_thread(path):
+        recover_folder(path)
+        if path.exists() and not holds(path, PassageCorpus):
+            raise FileExistsError(f"{path} exists and is no corpus of passages: choose another path")
+        if path.exists() and not overwrite:
+            return _same(path, documents, settings)
+        _write(documents, path, settings, verbose)
+        return PassageCorpus(path)
+
+
+def _same(path: Path, documents: Corpus, settings: dict[str, Any]) -> PassageCorpus:
+    """Open passages that are to be those that would be made."""
+    passages = PassageCorpus(path)
+    if passages.documents.fingerprint != documents.fingerprint:
+        difference = f"those of {passages.documents.path}"
+    else:
+        found = passages._settings
+        difference = ", ".join(f"{name}={found[name]!r}" for name, value in settings.items() if value != found[name])
+    if difference:
         raise FileExistsError(
-            f"{path} already exists: open it with PassageCorpus({str(path)!r}), or choose another path."
+            f"{path} holds other passages ({difference}): overwrite=True replaces them, or choose another path"
         )
-    with new_folder(path, "the corpus of passages") as building:
+    return passages
+
+
+def _write(documents: Corpus, path: Path, settings: dict[str, Any], verbose: bool) -> None:
+    with new_folder(path, "the corpus of passages", replace=True) as building:
         counts = np.zeros(len(documents), dtype="<u4")
         passages = Corpus.build(
-            _passages(documents, counts, length, stride, most, prepend, verbose),
+            _passages(documents, counts, **settings, verbose=verbose),
             building / "passages",
             fields=["text"],
             verbose=False,
@@ -138,24 +159,18 @@ def split_corpus(
             "documents": os.path.relpath(documents.path.resolve(), path.resolve()),
             "documents_fingerprint": documents.fingerprint,
             "fingerprint": _fingerprint(documents, passages, counts.tobytes()),
-            "length": length,
-            "stride": stride,
-            "most": most,
-            "prepend": prepend,
+            **settings,
         }
-        write_json(building / "pt_meta.json", meta)
-    return PassageCorpus(path)
+        write_json(building / META, meta)
 
 
 def open_corpus(path: str | Path) -> Corpus:
     """Open a corpus, with or without passages, as its metadata says."""
-    meta = Path(path) / "pt_meta.json"
-    passages = meta.is_file() and read_json(meta).get("format") == PassageCorpus.ARTIFACT_FORMAT
-    return PassageCorpus(path) if passages else Corpus(path)
+    return PassageCorpus(path) if holds(options.path_of(path), PassageCorpus) else Corpus(path)
 
 
 def _fingerprint(documents: Corpus, passages: Corpus, counts: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(f"{documents.fingerprint} {passages.fingerprint} ".encode() + counts)
+    return new_digest(f"{documents.fingerprint} {passages.fingerprint} ".encode() + counts).hexdigest()
 
 
 def _filled(text: str, length: int, stride: int) -> str:

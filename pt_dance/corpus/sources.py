@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyterrier as pt
 
+from pt_dance.storage import options
 from pt_dance.storage.progress import progress_bar
 
 
 def iter_documents(source: Any, *, verbose: bool = False, desc: str = "documents") -> Iterator[dict[str, Any]]:
-    """Iterate over the documents of an iterable of dicts, a DataFrame, or an object with ``get_corpus_iter()``.
+    """Iterate over the documents of an iterable of dicts, a DataFrame, a Terrier index or a PyTerrier data set.
 
     Args:
         source: Where the documents come from.
@@ -23,13 +25,17 @@ def iter_documents(source: Any, *, verbose: bool = False, desc: str = "documents
 
     Raises:
         TypeError: If ``source`` is none of these, or (while iterating) if a document is no dict.
+        ValueError: If a Terrier index stores no texts.
     """
+    source = _terrier_index(source)
     total = source_length(source)
     if isinstance(source, pd.DataFrame):
         names = list(source.columns)
         documents: Iterable[Any] = (
             dict(zip(names, values, strict=True)) for values in zip(*(source[n] for n in names), strict=True)
         )
+    elif isinstance(source, pt.terrier.TerrierIndex):
+        documents = _stored_texts(source)
     elif hasattr(source, "get_corpus_iter"):
         try:
             silent = "verbose" in inspect.signature(source.get_corpus_iter).parameters
@@ -38,8 +44,8 @@ def iter_documents(source: Any, *, verbose: bool = False, desc: str = "documents
         documents = source.get_corpus_iter(verbose=False) if silent else source.get_corpus_iter()
     elif isinstance(source, (str, bytes, dict, Path)) or not isinstance(source, Iterable):
         raise TypeError(
-            f"documents must come as an iterable of dicts, a DataFrame, or an object with get_corpus_iter(), not as "
-            f"a {type(source).__name__}."
+            "documents must come as an iterable of dicts, a DataFrame, an object with get_corpus_iter(), or a Terrier "
+            f"index with stored text, not as a {type(source).__name__}"
         )
     else:
         documents = source
@@ -63,3 +69,23 @@ def source_length(source: Any) -> int | None:
     with contextlib.suppress(TypeError, NotImplementedError):
         return len(source)
     return None
+
+
+def _terrier_index(source: Any) -> Any:
+    """Return the Terrier index where the source is the folder or the Java object of one; else the source as it is."""
+    if isinstance(source, (str, Path)) and (options.path_of(source, "documents") / "data.properties").is_file():
+        return pt.terrier.TerrierIndex(options.path_of(source))
+    # Only a running Java has objects.
+    if pt.java.started() and isinstance(source, (pt.terrier.J.IndexRef, pt.terrier.J.Index)):
+        return pt.terrier.TerrierIndex.coerce(source)
+    return source
+
+
+def _stored_texts(index: Any) -> Iterable[dict[str, str]]:
+    fields = [str(key) for key in index.index_obj().getMetaIndex().getKeys()]
+    if not set(fields) - {"docno"}:
+        raise ValueError(
+            f"the Terrier index {index!r} stores no texts: index again with "
+            "pt.IterDictIndexer(path, meta={'docno': 20, 'text': 131072})"
+        )
+    return index.get_corpus_iter(return_toks=False)

@@ -7,12 +7,23 @@ import errno
 import os
 import shutil
 import sqlite3
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from pt_dance.storage.folders import DiskError, building_path, lock_folder, publish_folder, remove_folder, replaced_path
+from pt_dance.storage.folders import (
+    DiskError,
+    building_path,
+    lock_folder,
+    publish_folder,
+    remove_folder,
+    replace_folder,
+    replaced_path,
+)
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OF_THE_DISK = _FULL | {errno.EROFS, errno.EFBIG}
@@ -30,6 +41,10 @@ _SAID = {
 }
 # More than any library leaves unused when it finds no room for its next block.
 _NEARLY_FULL = 64 << 20
+
+# A lock goes when no thread holds it or waits for it.
+_LOCKS: weakref.WeakValueDictionary[Path, Any] = weakref.WeakValueDictionary()
+_GUARD = threading.Lock()
 
 KEPT = "what was finished is kept, and the same call goes on from there"
 NOTHING = "nothing of it is left"
@@ -64,12 +79,13 @@ def writing(path: str | Path, what: str, left: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, what: str) -> Iterator[Path]:
+def new_folder(path: Path, what: str, *, replace: bool = False) -> Iterator[Path]:
     """Write a folder beside its place; it gets its name when the block ends, and is removed if the block raises.
 
     Args:
         path: The folder to make; if the block has written nothing, it is not made.
         what: How an error calls it, e.g. "the corpus".
+        replace: Whether a folder that has the name already gives way; it stays as it is until the new one is whole.
 
     Yields:
         An empty folder to write to.
@@ -81,21 +97,37 @@ def new_folder(path: Path, what: str) -> Iterator[Path]:
     building = building_path(path)
     with writing(path, what, NOTHING):
         building.mkdir(parents=True, exist_ok=True)
-    with lock_folder(building, f"another process is making {path}: wait for it."):
+    with lock_folder(building, f"another process is making {path}: wait for it"):
         try:
             # Inside the clean-up, so that a full disk is seen to be full.
             with writing(path, what, NOTHING):
                 for old in building.iterdir():
                     remove_folder(old) if old.is_dir() else old.unlink()
                 yield building
-                if any(building.iterdir()):
-                    publish_folder(building, path)
-                else:
+                if not any(building.iterdir()):
                     building.rmdir()
+                elif replace and path.exists():
+                    replace_folder(building, path)
+                else:
+                    publish_folder(building, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 remove_folder(building)
             raise
+
+
+@contextlib.contextmanager
+def one_thread(path: Path) -> Iterator[None]:
+    """Let the threads of this process that ask for the folder ``path`` come one after the other.
+
+    Whoever comes second finds what the first one made. Other processes are told apart by :func:`new_folder`.
+    """
+    with _GUARD:
+        lock = _LOCKS.get(path)
+        if lock is None:
+            lock = _LOCKS[path] = threading.RLock()
+    with lock:
+        yield
 
 
 def _cause(err: Exception, path: Path) -> tuple[int | None, Path | None]:

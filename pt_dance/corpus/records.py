@@ -1,0 +1,138 @@
+"""From documents, whatever they hold, to the checked rows of a corpus, written or compared as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from more_itertools import chunked
+
+from pt_dance.corpus.arrow import TextColumn, open_table, table_writer
+from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, check_docno
+from pt_dance.storage.digests import add_texts, new_digest
+
+TABLE, HASHES = "corpus.arrow", "docnos.hash"
+
+_BLOCK_DOCUMENTS = 1000
+_BLOCK_CHARACTERS = 16 << 20
+
+
+def columns_of(fields: Sequence[str]) -> list[str]:
+    """Return the columns of a corpus with these fields."""
+    return ["docno", *(field for field in fields if field != "text"), "text"]
+
+
+def checked_fields(fields: Sequence[str]) -> list[str]:
+    """Return the fields as a list.
+
+    Raises:
+        ValueError: If there are none, or one occurs twice, is no name or is ``docno``.
+    """
+    fields = [fields] if isinstance(fields, str) else list(fields)
+    if not fields or not all(isinstance(f, str) and f for f in fields) or len(set(fields)) < len(fields):
+        raise ValueError(f"fields={fields!r} must name at least one field, each once")
+    if "docno" in fields:
+        raise ValueError("'docno' cannot be one of the fields: it is the document's name, not its text")
+    return fields
+
+
+def rows_of(documents: Iterable[dict[str, Any]], fields: Sequence[str], separator: str) -> Iterator[tuple[str, ...]]:
+    """Yield the row of each document: its values in the order of :func:`columns_of`.
+
+    Raises:
+        TypeError: If a docno or field is no string.
+        ValueError: If a docno is invalid, or a document lacks its last field.
+    """
+    names = columns_of(fields)
+    for position, document in enumerate(documents):
+        docno = check_docno(document.get("docno"), position)
+        row = _values(document, docno, fields)
+        text = separator.join(value for value in row.values() if value)
+        yield tuple((row | {"docno": docno, "text": text})[name] for name in names)
+
+
+def _values(document: dict[str, Any], docno: str, fields: Sequence[str]) -> dict[str, str]:
+    values = {}
+    for field in fields:
+        value = document.get(field)
+        if value is None or (isinstance(value, float) and value != value) or value is pd.NA:
+            if field == fields[-1]:
+                found = f"{value!r} as its" if field in document else f"only {sorted(map(str, document))} and no"
+                raise ValueError(
+                    f"document {docno!r} has {found} {field!r}: every document needs a string there; give an empty "
+                    "one, leave the document out, or choose other fields"
+                )
+            value = ""
+        elif not isinstance(value, str):
+            raise TypeError(f"document {docno!r} has a {type(value).__name__} as its {field!r}: fields must be strings")
+        values[field] = value
+    return values
+
+
+def write_rows(folder: Path, rows: Iterable[tuple[str, ...]], fields: list[str], separator: str) -> dict[str, Any]:
+    """Write the files of a corpus to an empty folder, as a stream, and return its metadata.
+
+    Raises:
+        ValueError: If there are no rows, or a docno occurs twice.
+    """
+    names = columns_of(fields)
+    digest = new_digest("\x1f".join(names).encode())
+    seen = DuplicateDocnos()
+    with table_writer(folder / TABLE, names) as write:
+        block: list[tuple[str, ...]] = []
+        characters = 0
+        for row in rows:
+            seen.add(row[0])
+            add_texts(digest, row)
+            block.append(row)
+            characters += sum(map(len, row))
+            if len(block) == _BLOCK_DOCUMENTS or characters >= _BLOCK_CHARACTERS:
+                write(_table(names, block))
+                block, characters = [], 0
+        if block:
+            write(_table(names, block))
+    if not seen.hashes:
+        raise ValueError("the source has no documents: a corpus needs at least one")
+    docnos = TextColumn(open_table(folder / TABLE), "docno")
+    seen.check(lambda row: docnos.take([row])[0])
+    DocnoRows.write(folder / HASHES, seen.hashes)
+    return {
+        "type": "corpus",
+        "format": "arrow",
+        "package_hint": "pt_dance",
+        "doc_count": len(seen.hashes),
+        "fields": fields,
+        "separator": separator,
+        "fingerprint": digest.hexdigest(),
+        "files": {name: (folder / name).stat().st_size for name in (TABLE, HASHES)},
+    }
+
+
+def _table(names: list[str], rows: list[tuple[str, ...]]) -> dict[str, list[str]]:
+    return {name: list(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def first_difference(
+    rows: Iterable[tuple[str, ...]], stored: Callable[[range], Iterable[tuple[str, ...]]], count: int
+) -> str | None:
+    """Say where documents and a corpus begin to differ, block by block; None where they are the same.
+
+    Args:
+        rows: The documents' rows.
+        stored: Gives the rows of the corpus.
+        count: How many documents the corpus has.
+    """
+    start = 0
+    for block in chunked(rows, _BLOCK_DOCUMENTS):
+        end = start + len(block)
+        for position, (mine, theirs) in enumerate(
+            zip(block, stored(range(start, min(end, count))), strict=False), start
+        ):
+            if mine != theirs:
+                return f"its document number {position}, docno {theirs[0]!r}, is another one"
+        if end > count:
+            return f"it has {count:,} documents and more were given"
+        start = end
+    return None if start == count else f"it has {count:,} documents and {start:,} were given"
