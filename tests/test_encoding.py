@@ -1,10 +1,12 @@
-"""Fast encoding: the same vectors whatever the batches, threads and precision; probes that are measured once."""
+"""Fast encoding: the same vectors whatever the batches, threads and precision, which is chosen once."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -14,10 +16,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 
-from pt_dance import DualEncoder
+from pt_dance import DenseIndex, DualEncoder
 from pt_dance.encoder import batches as _encoding
-from pt_dance.encoder import packed as _packed
-from pt_dance.encoder import precision as _probe
+from pt_dance.encoder import precision as _precision
 from pt_dance.encoder.reading import AnyReader, StaticReader, TransformerReader, reader_for
 from pt_dance.encoder.stages import HANDED_OVER
 from small_models import small_bert
@@ -131,15 +132,16 @@ def test_more_texts_than_are_read_at_once(static, monkeypatch, bert):
         assert np.abs(encode(encoder, TEXTS) - encoder.model.encode_document(TEXTS)).max() < 1e-5
 
 
-def test_a_batch_a_core_gives_the_same_bits_as_one_core(bert, two_threads):
+def test_a_batch_a_core_gives_the_same_bits_as_one_core(bert, two_threads, monkeypatch):
     texts = some_texts(400, seed=1)
-    assert _encoding._workers(bert.model, reader_for(bert.model, "document"), texts, 256) == 2
+    used = []
+    original = _encoding._in_threads
+    monkeypatch.setattr(_encoding, "_in_threads", lambda *args: used.append(args[2]) or original(*args))
     found = [encode(bert, texts, budget=256) for _ in range(3)]
     assert torch.get_num_threads() == 2, "the caller's threads are as they were"
     torch.set_num_threads(1)
-    assert _encoding._workers(bert.model, reader_for(bert.model, "document"), texts, 256) == 1
     alone = encode(bert, texts, budget=256)
-    assert all(np.array_equal(alone, vectors) for vectors in found)
+    assert all(np.array_equal(alone, vectors) for vectors in found) and used == [2, 2, 2, 1]
     inside = []
     thread = threading.Thread(target=lambda: inside.append(torch.get_num_threads()))
     torch.set_num_threads(2)
@@ -237,169 +239,187 @@ def test_bfloat16(bert, bert_path):
     assert half != bert and half.fingerprint == bert.fingerprint
 
 
-# -- probes ------------------------------------------------------------------------------------------------------------
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 
 
 @pytest.fixture
-def fresh_probe(monkeypatch, tmp_path):
-    monkeypatch.setattr(_probe, "_settled", {})
-    monkeypatch.setattr(_probe, "_cosines", {})
-    monkeypatch.setattr(_probe, "LARGE", 1000)
-    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path))
-    return tmp_path / "pt_dance" / "encoding"
+def measured(monkeypatch):
+    """Seconds that products are said to take; what was asked for."""
+    asked = []
 
+    def say(float32, onednn, bfloat16):
+        table = {"float32": float32, "float32-onednn": onednn, "bfloat16": bfloat16}
+        monkeypatch.setattr(_precision, "_seconds", lambda device, *shape: asked.append(shape) or table)
+        return asked
 
-def test_budget_is_measured_once_and_kept(bert, fresh_probe, monkeypatch):
-    encoder = bert.copy()
-    encoder.encode_docs(TEXTS[:5])
-    assert encoder.probe is None and not fresh_probe.exists(), "small encodes need no probe"
-    first = encoder.encode_docs(TEXTS)
-    budget = encoder.probe["budget"]
-    assert str(budget) in encoder.probe["tokens_per_second"]
-    files = sorted(p.name for p in fresh_probe.iterdir())
-    (file,) = fresh_probe.glob("*-batch.json")
-    assert json.loads(file.read_text())["budget"] == budget
-    # Another process finds the file, measures nothing, and cuts the same batches.
-    monkeypatch.setattr(_probe, "_settled", {})
-    monkeypatch.setattr(_probe, "_speed", None)
-    with torch.no_grad():
-        next(encoder.model.parameters()).mul_(1.0)
-    assert np.array_equal(encoder.encode_docs(TEXTS), first)
-    assert sorted(p.name for p in fresh_probe.iterdir()) == files
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"budget": "much"}', '{"budget": -1}', '{"budget": 1e99}'])
-def test_a_damaged_probe_is_measured_again(bert, fresh_probe, monkeypatch, content):
-    bert.copy().encode_docs(TEXTS)
-    for file in fresh_probe.iterdir():
-        file.write_text(content)
-    monkeypatch.setattr(_probe, "_settled", {})
-    encoder = bert.copy()
-    encoder.encode_docs(TEXTS)
-    # Another measurement may choose with or without oneDNN, and so measure batches under another name.
-    packed = encoder.probe.get("onednn_speedup", 0.0) >= _probe._MIN_SPEEDUP
-    (file,) = (file for file in fresh_probe.glob("*-batch.json") if ("-onednn-" in file.name) == packed)
-    assert json.loads(file.read_text())["budget"] == encoder.probe["budget"]
-    if packed:
-        (file,) = fresh_probe.glob("*-onednn.json")
-        assert json.loads(file.read_text())["speedup"] == encoder.probe["onednn_speedup"]
-
-
-def test_a_home_that_cannot_be_written_to(bert, fresh_probe):
-    fresh_probe.parent.parent.joinpath("pt_dance").write_text("a file in the way")
-    encoder = bert.copy()
-    assert np.abs(encoder.encode_docs(TEXTS) - bert.model.encode_document(TEXTS)).max() < 1e-5
-    assert encoder.probe["budget"] > 0
-
-
-def speeds(table):
-    def speed(model, reader, sample, task, budget, bfloat16):
-        return table["bfloat16" if bfloat16 else budget]
-
-    return speed
+    return say
 
 
 @pytest.mark.parametrize(
-    ("table", "budget"),
+    ("float32", "onednn", "bfloat16", "dtype", "precision"),
     [
-        ({512: 99, 1024: 100, 2048: 90}, 1024),
-        ({512: 90, 1024: 100, 2048: 102}, 1024),  # too little to leave the default
-        ({512: 90, 1024: 100, 2048: 120, 4096: 110}, 2048),
-        ({512: 90, 1024: 100, 2048: 120, 4096: 140, 8192: 150}, 8192),
-        ({256: 90, 512: 110, 1024: 100, 2048: 90}, 512),
+        (10, 10, 10, "float32", "float32"),
+        (10, 9, 2, "float32", "float32"),  # too little to be more than noise
+        (10, 8, 2, "float32", "float32-onednn"),
+        (10, 8, 6.7, "auto", "float32-onednn"),
+        (10, 8, 6.6, "auto", "bfloat16"),
+        (10, 9, 8.4, "auto", "float32"),
+        (10, 9, 8.3, "auto", "bfloat16"),
+        (10, float("inf"), 20, "auto", "float32"),
+        (10, 5, 20, "bfloat16", "bfloat16"),
     ],
 )
-def test_the_fastest_budget_is_chosen(bert, fresh_probe, monkeypatch, table, budget):
-    monkeypatch.setattr(_probe, "_speed", speeds(table))
-    plan = _probe.plan(bert.model, TEXTS, "document", "float32", bert.dim)
-    assert plan.budget == budget and plan.measured["tokens_per_second"] == {str(k): v for k, v in table.items()}
+def test_the_choice_follows_from_the_products(bert_path, measured, float32, onednn, bfloat16, dtype, precision):
+    asked = measured(float32, onednn, bfloat16)
+    assert DualEncoder(bert_path, dtype=dtype).precision == precision
+    assert asked == [(32, 32), (32, 64), (64, 32)], "the shapes that most of the work is in"
 
 
-@pytest.mark.parametrize(
-    ("speed", "cosine", "chosen"), [(200, 0.99995, True), (105, 0.99995, False), (80, 1.0, False), (300, 0.9998, False)]
-)
-def test_auto_takes_bfloat16_only_if_faster_and_close(bert, fresh_probe, monkeypatch, speed, cosine, chosen):
-    monkeypatch.setattr(_probe, "_speed", speeds({512: 90, 1024: 100, 2048: 90, "bfloat16": speed}))
-    monkeypatch.setattr(_probe, "_cosine", lambda model, task, dim, pack: cosine)
-    plan = _probe.plan(bert.model, TEXTS, "document", "auto", bert.dim)
-    assert plan.bfloat16 is chosen and plan.measured["dtype"] == ("bfloat16" if chosen else "float32")
-    assert not _probe.plan(bert.model, TEXTS, "document", "float32", bert.dim).bfloat16
-    assert _probe.plan(bert.model, TEXTS, "document", "bfloat16", bert.dim).bfloat16
-
-
-def test_auto_measures_this_machine(bert, fresh_probe):
-    encoder = bert.copy()
-    encoder.dtype = "auto"
-    encoder.encode_docs(TEXTS)
-    assert encoder.probe["bfloat16_speedup"] > 0 and encoder.probe["dtype"] in ("float32", "bfloat16")
-    kinds = ["batch", "bfloat16"] + ["onednn"] * _packed.available()
-    assert sorted(p.stem.rpartition("-")[2] for p in fresh_probe.iterdir()) == kinds
-    pack = encoder.probe.get("onednn_speedup", 0) >= _probe._MIN_SPEEDUP
-    cosine = _probe._cosine(bert.model, "document", bert.dim, pack)
-    assert 0.99 < cosine < 1 and list(_probe._cosines.values()).count(cosine) == 1
-
-
-def test_static_towers_need_no_probe(static, fresh_probe):
-    assert _probe.plan(static.model, TEXTS, "document", "auto", 8) == (1024, False, False, None)
-
-
-needs_onednn = pytest.mark.skipif(not _packed.available(), reason="this build of PyTorch has no oneDNN")
-
-
-@needs_onednn
-@pytest.mark.parametrize(("speedup", "chosen"), [(1.5, True), (1.05, False)])
-def test_onednn_is_used_where_it_is_faster(bert, fresh_probe, monkeypatch, speedup, chosen):
+def test_the_choice_is_made_once_whatever_the_amount_of_text(bert_path, measured, monkeypatch):
+    asked = measured(10, 10, 2)
+    encoder = DualEncoder(bert_path, dtype="auto")
+    assert not asked, "opening costs nothing"
     used = []
+    original = _encoding.encode
+    monkeypatch.setattr(
+        _encoding, "encode", lambda *args, **options: used.append(options["precision"]) or original(*args, **options)
+    )
+    encoder.encode_queries(["iron"])
+    measured(10, 10, 20)
+    encoder.encode_docs(TEXTS)
+    encoder.copy().encode_docs(TEXTS[:3])
+    encoder.with_similarity("dot").encode_queries(TEXTS[:3])
+    assert used == ["bfloat16"] * 4 and len(asked) == 3
+    encoder.encode_docs(TEXTS[:3], precision="float32")
+    assert used[-1] == "float32" and encoder.precision == "bfloat16", "another one for one call"
+    with pytest.raises(ValueError, match="precision='half' is unknown; choose one of 'float32'"):
+        encoder.encode_docs(TEXTS[:3], precision="half")
 
-    def speed(model, reader, sample, task, budget, bfloat16):
-        used.append(any("forward" in vars(module) for module in model.modules()))
-        return {512: 90, 1024: 100, 2048: 90}[budget] * (speedup if used[-1] else 1)
 
-    monkeypatch.setattr(_probe, "_speed", speed)
-    encoder = bert.copy()
+def test_this_machine_is_measured_and_its_home_left_alone(bert_path, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path))
+    threads = torch.get_num_threads()
+    _precision._seconds.cache_clear()
+    encoder = DualEncoder(bert_path, dtype="auto")
     vectors = encoder.encode_docs(TEXTS)
-    assert encoder.probe["onednn_speedup"] == speedup and used[-1] is chosen
-    assert _probe.plan(encoder.model, TEXTS, "document", "float32", encoder.dim).packed is chosen
-    assert np.abs(vectors - bert.model.encode_document(TEXTS)).max() < 1e-5
+    assert encoder.precision in _precision.PRECISIONS and torch.get_num_threads() == threads
+    seconds = _precision._seconds("cpu", 64, 32)
+    assert 0 < seconds["float32"] < 1 and 0 < seconds["bfloat16"] < 1
+    assert (0 < seconds["float32-onednn"] < 1) == torch.backends.mkldnn.is_available()
+    assert (vectors * encoder.model.encode_document(TEXTS)).sum(1).min() > 0.999
+    assert not any(tmp_path.iterdir())
+
+
+def test_static_towers_have_no_products_to_measure(static, measured):
+    asked = measured(10, 5, 1)
+    for dtype, precision in (("float32", "float32"), ("auto", "float32"), ("bfloat16", "bfloat16")):
+        assert DualEncoder(static.model, dtype=dtype).precision == precision
+    assert not asked
+
+
+def test_slow_float32_is_told_once(bert_path, measured, monkeypatch):
+    measured(10, 5, 2)
+    monkeypatch.setattr(_precision, "_said", False)
+    many = TEXTS + TEXTS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DualEncoder(bert_path).encode_docs(TEXTS[:9])
+        DualEncoder(bert_path, dtype="auto").encode_docs(many)
+    with pytest.warns(UserWarning, match="bfloat16 are 2.5 times as fast here: .*dtype='auto'"):
+        DualEncoder(bert_path).encode_docs(many)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DualEncoder(bert_path).encode_docs(many)
+    measured(10, 5, 2.6)
+    monkeypatch.setattr(_precision, "_said", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DualEncoder(bert_path).encode_docs(many)
+
+
+def test_an_index_keeps_the_precision_it_was_begun_with(bert_path, measured, monkeypatch, tmp_path):
+    docs = [{"docno": f"d{i}", "text": f"{text} {i}"} for i, text in enumerate(TEXTS)]
+    queries = pd.DataFrame({"qid": ["1", "2"], "query": ["iron blood", "cats"]})
+
+    def encoder(bfloat16):
+        """The encoder as another session would open it, whose machine is measured anew."""
+        measured(10, 10, 5 if bfloat16 else 20)
+        return DualEncoder(bert_path, dtype="auto")
+
+    def index(name, bfloat16):
+        return DenseIndex(tmp_path / name, encoder(bfloat16), shard_size=64, verbose=False)
+
+    def results(found):
+        return found.retriever(num_results=5)(queries)[["qid", "docno", "score"]]
+
+    whole = index("whole", True).index(docs)
+    assert whole.precision == "bfloat16"
+    assert json.loads((tmp_path / "whole" / "pt_meta.json").read_text())["encoder"]["precision"] == "bfloat16"
+    expected = encoder(True).encode_docs([d["text"] for d in docs[:64]])
+    assert np.array_equal(whole.open().vectors[:64], expected)
+    assert not np.array_equal(encoder(False).encode_docs([d["text"] for d in docs[:64]]), expected)
+
+    # A session that would choose float32 retrieves with bfloat16, too,
+    pd.testing.assert_frame_equal(results(index("whole", False)), results(whole))
+    # appends with it,
+    index("appended", True).index(docs[:192])
+    appended = index("appended", False).append(docs[192:])
+    assert appended.precision == "bfloat16" and np.array_equal(appended.open().vectors, whole.open().vectors)
+    # and goes on with it after an interruption.
+    with pytest.raises(RuntimeError):
+        index("resumed", True).index(itertools.chain(docs[:200], iter(lambda: 1 / 0, None)))
+    resumed = index("resumed", False).index(iter(docs))
+    assert resumed.precision == "bfloat16" and np.array_equal(resumed.open().vectors, whole.open().vectors)
+
+    # Another dtype is another wish: what was begun is not gone on with.
+    with pytest.raises(RuntimeError):
+        index("other", True).index(itertools.chain(docs[:200], iter(lambda: 1 / 0, None)))
+    plain = DenseIndex(tmp_path / "other", DualEncoder(bert_path), shard_size=64, verbose=False).index(iter(docs))
+    assert plain.precision == "float32"
+    assert np.array_equal(plain.open().vectors[:64], DualEncoder(bert_path).encode_docs([d["text"] for d in docs[:64]]))
 
 
 @needs_onednn
-def test_onednn_gives_the_same_vectors_and_leaves_nothing_behind(bert, minilm_path):
-    for model in (bert.model, DualEncoder(minilm_path).model):
-        options = dict(dim=model.get_embedding_dimension(), budget=256)
-        plain = _encoding.encode(model, TEXTS[:60], "document", **options)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        found = _encoding.encode(model, TEXTS[:60], "document", **options, pack=True)
-        assert np.abs(found - plain).max() < 1e-5
-        assert not any("forward" in vars(module) for module in model.modules())
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-@needs_onednn
-def test_packed_layers_do_what_they_always_do_with_gradients():
-    layer = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2, bias=False))
-    inputs = torch.randn(4, 5)
-    expected = layer(inputs)
-    with _packed.packed(layer), _packed.packed(layer):
-        assert torch.equal(layer(inputs), expected)
-        layer(inputs).sum().backward()
-        assert layer[0].weight.grad.abs().sum() > 0
+def test_onednn_gives_the_same_vectors_and_leaves_nothing_behind(bert_path, minilm_path, two_threads):
+    for path in (bert_path, minilm_path):
+        encoder = DualEncoder(path)
+        texts = TEXTS if path == bert_path else TEXTS[:60]
+        plain = encode(encoder, texts, budget=256)
+        before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
+        laid_out = _precision.with_onednn(encoder.model)
+        assert len([m for m in laid_out.modules() if isinstance(m, _precision._OneDnnLinear)]) == len(
+            [m for m in encoder.model.modules() if type(m) is torch.nn.Linear]
+        )
+        found = encode(encoder, texts, budget=256, precision="float32-onednn")
+        assert np.abs(found - plain).max() < 1e-6
+        assert all(torch.equal(before[name], value) for name, value in encoder.model.state_dict().items())
+        assert not any(isinstance(module, _precision._OneDnnLinear) for module in encoder.model.modules())
+        assert np.array_equal(encode(encoder, texts, budget=256), plain)
+        # Weights are laid out anew for every call: training is never missed.
         with torch.no_grad():
-            assert (layer(inputs) - expected).abs().max() < 1e-6
-            assert (layer(inputs.double().float()[:, None]) - expected[:, None]).abs().max() < 1e-6
-            layer[0].weight.mul_(2)  # what is packed is a copy, good for one encode
-    with torch.no_grad():
-        assert not torch.allclose(layer(inputs), expected)
-    assert not any("forward" in vars(module) for module in layer)
+            next(m for m in encoder.model.modules() if type(m) is torch.nn.Linear).weight.data.mul_(1.5)
+        moved = encode(encoder, texts, budget=256, precision="float32-onednn")
+        assert np.abs(moved - encode(encoder, texts, budget=256)).max() < 1e-6 < np.abs(moved - plain).max()
 
 
 @needs_onednn
-def test_a_layer_with_a_forward_of_somebody_else_is_left_alone():
-    layer = torch.nn.Linear(2, 2)
-    layer.forward = lambda inputs: inputs * 0
-    with _packed.packed(layer), torch.no_grad():
-        assert layer(torch.ones(1, 2)).sum() == 0
-    assert layer(torch.ones(1, 2)).sum() == 0
+def test_onednn_layers_compute_what_linear_layers_do():
+    shared = torch.nn.Linear(5, 5)
+    narrow, last = torch.nn.Linear(5, 3, bias=False), torch.nn.Linear(5, 2)
+    model = torch.nn.Sequential(shared, narrow, torch.nn.Sequential(shared), last)
+    model[2].insert(0, torch.nn.Linear(3, 5))
+    model[3].forward = lambda inputs: inputs * 0  # somebody else's forward
+    model[2][0].register_forward_hook(lambda module, inputs, output: output + 1)
+    made = _precision.with_onednn(model)
+    inputs = torch.randn(4, 7, 5)
+    with torch.no_grad():
+        assert (made[:3](inputs) - model[:3](inputs)).abs().max() < 1e-6
+        assert made(inputs).abs().sum() == 0
+    kinds = [type(module).__name__ for module in made]
+    assert kinds == ["_OneDnnLinear", "_OneDnnLinear", "Sequential", "Linear"]
+    assert made[2][1] is made[0] and type(made[2][0]) is torch.nn.Linear
 
 
 # -- pipelines ---------------------------------------------------------------------------------------------------------
@@ -409,9 +429,9 @@ def test_pipelines_hand_over_big_chunks(bert, static, tmp_path):
     sizes = []
 
     class Noting(DualEncoder):
-        def _encode(self, texts, task, batch_size, verbose):
+        def _encode(self, texts, *args):
             sizes.append(len(texts))
-            return super()._encode(texts, task, batch_size, verbose)
+            return super()._encode(texts, *args)
 
     docs = [{"docno": f"d{i}", "text": f"{text} {i}"} for i, text in enumerate(TEXTS)]
     noting = Noting(static.model, batch_size=4)

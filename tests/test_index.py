@@ -286,9 +286,9 @@ class CountingEncoder:
     def __init__(self, encoder):
         self.encoder, self.texts = encoder, 0
 
-    def encode_docs(self, texts, batch_size=None):
+    def encode_docs(self, texts, batch_size=None, **options):
         self.texts += len(texts)
-        return self.encoder.encode_docs(texts, batch_size)
+        return self.encoder.encode_docs(texts, batch_size, **options)
 
     def __getattr__(self, name):
         return getattr(self.encoder, name)

@@ -18,12 +18,13 @@ from sentence_transformers.sentence_transformer.modules import Router, StaticEmb
 
 from pt_dance.encoder import batches as _encoding
 from pt_dance.encoder import models
-from pt_dance.encoder import precision as _probe
+from pt_dance.encoder import precision as _precision
 from pt_dance.encoder.builders import EncoderBuilders
 from pt_dance.encoder.files import EncoderFiles
 from pt_dance.encoder.fingerprint import fingerprint as _fingerprint
 from pt_dance.encoder.reading import prompt_for, reading_digests
 from pt_dance.encoder.stages import HANDED_OVER, DocEncoder, QueryEncoder, TextScorer
+from pt_dance.storage.options import choice, whole
 
 DTYPES = ("float32", "bfloat16", "auto")
 
@@ -46,8 +47,8 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         text_field: Column with the documents' text.
         verbose: Whether to show progress.
         device: Where the model runs; sentence-transformers' choice when ``None``.
-        dtype: ``"float32"``: the model's own precision; ``"bfloat16"``: autocast when encoding without gradients;
-            ``"auto"``: bfloat16 where a short timed probe finds it faster and its vectors keep a cosine of .9999.
+        dtype: How texts are encoded without gradients: ``"float32"``; ``"bfloat16"``, under autocast; or ``"auto"``,
+            bfloat16 where a product of the model's own shape is faster by a fifth; see :attr:`precision`.
         max_length: Texts are cut after so many tokens; the model's own limit when ``None``.
 
     Raises:
@@ -89,7 +90,7 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         self.verbose = verbose
         self.dtype = dtype
         self.max_length = max_length
-        self.probe: dict[str, Any] | None = None
+        self._choice: _precision.Choice | None = None
         self._batch_size = batch_size
 
     # -- what it is ----------------------------------------------------------------------------------------------
@@ -152,14 +153,29 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         towers = [part[0] for part in first.sub_modules.values()] if isinstance(first, Router) else [first]
         return all(isinstance(tower, StaticEmbedding) for tower in towers)
 
+    @property
+    def precision(self) -> str:
+        """How texts are encoded without gradients: ``"float32"``, ``"float32-onednn"`` or ``"bfloat16"``.
+
+        Chosen when it is first asked for or needed, by a timed product of the model's own shape (some 50 ms), and kept
+        by copies. ``"float32-onednn"`` multiplies with oneDNN where PyTorch's own choice is slower: the same up to
+        float32 rounding. An index notes it, and uses it for what is appended, for queries and in later sessions.
+        """
+        if self._choice is None:
+            self._choice = _precision.choose(self.model, self.dtype)
+        return self._choice.precision
+
     # -- encoding ------------------------------------------------------------------------------------------------
 
-    def encode_queries(self, texts: Sequence[str], batch_size: int | None = None) -> np.ndarray:
+    def encode_queries(
+        self, texts: Sequence[str], batch_size: int | None = None, *, precision: str | None = None
+    ) -> np.ndarray:
         """Encode queries, with the prompt and tower of ``SentenceTransformer.encode_query``.
 
         Args:
             texts: The queries.
             batch_size: Texts in a batch at most; by tokens alone when ``None``.
+            precision: That of an index these vectors belong to; the encoder's :attr:`precision` when ``None``.
 
         Returns:
             Array (len(texts), dim), float32. It does not depend on the batch size.
@@ -167,14 +183,17 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         Raises:
             TypeError: If a text is no string; names its position.
         """
-        return self._encode(texts, "query", batch_size, self.verbose)
+        return self._encode(texts, "query", batch_size, self.verbose, precision)
 
-    def encode_docs(self, texts: Sequence[str], batch_size: int | None = None) -> np.ndarray:
+    def encode_docs(
+        self, texts: Sequence[str], batch_size: int | None = None, *, precision: str | None = None
+    ) -> np.ndarray:
         """Encode documents, with the prompt and tower of ``SentenceTransformer.encode_document``.
 
         Args:
             texts: The documents.
             batch_size: Texts in a batch at most; by tokens alone when ``None``.
+            precision: That of an index these vectors belong to; the encoder's :attr:`precision` when ``None``.
 
         Returns:
             Array (len(texts), dim), float32. It does not depend on the batch size.
@@ -182,30 +201,24 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         Raises:
             TypeError: If a text is no string; names its position.
         """
-        return self._encode(texts, "document", batch_size, self.verbose)
+        return self._encode(texts, "document", batch_size, self.verbose, precision)
 
-    def _encode(self, texts: Sequence[str], task: str, batch_size: int | None, verbose: bool) -> np.ndarray:
+    def _encode(
+        self, texts: Sequence[str], task: str, batch_size: int | None, verbose: bool, precision: str | None = None
+    ) -> np.ndarray:
         texts = _encoding.checked(texts, task)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be a positive number of texts, not {batch_size!r}.")
+        batch_size = whole("batch_size", batch_size, or_none=True)
+        choice("precision", precision, _precision.PRECISIONS, or_none=True)
         dim = self.dim
         if not texts:
             return np.empty((0, dim), np.float32)
-        plan = _probe.plan(self.model, texts, task, self.dtype, dim)
-        if plan.measured is not None:
-            self.probe = plan.measured
+        if precision is None:
+            precision = self.precision
+            _precision.say_if_slow(self._choice, len(texts))
         unit = "query" if task == "query" else "doc"
         with pt.tqdm(total=len(texts), desc=f"Encoding {unit}s", unit=unit, disable=not verbose) as bar:
             return _encoding.encode(
-                self.model,
-                texts,
-                task,
-                dim=dim,
-                budget=plan.budget,
-                most=batch_size,
-                bfloat16=plan.bfloat16,
-                pack=plan.packed,
-                progress=bar.update,
+                self.model, texts, task, dim=dim, most=batch_size, precision=precision, progress=bar.update
             )
 
     def encode_queries_torch(self, texts: Sequence[str], batch_size: int | None = None) -> torch.Tensor:

@@ -1,282 +1,165 @@
-"""Which batches, and which precision, encode fastest on this machine: measured once for each kind of model.
+"""Choose how a model's matrix products are made: float32 by PyTorch's choice or by oneDNN, or bfloat16.
 
-What was measured is kept in PyTerrier's home, by the shapes of the weights, the device and the torch version. This is
-not only to save time: the last bits of a vector depend on the batch it was computed in, so that a call only gives the
-same result every time, and an interrupted indexing run only ends with the same bytes, if the batches are cut the same.
+PyTorch multiplies float32 matrices with Intel's MKL, which on some other makers' processors runs at half of what
+oneDNN, also part of PyTorch, gets out of them. Which one is faster is measured by products of the model's own shapes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import platform
-import tempfile
+import copy
+import functools
 import threading
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import pyterrier as pt
 import torch
-import xxhash
 from sentence_transformers import SentenceTransformer
+from torch import nn
+from torch.nn.functional import linear
 
-from pt_dance.encoder import batches as _encoding
-from pt_dance.encoder import packed as _packed
-from pt_dance.encoder.fingerprint import fingerprint
-from pt_dance.encoder.reading import Reader, TransformerReader, reader_for
-from pt_dance.storage import folders
+FLOAT32, ONEDNN, BFLOAT16 = PRECISIONS = ("float32", "float32-onednn", "bfloat16")
 
-LARGE = 100_000
-"""Tokens from which on an encode is worth a probe; smaller ones use the default batches and float32."""
-
-MIN_COSINE = 0.9999
-_MIN_SPEEDUP = 1.1  # bfloat16 that gains less is not worth its rounding, and may be noise
-_MIN_GAIN = 1.03  # another batch size must gain this much over the default
-_DEFAULT = {"cpu": 1024, "cuda": 65536}
-_RANGE = {"cpu": (256, 8192), "cuda": (8192, 524288)}
-_ROUNDS = 2
-
-# What the vectors of both precisions are compared on: always the same texts, so that the same weights always get the
-# same answer, of lengths from a query's to a passage's.
-_SENTENCES = (
-    "what is a dense retriever",
-    "Symptoms and causes of iron deficiency in adults",
-    "The committee published its report in 1987, two years after the inquiry had been opened.",
-    "def read(path): return [line.strip() for line in open(path)]",
-    "Water boils at 100 °C at sea level; at 3,000 m it boils at about 90 °C.",
-    "A retriever finds documents, a re-ranker puts them in order, and a reader answers the question.",
-    "Das Museum ist montags geschlossen. Le musée est fermé le lundi.",
-    "Patients were assigned at random to treatment or placebo and followed for twelve months (n = 412, p < .05).",
-)
-_COMPARED = [*_SENTENCES, " ".join(_SENTENCES[:4]), " ".join(_SENTENCES[4:]), " ".join(_SENTENCES * 2)]
-
-_settled: dict[str, dict[str, Any]] = {}
-_cosines: dict[str, float] = {}
+_MIN_SPEEDUP = 1.2  # what gains less is not worth another rounding, and may be noise
+_OPERATIONS = 0.25e9  # of a product that is timed: some 3 ms on a core
+_SHAPES = 3  # are timed at most, those with the most work
+_ROUNDS = 3
+_MANY = 512  # texts, from which on speed matters
+_said = False
 
 
-class Plan(NamedTuple):
-    """How to encode: tokens in a batch, precision, whether with oneDNN, and what was measured (``None``: nothing)."""
+class Choice(NamedTuple):
+    """What is used, and how much faster a product in bfloat16 is than the best one in float32."""
 
-    budget: int
-    bfloat16: bool
-    packed: bool = False
-    measured: dict[str, Any] | None = None
+    precision: str
+    bfloat16_speedup: float
 
 
-def plan(model: SentenceTransformer, texts: list[str], task: str, dtype: str, dim: int) -> Plan:
-    """Decide how to encode texts.
+def choose(model: SentenceTransformer, dtype: str) -> Choice:
+    """Choose the precision for a model on its device, by timed products of its linear layers' shapes.
+
+    Takes some 50 ms on a core, once for each kind of model in a process, and nothing for models without linear layers.
 
     Args:
         model: The model.
-        texts: All texts of this call; some of them are used for measuring.
-        task: "query" or "document".
-        dtype: "float32", "bfloat16" or "auto".
-        dim: Length of the model's vectors.
+        dtype: "float32" and "bfloat16" are kept to; "auto" is bfloat16 where its products are 1.2 times as fast.
 
     Returns:
-        The plan. The same model, texts and machine always get the same one.
+        The choice; its precision is one of :data:`PRECISIONS`.
     """
-    device = model.device.type
-    default = Plan(_DEFAULT.get(device, _DEFAULT["cuda"]), dtype == "bfloat16")
-    if device not in _DEFAULT or sum(map(len, texts)) // 4 < LARGE:
-        return default
-    reader = reader_for(model, task)
-    if not isinstance(reader, TransformerReader):
-        return default
-    key = _key(model)
-    pack = False
-    measured: dict[str, Any] = {"device": _device(model)}
-    if device == "cpu" and model.dtype == torch.float32 and _packed.available():
-        found = _settle(f"{key}-onednn", lambda: _measure_packed(model, reader, texts, task), _is_speedup)
-        measured["onednn_speedup"] = found["speedup"]
-        pack = found["speedup"] >= _MIN_SPEEDUP
-    key += "-onednn" if pack else ""
-    with _packed.packed(model, pack):
-        speeds = _settle(f"{key}-batch", lambda: _measure_budgets(model, reader, texts, task), _is_batch)
-        measured |= speeds
-        if dtype != "auto" or model.dtype != torch.float32:
-            return Plan(speeds["budget"], default.bfloat16, pack, measured)
-        gained = _settle(
-            f"{key}-bfloat16",
-            lambda: {"speedup": _measure_bfloat16(model, reader, texts, task, speeds["budget"])},
-            _is_speedup,
+    work = Counter((layer.in_features, layer.out_features) for layer in model.modules() if type(layer) is nn.Linear)
+    if not work or model.device.type not in ("cpu", "cuda"):
+        return Choice(BFLOAT16 if dtype == BFLOAT16 else FLOAT32, 1.0)
+    heaviest = sorted(work, key=lambda shape: (-work[shape] * shape[0] * shape[1], shape))[:_SHAPES]
+    times = [(work[shape], _seconds(str(model.device), *shape)) for shape in heaviest]
+    seconds = {name: sum(count * time[name] for count, time in times) for name in PRECISIONS}
+    best = ONEDNN if seconds[FLOAT32] >= _MIN_SPEEDUP * seconds[ONEDNN] else FLOAT32
+    speedup = seconds[best] / seconds[BFLOAT16]
+    if dtype == BFLOAT16 or (dtype == "auto" and speedup >= _MIN_SPEEDUP):
+        best = BFLOAT16
+    return Choice(best, speedup)
+
+
+def say_if_slow(choice: Choice, count: int) -> None:
+    """Say once in a process that bfloat16 would be at least twice as fast, where there are enough texts to care."""
+    global _said
+    if not _said and count >= _MANY and choice.precision != BFLOAT16 and choice.bfloat16_speedup >= 2:
+        _said = True
+        warnings.warn(
+            f"products in bfloat16 are {choice.bfloat16_speedup:.1f} times as fast here: DualEncoder(..., "
+            "dtype='auto') uses them, at two to three digits",
+            stacklevel=4,
         )
-    measured["bfloat16_speedup"] = gained["speedup"]
-    bfloat16 = gained["speedup"] >= _MIN_SPEEDUP
-    if bfloat16:
-        measured["bfloat16_cosine"] = _cosine(model, task, dim, pack)
-        bfloat16 = measured["bfloat16_cosine"] >= MIN_COSINE
-    return Plan(speeds["budget"], bfloat16, pack, measured | {"dtype": "bfloat16" if bfloat16 else "float32"})
 
 
-def _is_batch(found: dict[str, Any]) -> bool:
-    low, high = min(low for low, _ in _RANGE.values()), max(high for _, high in _RANGE.values())
-    return isinstance(found.get("budget"), int) and low <= found["budget"] <= high
+@functools.cache
+def _seconds(device: str, width: int, height: int) -> dict[str, float]:
+    """The least time for a row of a product (rows, width) x (width, height), on a CPU a core's own, by precision."""
+    on_cpu = device == "cpu"
+    rows = min(1024, max(64, int(_OPERATIONS / (2 * width * height)))) if on_cpu else 16384
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = (torch.randn(n, width, generator=generator).to(device) for n in (rows, height))
+    halves = [matrix.to(torch.bfloat16) for matrix in (inputs, weight)]
+    products: dict[str, Callable[[], object]] = {
+        FLOAT32: lambda: linear(inputs, weight),
+        BFLOAT16: lambda: linear(*halves),
+    }
+    if on_cpu and torch.backends.mkldnn.is_available():
+        laid_out = weight.to_mkldnn()
+        products[ONEDNN] = lambda: linear(inputs.to_mkldnn(), laid_out).to_dense()
+    least = dict.fromkeys(PRECISIONS, float("inf"))
 
-
-def _is_speedup(found: dict[str, Any]) -> bool:
-    return isinstance(found.get("speedup"), float)
-
-
-def _device(model: SentenceTransformer) -> str:
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text("utf-8", "replace").splitlines()
-        named = {key: value for key, _, value in (line.partition(":") for line in lines[:40])}
-        name = " ".join(v.strip() for k, v in named.items() if k.strip() in ("model name", "cpu family", "model"))
-    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _key(model: SentenceTransformer) -> str:
-    digest = xxhash.xxh3_64(f"{torch.__version__} {_device(model)}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-    return digest.hexdigest()
-
-
-def _settle(
-    name: str, measure: Callable[[], dict[str, Any]], valid: Callable[[dict[str, Any]], bool]
-) -> dict[str, Any]:
-    """What was measured the first time, by whichever process was first."""
-    if name in _settled:
-        return _settled[name]
-    file = Path(pt.io.pyterrier_home()) / "pt_dance" / "encoding" / f"{name}.json"
-    found = _read(file, valid)
-    if found is None:
-        found = measure()
-        # Where the home cannot be written to, what was measured holds for this process.
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-                written = Path(folder) / file.name
-                folders.write_json(written, found)
-                try:
-                    os.link(written, file)
-                except FileExistsError:
-                    found = _read(file, valid) or found
-    _settled[name] = found
-    return found
-
-
-def _read(file: Path, valid: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-    try:
-        found = folders.read_json(file)
-    except OSError:
-        return None
-    except ValueError:
-        found = {}
-    if valid(found):
-        return found
-    # A damaged file would keep what is measured now from being written.
-    with contextlib.suppress(OSError):
-        file.unlink(missing_ok=True)
-    return None
-
-
-def _measure_budgets(model: SentenceTransformer, reader: Reader, texts: list[str], task: str) -> dict[str, Any]:
-    """Tokens a second for batches around the default size, and on in the direction in which it gets faster."""
-    start = _DEFAULT[model.device.type]
-    smallest, largest = _RANGE[model.device.type]
-    speeds: dict[int, float] = {}
-    wanted = [start, start // 2, start * 2]
-    while wanted:
-        tried = [budget for budget in wanted if smallest <= budget <= largest and budget not in speeds]
-        sample = _sample(reader, texts, max(2 * start, *tried)) if tried else []
-        # In turn, so that whatever else the machine does meanwhile hits all of them alike.
-        for _ in range(_ROUNDS):
-            for budget in tried:
-                speeds[budget] = max(speeds.get(budget, 0.0), _speed(model, reader, sample, task, budget, False))
-        best = max(speeds, key=speeds.__getitem__)
-        wanted = []
-        if best in tried and best == max(speeds) and best < largest and speeds[best] >= _MIN_GAIN * speeds[best // 2]:
-            wanted = [best * 2]
-        elif best in tried and best == min(speeds) and best > smallest and speeds[best] >= _MIN_GAIN * speeds[best * 2]:
-            wanted = [best // 2]
-    budget = best if speeds[best] >= _MIN_GAIN * speeds[start] else start
-    return {"budget": budget, "tokens_per_second": {str(b): round(speeds[b]) for b in sorted(speeds)}}
-
-
-def _measure_bfloat16(model: SentenceTransformer, reader: Reader, texts: list[str], task: str, budget: int) -> float:
-    sample = _sample(reader, texts, 2 * budget)
-    speeds = {True: 0.0, False: 0.0}
-    for _ in range(_ROUNDS):
-        for bfloat16 in speeds:
-            speeds[bfloat16] = max(speeds[bfloat16], _speed(model, reader, sample, task, budget, bfloat16))
-    return round(speeds[True] / speeds[False], 3)
-
-
-def _measure_packed(model: SentenceTransformer, reader: Reader, texts: list[str], task: str) -> dict[str, Any]:
-    budget = _DEFAULT["cpu"]
-    sample = _sample(reader, texts, 2 * budget)
-    speeds = {True: 0.0, False: 0.0}
-    for _ in range(_ROUNDS):
-        for pack in speeds:
-            with _packed.packed(model, pack):
-                speeds[pack] = max(speeds[pack], _speed(model, reader, sample, task, budget, False))
-    return {"speedup": round(speeds[True] / speeds[False], 3)}
-
-
-def _sample(reader: Reader, texts: list[str], tokens: int) -> list[str]:
-    """Texts of all lengths, evenly from the shortest to the longest, with about so many tokens together."""
-    by_length = sorted(texts, key=len)
-    first = reader.read([by_length[i] for i in np.linspace(0, len(texts) - 1, min(32, len(texts))).astype(int)])
-    n = max(2, round(tokens / max(1.0, float(first.lengths.mean()))))
-    return [by_length[i] for i in np.linspace(0, len(texts) - 1, n).astype(int)]
-
-
-def _speed(
-    model: SentenceTransformer, reader: Reader, texts: list[str], task: str, budget: int, bfloat16: bool
-) -> float:
-    """Tokens a second, tokenisation apart: of one core's own time on a CPU, of the clock's on a GPU."""
-    cut = list(_encoding.batches(reader, texts, budget, _encoding.READ_AT_ONCE))
-    tokens = sum(int(features["attention_mask"].sum()) for _, features in cut)
-    taken: list[float] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            on_cpu = model.device.type == "cpu"
-            if on_cpu:
-                torch.set_num_threads(1)
-            clock = time.thread_time if on_cpu else time.perf_counter
-            with torch.no_grad():
-                _encoding.forward(model, dict(cut[-1][1]), task, bfloat16)
-                if not on_cpu:
-                    torch.cuda.synchronize(model.device)
-                start = clock()
-                for _, features in cut:
-                    _encoding.forward(model, dict(features), task, bfloat16)
-                if not on_cpu:
-                    torch.cuda.synchronize(model.device)
-            taken.append(clock() - start)
-        except BaseException as error:  # it is raised again in the thread that asked
-            failed.append(error)
+    def measure() -> None:
+        if on_cpu:
+            torch.set_num_threads(1)  # the setting is this thread's own
+        clock = time.thread_time if on_cpu else time.perf_counter
+        with torch.no_grad():
+            for turn in range(_ROUNDS):  # in turn, so that whatever else the machine does hits all of them alike
+                for name, product in products.items():
+                    start = clock()
+                    product()
+                    if not on_cpu:
+                        torch.cuda.synchronize(device)
+                    if turn:  # the first one warms up
+                        least[name] = min(least[name], (clock() - start) / rows)
 
     threads = torch.get_num_threads()
-    with _encoding.evaluating(model):
-        thread = threading.Thread(target=run, name="pt_dance-probe")
-        thread.start()
-        thread.join()
-    torch.set_num_threads(threads)
-    if failed:
-        raise failed[0]
-    return tokens / max(taken[0], 1e-9)
+    thread = threading.Thread(target=measure, name="pt_dance-precision")
+    thread.start()
+    thread.join()
+    torch.set_num_threads(threads)  # new threads begin with the setting that was made last
+    return least
 
 
-def _cosine(model: SentenceTransformer, task: str, dim: int, pack: bool) -> float:
-    """The least cosine between a text's vectors in bfloat16 and float32."""
-    key = f"{task} {pack} {fingerprint(model)}"
-    if key not in _cosines:
-        vectors = [
-            _encoding.encode(model, _COMPARED, task, dim=dim, budget=1024, bfloat16=bfloat16, pack=pack).astype(float)
-            for bfloat16 in (False, True)
-        ]
-        norms = [np.maximum(np.linalg.norm(v, axis=1), 1e-12) for v in vectors]
-        _cosines[key] = round(float(((vectors[0] * vectors[1]).sum(1) / (norms[0] * norms[1])).min()), 7)
-    return _cosines[key]
+class _OneDnnLinear(nn.Module):
+    """A linear layer whose weight is laid out for oneDNN; for use without gradients."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias  # some models look at them
+        self._laid_out = (layer.weight.detach().to_mkldnn(), None if layer.bias is None else layer.bias.to_mkldnn())
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Multiply as ``nn.Linear`` does."""
+        return linear(inputs.to_mkldnn(), *self._laid_out).to_dense()
+
+
+def onednn_is_there(model: SentenceTransformer) -> bool:
+    """Return whether this build of PyTorch has oneDNN and the model is where it works."""
+    return model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def with_onednn(model: SentenceTransformer) -> SentenceTransformer:
+    """Return a model of the same weights whose float32 linear layers multiply with oneDNN, for a CPU without gradients.
+
+    The model itself is not touched. What is returned takes as much memory as these layers' weights, and holds those of
+    now: a model that is trained on needs a new one.
+    """
+    with torch.no_grad():
+        return _with_onednn(model, {})
+
+
+def _with_onednn(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in done:
+        if _is_plain_linear(module):
+            done[module] = _OneDnnLinear(module)
+        else:
+            done[module] = made = copy.copy(module)
+            made._modules = {
+                name: None if part is None else _with_onednn(part, done) for name, part in module._modules.items()
+            }
+    return done[module]
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    # A weight that is computed before each pass, a hook, or a forward that is somebody else's, is left alone.
+    return (
+        type(module) is nn.Linear
+        and "weight" in module._parameters
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and module.weight.dtype == torch.float32
+    )

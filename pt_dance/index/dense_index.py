@@ -198,6 +198,11 @@ class DenseIndex(FlexMethods):
         return (self.open().meta.get("encoder") or {}).get("fingerprint")
 
     @property
+    def precision(self) -> str | None:
+        """How its texts were encoded, see :attr:`DualEncoder.precision`: queries are, too; None if it is not known."""
+        return (self.open().meta.get("encoder") or {}).get("precision")
+
+    @property
     def encoder(self) -> DualEncoder | None:
         """The given encoder, or the one the index was made with if it lies where it was saved; None otherwise.
 

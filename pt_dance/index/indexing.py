@@ -18,7 +18,7 @@ from pt_dance.corpus.docnos import check_docno
 from pt_dance.corpus.passages import PassageCorpus
 from pt_dance.corpus.sources import iter_documents, source_length
 from pt_dance.index.files import META, OpenIndex, row_bytes
-from pt_dance.index.writer import IndexWriter, Shard, check_vectors, digest_of
+from pt_dance.index.writer import IndexWriter, Shard, check_vectors, digest_of, recorded_settings
 from pt_dance.storage.folders import (
     DiskError,
     building_path,
@@ -73,7 +73,7 @@ def _run(index: DenseIndex, source: Any, mode: str) -> None:
                 raise ValueError("there are no documents to index.")
             writer = _writer(index, documents, building, base, first)
             _write_shards(index, writer, documents, first)
-            writer.finish(_meta(index, source, base))
+            writer.finish(_meta(index, source, base, documents.precision))
         except OSError as err:
             if err.errno not in (errno.ENOSPC, errno.EDQUOT) or writer is None:
                 raise
@@ -141,6 +141,7 @@ class _Documents:
             index.text_field,
             index.shard_size,
         )
+        self.precision: str | None = None
         self.length = source_length(source)
         if isinstance(source, pd.DataFrame):
             content = "doc_vec" if "doc_vec" in source.columns else self.text_field
@@ -232,7 +233,8 @@ class _Documents:
                         f"document {docno!r} has a vector of {len(vector)} numbers where the index has {size}."
                     )
             return check_vectors(np.stack(contents), docnos, size, vec_dtype)
-        return check_vectors(self.encoder.encode_docs(list(contents)), docnos, vec_size, vec_dtype)
+        vectors = self.encoder.encode_docs(list(contents), precision=self.precision)
+        return check_vectors(vectors, docnos, vec_size, vec_dtype)
 
 
 def _digest(shard: list[tuple[str, Any]]) -> str:
@@ -262,6 +264,14 @@ def _writer(
         "text_field": None if documents.with_vectors else documents.text_field,
         "content": "vectors" if documents.with_vectors else "texts",
     }
+    if encoder is not None and not documents.with_vectors:
+        # How texts are encoded is measured anew by every process: what was begun goes on as it was begun.
+        settings["dtype"] = encoder.dtype
+        begun = recorded_settings(building)
+        documents.precision = ((base.meta.get("encoder") or {}) if base is not None else begun).get("precision")
+        if documents.precision is None or (base is None and begun.get("dtype") != encoder.dtype):
+            documents.precision = encoder.precision
+        settings["precision"] = documents.precision
     writer = IndexWriter(building, settings, vec_size, vec_dtype, base)
     if writer.fresh:
         _say(index, f"{index.index_path}: what was left of an earlier call had other settings: starting afresh")
@@ -300,7 +310,7 @@ def _write_shards(index: DenseIndex, writer: IndexWriter, documents: _Documents,
             bar.update(len(shard))
 
 
-def _meta(index: DenseIndex, source: Any, base: OpenIndex | None) -> dict[str, Any]:
+def _meta(index: DenseIndex, source: Any, base: OpenIndex | None, precision: str | None) -> dict[str, Any]:
     encoder = index.encoder_for_indexing()
     known: Any = None
     if encoder is not None:
@@ -309,6 +319,7 @@ def _meta(index: DenseIndex, source: Any, base: OpenIndex | None) -> dict[str, A
             "name": _text_or_none(getattr(encoder, "name", None)),
             "path": _path_beside(encoder, Path(index.index_path)),
             "similarity": encoder.similarity,
+            "precision": precision,
         }
     if base is not None:
         known = known or base.meta.get("encoder")

@@ -56,6 +56,16 @@ def digest_of(docnos: Sequence[str], contents: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
+def recorded_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings that an index under construction was begun with; empty if none can be read."""
+    try:
+        with open(folder / SHARDS, "rb") as lines:
+            settings = json.loads(lines.readline())["settings"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
 def check_vectors(vectors: Any, docnos: Sequence[str], vec_size: int | None, vec_dtype: str) -> np.ndarray:
     """Return the vectors of a shard as they are stored.
 

@@ -118,7 +118,7 @@ def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int):
     elif corpus is None:
         raise ValueError("mining queries needs corpus=... (texts to encode) or index=... (stored vectors)")
     texts = queries["query"].tolist()
-    vectors = encoder.encode_queries(texts)
+    vectors = encoder.encode_queries(texts, precision=None if index is None else index.precision)
 
     def search(docnos: list[str]) -> pd.DataFrame:
         found = encoded_vectors(encoder.encode_docs, corpus, docnos) if index is None else stored_vectors(index, docnos)

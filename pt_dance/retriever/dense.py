@@ -214,7 +214,8 @@ class DenseRetriever(pt.Transformer):
         given = self._check_queries(inp)
         if isinstance(given, np.ndarray):
             return given
-        vectors = np.asarray(self._checked_encoder().encode_queries(given), dtype=np.float32)
+        encoder = self._checked_encoder()
+        vectors = np.asarray(encoder.encode_queries(given, precision=self.index.precision), dtype=np.float32)
         dim = self.index.open().meta["vec_size"]
         if vectors.shape != (len(inp), dim):
             raise ValueError(

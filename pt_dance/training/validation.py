@@ -58,7 +58,7 @@ def documents_to_queries(index, topics: pd.DataFrame, qrels: pd.DataFrame, k: in
     pairs = pairs[index.open().documents.rows(pairs["docno"].tolist()) >= 0]
     docnos = pairs["docno"].drop_duplicates().tolist()
     qids = topics["qid"].to_numpy(dtype=object)
-    queries = index.encoder.encode_queries(topics["query"].tolist())
+    queries = index.encoder.encode_queries(topics["query"].tolist(), precision=index.precision)
     scores, rows = nearest_queries(*stored_vectors(index, docnos), queries, k)
     found = pd.DataFrame(
         {
