@@ -4,7 +4,31 @@ Everything here works on vectors and data frames; an encoder is anything that ma
 """
 
 from pt_dance.analysis.embedding_space import compare, space
+from pt_dance.analysis.figures import (
+    plot_distances,
+    plot_history,
+    plot_hubness,
+    plot_ratios,
+    plot_spectra,
+    plot_time,
+    plot_tsne,
+    to_svg,
+)
 from pt_dance.analysis.measures import uniform_sphere
 from pt_dance.analysis.space_report import SpaceReport, describe_sample
 
-__all__ = ["SpaceReport", "compare", "describe_sample", "space", "uniform_sphere"]
+__all__ = [
+    "SpaceReport",
+    "compare",
+    "describe_sample",
+    "plot_distances",
+    "plot_history",
+    "plot_hubness",
+    "plot_ratios",
+    "plot_spectra",
+    "plot_time",
+    "plot_tsne",
+    "space",
+    "to_svg",
+    "uniform_sphere",
+]

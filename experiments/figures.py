@@ -1,0 +1,91 @@
+"""What training does to an embedding space: the figures of the documentation.
+
+One encoder is trained by several methods with their default recipes, behind BM25 and with one seed; then all are
+measured and drawn on the same relevant pairs of the dev split.
+
+    python experiments/figures.py --dataset dance:../shared/data/medquad --out runs/figures-medquad \
+        --figures pt_dance/pt_docs/figures --results experiments/results/space-medquad-static
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import pandas as pd
+import pyterrier as pt
+
+from common import bm25, make_encoder, open_corpus, split
+from pt_dance import DanceRetriever, analysis, recipes
+
+METHODS = {"MNRL": recipes.mnrl, "DANCE": recipes.dance, "SamToNe": recipes.samtone}
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="dance:pydocs", help="pt.get_dataset name (default: %(default)s)")
+    parser.add_argument("--encoder", default="static", help="static, static-minilm, all-MiniLM-L6-v2, or a model")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="(default: all)")
+    parser.add_argument("--split", default="dev", help="split that is measured (default: %(default)s)")
+    parser.add_argument("--topics", type=int, help="train on a random part of the topics")
+    parser.add_argument("--sample", type=int, default=2000, help="relevant pairs measured (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--out", type=Path, default=Path("runs/figures"), help="folder for everything")
+    parser.add_argument("--figures", type=Path, help="folder for the pictures (default: the folder for everything)")
+    parser.add_argument("--results", type=Path, help="write the measures to this path, as .csv")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options()
+    started = time.perf_counter()
+    dataset = pt.get_dataset(args.dataset)
+    args.out.mkdir(parents=True, exist_ok=True)
+    train_topics, train_qrels = split(dataset, "train", most=args.topics, seed=args.seed)
+    topics, qrels = split(dataset, args.split)
+    corpus = open_corpus(dataset, args.out / "corpus")
+    first_stage = bm25(corpus, args.out / "bm25")
+    encoder = make_encoder(args.encoder, corpus, queries=train_topics["query"], seed=args.seed)
+
+    runs = {}
+    for name in args.methods:
+        runs[name] = DanceRetriever(
+            encoder, corpus, args.out / name.lower(), recipe=METHODS[name](), seed=args.seed, verbose=False
+        )
+        (first_stage % 200 >> runs[name]).fit(train_topics, train_qrels, topics, qrels)
+        print(f"{name}: trained ({time.perf_counter() - started:.0f} s)", flush=True)
+        print(runs[name].history.iloc[:, :6].to_string(index=False), flush=True)
+    systems = {"untrained": encoder} | {name: run.encoder for name, run in runs.items()}
+    spaces = {
+        name: analysis.space(system, topics, qrels, corpus, sample=args.sample, seed=args.seed)
+        for name, system in systems.items()
+    }
+    table = analysis.compare(spaces)
+    if args.results is not None:
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        table.round(5).to_csv(args.results.with_suffix(".csv"), index=False)
+    shown = [column for column in table.columns if not column.endswith((" low", " high"))]
+    with pd.option_context("display.width", 120, "display.max_rows", 100):
+        print(table[shown].set_index("system").T.round(4).to_string())
+    print(analysis.describe_sample(spaces["untrained"]))
+    draw(spaces, args.figures or args.out)
+    print(f"{time.perf_counter() - started:.0f} seconds")
+
+
+def draw(spaces: dict[str, analysis.SpaceReport], folder: Path) -> None:
+    """Writes the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "tsne": analysis.plot_tsne(spaces),
+        "distances": analysis.plot_distances(spaces),
+        "ratios": analysis.plot_ratios(spaces),
+        "spectra": analysis.plot_spectra(spaces),
+        "hubness": analysis.plot_hubness(spaces),
+    }
+    for name, figure in figures.items():
+        figure.savefig(folder / f"space-{name}.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
