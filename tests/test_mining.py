@@ -56,6 +56,21 @@ def test_no_positive_is_mined_and_depth_holds(sampling):
     assert mined["qid"].drop_duplicates().tolist() == ["a", "b", "c"]
 
 
+def test_report_says_where_the_best_positive_stood():
+    without = results().query("qid != 'b' or docno != 'd3'")
+    without = without.assign(rank=without.groupby("qid").cumcount())
+    mined = mine_documents(Fixed(without), TOPICS, QRELS, depth=10, rank_range=(5, 10), query_block=2)
+    # a and c find d1 at rank 1, above which is one candidate; for b nothing is found, and all ten stand above it
+    assert mined.attrs["mining"]["positives"] == {
+        "searches": 3, "found": 2, "median_rank": 1.0, "above": 1 + 1 + 10, "candidates": 8 + 10 + 8
+    }  # fmt: skip
+    two = mine_documents([Fixed(results()), Fixed(without)], TOPICS, QRELS, depth=10)
+    assert two.attrs["mining"]["positives"] == {
+        "searches": 6, "found": 5, "median_rank": 1.0, "above": 4 + 3 + 10, "candidates": 25 + 26
+    }  # fmt: skip
+    assert "_positive" not in mined.columns
+
+
 def test_top_takes_the_best_and_rank_range_cuts():
     mined = mine_documents(Fixed(results()), TOPICS, QRELS, depth=30, negatives=3, sampling="top", rank_range=(3, 30))
     assert mined[mined["qid"] == "b"]["docno"].tolist() == ["d4", "d5", "d6"]

@@ -15,12 +15,15 @@ from pt_dance.analysis.figures import (
     to_svg,
 )
 from pt_dance.analysis.measures import uniform_sphere
+from pt_dance.analysis.mined import MiningReport, mining
 from pt_dance.analysis.space_report import SpaceReport, describe_sample
 
 __all__ = [
+    "MiningReport",
     "SpaceReport",
     "compare",
     "describe_sample",
+    "mining",
     "plot_distances",
     "plot_history",
     "plot_hubness",

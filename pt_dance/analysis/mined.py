@@ -108,9 +108,7 @@ def mining(
         for reason, frame in suspects.items():
             best = frame.sort_values(["value", "qid", "docno"], ascending=[False, True, True]).head(examples)
             shown.append(best.assign(round=row.round, reason=reason))
-    return MiningReport(
-        pd.DataFrame(rows, columns=_COLUMNS), _with_texts(shown, positives, dance.corpus), len(qids)
-    )
+    return MiningReport(pd.DataFrame(rows, columns=_COLUMNS), _with_texts(shown, positives, dance.corpus), len(qids))
 
 
 _COLUMNS = [
@@ -128,7 +126,7 @@ def _of_frame(negatives: pd.DataFrame, about: dict) -> dict[str, float]:
     ranks = negatives["rank"].quantile([0.1, 0.5, 0.9]) if len(negatives) else [float("nan")] * 3
     positives = about.get("positives", {})
     ranked = {
-        "positive found": positives["found"] / max(about["sources"], 1),
+        "positive found": positives["found"] / max(positives["searches"], 1),
         "positive rank": positives["median_rank"],
         "above positive": positives["above"] / max(positives["candidates"], 1),
     } if positives else {}  # fmt: skip

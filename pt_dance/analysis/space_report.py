@@ -64,10 +64,11 @@ def describe_sample(report: SpaceReport) -> str:
     about = report.sample.describe()
     every = "all" if about["pairs"] == about["of pairs"] else f"{about['pairs']:,} of"
     pool = "the whole corpus" if about["pool"] >= about["corpus"] else f"of {about['corpus']:,} in the corpus"
+    resamples = report.settings["resamples"]
+    intervals = f"; 95 % intervals from {resamples} bootstrap resamples of the pairs" if resamples else ""
     return (
         f"{every} {about['of pairs']:,} relevant pairs ({about['queries']:,} queries, {about['documents']:,} "
-        f"documents); searches among {about['pool']:,} documents ({pool}); seed {about['seed']}; "
-        f"95 % intervals from {report.settings['resamples']} bootstrap resamples of the pairs"
+        f"documents); searches among {about['pool']:,} documents ({pool}); seed {about['seed']}{intervals}"
     )
 
 

@@ -135,20 +135,35 @@ class CandidateSelection:
         self.seed = seed
         self.counts: Counter[str] = Counter()
         self.removed: Counter[str] = Counter()
+        self._positive_ranks: list[int] = []
 
     def clean(self, results: pd.DataFrame) -> pd.DataFrame:
         """Candidates of a block of results: within depth and rank range, without any positive, through every filter."""
         frame = ranked(results, self.source_column, self.candidate_column)
         frame = frame[frame["rank"] < self.depth]
         self.counts["candidates"] += len(frame)
+        positive = self._are_positive(frame)
+        self._note_positives(frame, positive)
+        frame = frame.assign(_positive=positive)
         if self.rank_range is not None:
             frame = self._keep(
                 "rank range", frame, frame[frame["rank"].between(self.rank_range[0], self.rank_range[1] - 1)]
             )
-        frame = self._keep("positives", frame, frame[~self._are_positive(frame)])
+        frame = self._keep("positives", frame, frame[~frame["_positive"]]).drop(columns="_positive")
         for a_filter in self.filters:
             frame = self._keep(repr(a_filter), frame, frame[np.asarray(a_filter(frame, self.context), dtype=bool)])
         return frame
+
+    def _note_positives(self, frame: pd.DataFrame, positive: np.ndarray) -> None:
+        """Note the rank of each source's best positive, and how many candidates are above it: all where none is found.
+
+        What is above the best positive is as many as its rank.
+        """
+        best = frame.loc[positive].groupby(self.source_column, sort=False)["rank"].min()
+        self._positive_ranks += best.tolist()
+        without = ~frame[self.source_column].isin(best.index)
+        self.counts["above positive"] += int(best.sum()) + int(without.sum())
+        self.counts["not positive"] += int((~positive).sum())
 
     def _are_positive(self, frame: pd.DataFrame) -> np.ndarray:
         """Say which candidates are known to be relevant, copies of what is relevant among them."""
@@ -165,6 +180,7 @@ class CandidateSelection:
     def select(self, block_sources: Sequence[str], weighted: Sequence[tuple[pd.DataFrame, float]]) -> pd.DataFrame:
         """Negatives of one block, from one frame of results for each source pipeline and that pipeline's weight."""
         cleaned = [self.clean(results) for results, _ in weighted]
+        self.counts["searches"] += len(block_sources) * len(weighted)
         if len(cleaned) == 1:
             chosen = draw(
                 cleaned[0], self.negatives, self.sampling, self.seed, self.source_column, self.candidate_column
@@ -193,7 +209,12 @@ class CandidateSelection:
         return pool.sort_values([self.source_column, "rank", self.candidate_column], kind="stable")
 
     def report(self) -> dict[str, object]:
-        """What was done: sources, negatives, how many sources got fewer than asked or none, removals by reason."""
+        """What was done: sources, negatives, how many sources got fewer than asked or none, removals by reason.
+
+        ``positives`` says in how many ``searches`` (one for each source and pipeline) a positive was among the
+        candidates (``found``), at which rank the best one was (``median_rank``), and how many of the candidates that
+        are no positives (``candidates``) stood ``above`` it.
+        """
         return {
             "asked": self.negatives,
             "sources": self.counts["sources"],
@@ -202,6 +223,13 @@ class CandidateSelection:
             "short": self.counts["short"],
             "none": self.counts["none"],
             "removed": dict(self.removed),
+            "positives": {
+                "searches": self.counts["searches"],
+                "found": len(self._positive_ranks),
+                "median_rank": float(np.median(self._positive_ranks)) if self._positive_ranks else None,
+                "above": self.counts["above positive"],
+                "candidates": self.counts["not positive"],
+            },
         }
 
 
