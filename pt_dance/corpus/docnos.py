@@ -106,7 +106,7 @@ class DuplicateDocnos:
             run = np.sort(np.concatenate([self._runs.pop(), run]))
         if len(run):
             self._runs.append(run)
-        return [docnos[i] for i in np.flatnonzero(seen)]
+        return [docnos[i] for i in np.flatnonzero(seen).tolist()]
 
     def check(self, lookup: Callable[[int], str]) -> None:
         """Raise if two docnos added are equal.
@@ -121,7 +121,7 @@ class DuplicateDocnos:
         order = np.argsort(hashes, kind="stable")
         ordered = hashes[order]
         start = 0
-        for at in np.flatnonzero(ordered[1:] == ordered[:-1]):
+        for at in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
             start = min(start, at) if ordered[start] == ordered[at] else at
             mine = lookup(int(order[at + 1]))
             if any(lookup(int(order[i])) == mine for i in range(start, at + 1)):

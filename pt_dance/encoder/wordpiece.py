@@ -50,7 +50,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, n
     # A letter may need two tokens: at the beginning of a word, and inside one.
     ranked = sorted(letters, key=lambda letter: (-letters[letter], letter))
     kept = set(ranked[: (vocab_size - len(SPECIAL)) // 2])
-    words = {word: words[word] for word in sorted(words) if kept.issuperset(word)}
+    words = Counter({word: words[word] for word in sorted(words) if kept.issuperset(word)})
     inside = sorted({f"##{letter}" for word in words for letter in word[1:]})
 
     counting = Tokenizer(models.WordPiece(unk_token="[UNK]"))

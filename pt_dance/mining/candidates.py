@@ -39,8 +39,9 @@ def random_keys(seed: int, source: pd.Series, candidate: pd.Series | np.ndarray)
     """
     with np.errstate(over="ignore"):
         mixed = pd.util.hash_array(source.to_numpy(dtype=object)) * np.uint64(0x9E3779B97F4A7C15)
-        is_hash = isinstance(candidate, np.ndarray)
-        mixed ^= candidate if is_hash else pd.util.hash_array(candidate.to_numpy(dtype=object))
+        if not isinstance(candidate, np.ndarray):
+            candidate = pd.util.hash_array(candidate.to_numpy(dtype=object))
+        mixed ^= candidate
         mixed += np.uint64(seed % 2**64) * np.uint64(0xD1B54A32D192ED03)
         # splitmix64's finaliser: neighbouring inputs give unrelated outputs
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ class MiningContext:
 
     topics: pd.DataFrame
     pairs: pd.DataFrame
-    corpus: object | None = None
+    corpus: Any = None
     readings: Readings = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class MiningContext:
         rows = rows.merge(self.topics[["qid", "query"]].drop_duplicates("qid"), on="qid", how="left")
         if self.corpus is not None:
             rows["text"] = self.corpus.texts(rows["docno"].tolist())
-        scores = scorer(rows)
+        scores: pd.DataFrame = scorer(rows)
         if len(scores) != len(rows):
             raise ValueError(
                 f"the scorer of {needed_by} gave {len(scores)} rows for {len(rows)}; it must score every row"

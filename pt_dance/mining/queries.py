@@ -141,7 +141,7 @@ def _pipeline_search(pipeline: pt.Transformer, topics: pd.DataFrame, corpus, dep
     known = set(topics["qid"])
 
     def search(docnos: list[str]) -> pd.DataFrame:
-        found = cut(pd.DataFrame({"qid": docnos, "query": corpus.texts(docnos)}))
+        found: pd.DataFrame = cut(pd.DataFrame({"qid": docnos, "query": corpus.texts(docnos)}))
         found = found.drop(columns="query", errors="ignore").rename(columns={"qid": "docno", "docno": "qid"})
         return found[found["qid"].isin(known)]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import pandas as pd
 import pyterrier as pt
@@ -51,7 +52,7 @@ def uses_first_stage(source: object) -> bool:
     return source is not None and any(isinstance(entry, str) and entry == FIRST_STAGE for entry, _ in _pairs(source))
 
 
-def _is_function(entry: object) -> bool:
+def _is_function(entry: object) -> TypeGuard[Callable[..., Any]]:
     return callable(entry) and not isinstance(entry, (pt.Transformer, pd.DataFrame))
 
 
@@ -107,7 +108,7 @@ def describe_source(source: object) -> str:
     return without_addresses(repr(source))
 
 
-def _describe_function(function: object) -> str:
+def _describe_function(function: Any) -> str:
     code = getattr(function, "__code__", None)
     if code is None:
         return without_addresses(repr(function))

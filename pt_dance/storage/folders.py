@@ -19,7 +19,7 @@ from typing import Any
 try:
     import fcntl
 except ImportError:  # Windows has no flock; the guard against two writers is not available there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
