@@ -240,9 +240,9 @@ def test_one_document_with_all_the_best_passages_does_not_crowd_out_the_others(t
 
 
 def test_many_queries_that_have_to_look_deeper(tmp_path, monkeypatch):
-    from pt_dance.retriever import documents
+    from pt_dance.index import documents as index_documents
 
-    monkeypatch.setattr(documents, "_CELLS", 1000)  # so that they do it a few at a time
+    monkeypatch.setattr(index_documents, "_CELLS", 1000)  # so that they do it a few at a time
     rng = np.random.default_rng(1)
     documents = [{"docno": f"a%p{i}", "doc_vec": np.array([3.0, 0, 0, 0])} for i in range(100)]
     documents += [{"docno": f"d{n:03d}%p{i}", "doc_vec": rng.normal(size=4)} for n in range(60) for i in range(2)]

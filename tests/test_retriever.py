@@ -81,14 +81,29 @@ def test_query_vectors_instead_of_queries(index, encoder):
     expected = index.retriever(20)(TOPICS)
     vectors = encoder.query_encoder()(TOPICS)
     alone = DenseIndex(index.index_path, verbose=False)
-    found = alone.retriever(20)(vectors.drop(columns="query"))
+    found = alone.retriever(20, drop_query_vec=True)(vectors.drop(columns="query"))
     assert "query_vec" not in found.columns
     pd.testing.assert_frame_equal(found, expected.drop(columns="query"))
-    kept = alone.retriever(20, drop_query_vec=False)(vectors)
-    assert all(np.array_equal(a, b) for a, b in zip(kept["query_vec"], vectors["query_vec"].repeat(20), strict=True))
     # The vector counts, not the query beside it.
     swapped = vectors.assign(query=["a", "b", "c"])
     assert alone.retriever(20)(swapped)["docno"].tolist() == expected["docno"].tolist()
+
+
+def test_query_vectors_that_came_in_stay_and_others_come_if_asked_for(index, encoder):
+    expected, vectors = index.retriever(20)(TOPICS), encoder.query_encoder()(TOPICS)
+    repeated = vectors["query_vec"].repeat(20).tolist()
+    for option, encodes_itself, came_in in ((None, False, True), (False, True, True), (True, False, False)):
+        dense = index.retriever(20, drop_query_vec=option)
+        for frame, stays in ((TOPICS, encodes_itself), (vectors, came_in)):
+            found, rescored = dense(frame), dense(dense(frame))
+            for result in (found, rescored):
+                columns = ["qid", "query", "extra", *(["query_vec"] if stays else []), "docno", "score", "rank"]
+                assert sorted(result.columns) == sorted(columns)
+                pd.testing.assert_frame_equal(result[expected.columns], expected)
+                if stays:
+                    assert np.abs(np.stack(result["query_vec"]) - np.stack(repeated)).max() < 1e-6
+            blocks = pd.concat(dense.iter_blocks(frame), ignore_index=True)
+            assert list(blocks.columns) == list(found.columns)
 
 
 def test_rescoring_gives_the_same_scores_by_docno(index):
@@ -359,9 +374,9 @@ def test_bad_frames(index, frame, error, says):
 
 def test_bad_options(index, tmp_path):
     for bad in (0, -1, 2.5, True, "10", None):
-        with pytest.raises(ValueError, match="num_results must be a number of documents"):
+        with pytest.raises(ValueError, match=r"num_results=.* must be a whole number of at least 1"):
             index.retriever(bad)
-    with pytest.raises(ValueError, match="rescore_cutoff must be"):
+    with pytest.raises(ValueError, match="rescore_cutoff=0 must be"):
         DenseRetriever(index, rescore_cutoff=0)
     with pytest.raises(TypeError, match=r"index must be a pt_dance.DenseIndex, not a str"):
         DenseRetriever(str(tmp_path))

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
-from pyterrier_dr import SimFn
+from pyterrier_dr import FlexIndex, SimFn
 
-from pt_dance.index.files import OpenIndex, read_meta
-from pt_dance.index.flex import FlexMethods
+from pt_dance.encoder.dual_encoder import DualEncoder
+from pt_dance.index.files import VECTORS, OpenIndex, read_meta
+from pt_dance.index.flex_retrievers import FlatNumpyRetriever, FlatTorchRetriever
 from pt_dance.index.indexer import DenseIndexer
+from pt_dance.retriever.ann import AnnRetriever
+from pt_dance.retriever.dense import DenseRetriever
+from pt_dance.retriever.scorer import DenseScorer
 from pt_dance.retriever.search.exact import exact_search, iter_exact_search, open_vectors, score_pairs
 from pt_dance.retriever.search.vectors import Vectors
+from pt_dance.storage import options
 from pt_dance.storage.folders import recover_folder
 
-if TYPE_CHECKING:
-    from pt_dance.encoder.dual_encoder import DualEncoder
-    from pt_dance.retriever.ann import AnnRetriever
-    from pt_dance.retriever.dense import DenseRetriever
 
-
-class DenseIndex(FlexMethods):
+class DenseIndex(FlexIndex):
     """Vectors of a collection on disk, made from its texts, in the format of :class:`pyterrier_dr.FlexIndex`.
 
     The index encodes texts itself, in large windows; documents that carry a ``doc_vec`` already, as in ``encoder >>
@@ -40,7 +40,8 @@ class DenseIndex(FlexMethods):
         vec_dtype: "float32", or "float16" for half the space and about 3 digits (pyterrier_dr cannot open these).
         shard_size: Documents encoded and written at a time: what a crash costs at most, and the window in which the
             encoder sorts by length.
-        device: Where to search: "cpu", "cuda", ...; a GPU if there is one by default. Results are the same to the bit.
+        device: Where to search: "cpu", "cuda", ...; a GPU if there is one by default. Scores may differ between two
+            devices in float32's last bit.
         verbose: Whether to show progress bars and say what will be written.
 
     Raises:
@@ -70,24 +71,22 @@ class DenseIndex(FlexMethods):
         device: str | None = None,
         verbose: bool = True,
     ) -> None:
-        super().__init__(str(path), sim_fn=SimFn.dot, verbose=verbose)
+        super().__init__(str(options.path_of(path)), sim_fn=SimFn.dot, verbose=verbose)
         needed = ("encode_docs", "encode_queries", "fingerprint", "similarity", "dim")
         if encoder is not None and not all(hasattr(encoder, name) for name in needed):
             raise TypeError(
                 f"encoder must be a pt_dance.DualEncoder, not a {type(encoder).__name__}: wrap the model, "
-                "DualEncoder(name_or_model), or use the pipeline encoder >> index."
+                "DualEncoder(name_or_model), or use the pipeline encoder >> index"
             )
-        if vec_dtype not in ("float32", "float16"):
-            raise ValueError(f"vec_dtype must be 'float32' or 'float16', not {vec_dtype!r}.")
-        if type(shard_size) is not int or shard_size < 1:
-            raise ValueError(f"shard_size must be a positive number of documents, not {shard_size!r}.")
         if not isinstance(text_field, str) or not text_field or text_field in ("docno", "doc_vec"):
-            raise ValueError(f"text_field must be the name of the field with the documents' text, not {text_field!r}.")
+            raise ValueError(f"text_field={text_field!r} must be the name of the field with the documents' text")
         self.given_encoder = encoder
-        self.text_field, self.vec_dtype, self.shard_size, self.device = text_field, vec_dtype, shard_size, device
+        self.text_field, self.device = text_field, device
+        self.vec_dtype = options.choice("vec_dtype", vec_dtype, tuple(VECTORS))
+        self.shard_size = options.whole("shard_size", shard_size)
         self._opened: OpenIndex | None = None
         self._loaded_encoder: DualEncoder | None = None
-        self._vectors: Vectors | None = None
+        self._vectors: tuple[str | None, Vectors] | None = None
         recover_folder(self.index_path)
 
     # --- indexing -----------------------------------------------------------------------------------------------------
@@ -215,49 +214,74 @@ class DenseIndex(FlexMethods):
             known = self.open().meta.get("encoder") or {}
             folder = None if known.get("path") is None else Path(self.index_path) / known["path"]
             if folder is not None and folder.is_dir():
-                from pt_dance.encoder.dual_encoder import DualEncoder
-
                 encoder = DualEncoder.load(str(folder.resolve()))
                 if encoder.fingerprint != known.get("fingerprint"):
                     raise ValueError(
                         f"the encoder in {folder.resolve()} has other weights than those the index {self.index_path} "
-                        f"was "
-                        "made with: give the right one, or index again."
+                        "was made with: give the right one, or index again"
                     )
                 self._loaded_encoder = encoder
         return self._loaded_encoder
 
     def rows(self, docnos: Sequence[str]) -> np.ndarray:
-        """Return the row of each docno, ``int64``, -1 where there is no such document."""
-        return self.open().rows(docnos)
+        """Return the row of each docno, ``int64``, -1 where there is no such document.
+
+        Raises:
+            TypeError: If one string is given in the place of a list.
+        """
+        return self.open().rows(options.list_of("docnos", docnos, "DenseIndex.rows"))
 
     def known_rows(self, docnos: Sequence[str]) -> np.ndarray:
         """Return the row of each docno, ``int64``.
 
         Raises:
             KeyError: Naming a docno that is not in the index.
+            TypeError: If one string is given in the place of a list.
         """
-        return self._known(docnos, self.rows)
-
-    def _known(self, docnos: Sequence[str], lookup: Callable[[list[str]], np.ndarray]) -> np.ndarray:
-        docnos = list(docnos)
-        rows = lookup(docnos)
-        if (rows < 0).any():
-            missing = docnos[int((rows < 0).argmax())]
-            raise KeyError(f"docno {missing!r} is not in the index {self.index_path} ({len(self):,} documents).")
-        return rows
+        return self._known(options.list_of("docnos", docnos, "DenseIndex.known_rows"), self.rows)
 
     def known_documents(self, docnos: Sequence[str]) -> np.ndarray:
         """Return the number of each document, ``int64``: its row, or its place among the documents of passages.
 
         Raises:
             KeyError: Naming a docno that is not in the index.
+            TypeError: If one string is given in the place of a list.
         """
+        docnos = options.list_of("docnos", docnos, "DenseIndex.known_documents")
         return self._known(docnos, self.open().documents.rows)
 
+    def _known(self, docnos: list[str], lookup: Callable[[list[str]], np.ndarray]) -> np.ndarray:
+        numbers = lookup(docnos)
+        if (numbers < 0).any():
+            missing = docnos[int((numbers < 0).argmax())]
+            raise KeyError(f"docno {missing!r} is not in the index {self.index_path} ({len(self):,} documents)")
+        return numbers
+
     def docno(self, rows: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Return the docnos of rows, an array of ``str`` objects of the same length."""
-        return np.array(self.open().docnos.at(np.asarray(rows, dtype=np.int64)), dtype=object)
+        """Return the docnos of rows, an array of ``str`` objects of the same length.
+
+        Raises:
+            TypeError: If the rows are no whole numbers.
+            IndexError: If there is no such row.
+        """
+        rows = np.asarray(options.list_of("rows", rows, "DenseIndex.docno"))
+        if len(rows) and rows.dtype.kind not in "iu":
+            raise TypeError(f"rows must be whole numbers, not {rows[0].item()!r}")
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows must be 0 to {len(self) - 1}, not {rows.min()} to {rows.max()}")
+        return np.array(self.open().docnos.at(rows), dtype=object)
+
+    def stored_vectors(self, docnos: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the stored vectors of documents, ``float32``.
+
+        In an index of passages they are those of all passages of these documents, and the second value is the position
+        in ``docnos`` that each belongs to; it is None elsewhere.
+
+        Raises:
+            KeyError: Naming a docno that is not in the index.
+        """
+        rows, owner = self.open().documents.rows_of(self.known_documents(docnos))
+        return np.asarray(self.open().vectors[rows], dtype=np.float32), owner
 
     def _load_docids(self, inp: pd.DataFrame) -> np.ndarray:
         # pyterrier_dr's scorers and vector loaders ask here: a docid may come from another index, and an unknown docno
@@ -286,31 +310,44 @@ class DenseIndex(FlexMethods):
         """
         return exact_search(query_vecs, self._device_vectors(), k, tie_order=self.open().ranks, progress=progress)
 
-    def iter_search(self, query_vecs: np.ndarray, k: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Search block by block, in bounded memory: yields first query number, scores and rows as :meth:`search`."""
+    def iter_search(
+        self, query_vecs: np.ndarray, k: int, *, batch_size: int | None = None
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Search block by block, in bounded memory: yields first query number, scores and rows as :meth:`search`.
+
+        ``batch_size`` is how many documents are multiplied with a block of queries at a time; it changes no result.
+        """
         vectors, ranks = self._device_vectors(), self.open().ranks
-        return iter_exact_search(query_vecs, vectors, k, tie_order=ranks)
+        block = {} if batch_size is None else {"doc_block": batch_size}
+        return iter_exact_search(query_vecs, vectors, k, tie_order=ranks, **block)
 
     def score_pairs(self, query_vecs: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-        """Score pairs of a query vector and a row: the same bits that :meth:`search` gives. ``float32`` (m,)."""
+        """Score pairs of a query vector and a row as :meth:`search` does, ``float32`` (m,)."""
         return score_pairs(query_vecs, self._device_vectors(), query_of, row_of)
 
     def _device_vectors(self) -> Vectors:
-        if self._vectors is None:
-            self._vectors = open_vectors(self.open().vectors, self.device)
-        return self._vectors
+        if self._vectors is None or self._vectors[0] != self.device:
+            self._vectors = self.device, open_vectors(self.open().vectors, self.device)
+        return self._vectors[1]
+
+    # --- retrievers ---------------------------------------------------------------------------------------------------
 
     def retriever(
-        self, num_results: int = 1000, *, drop_query_vec: bool = True, verbose: bool | None = None
+        self,
+        num_results: int = 1000,
+        *,
+        batch_size: int | None = None,
+        drop_query_vec: bool | None = None,
+        verbose: bool | None = None,
     ) -> DenseRetriever:
         """Return the exact retriever and re-scorer of this index; see :class:`pt_dance.DenseRetriever`."""
-        from pt_dance.retriever.dense import DenseRetriever
-
         verbose = self.verbose if verbose is None else verbose
-        return DenseRetriever(self, num_results=num_results, drop_query_vec=drop_query_vec, verbose=verbose)
+        return DenseRetriever(
+            self, num_results=num_results, batch_size=batch_size, drop_query_vec=drop_query_vec, verbose=verbose
+        )
 
     def ann_retriever(
-        self, num_results: int = 1000, method: str = "hnsw", *, verbose: bool | None = None, **options: Any
+        self, num_results: int = 1000, method: str = "hnsw", *, verbose: bool | None = None, **other: Any
     ) -> AnnRetriever:
         """Return an approximate retriever, built if it is not there yet; see :class:`pt_dance.AnnRetriever`.
 
@@ -318,12 +355,77 @@ class DenseIndex(FlexMethods):
             num_results: Documents a query gets.
             method: "hnsw" or "ivfpq".
             verbose: Whether to show progress bars; as the index does by default.
-            **options: ``candidates``, ``threads``, ``build_options``, ``search_options``, ``drop_query_vec``.
+            **other: ``candidates``, ``threads``, ``build_options``, ``search_options``, ``drop_query_vec``.
         """
-        from pt_dance.retriever.ann import AnnRetriever
-
         verbose = self.verbose if verbose is None else verbose
-        return AnnRetriever(self, method, num_results=num_results, verbose=verbose, **options).build()
+        return AnnRetriever(self, method, num_results=num_results, verbose=verbose, **other).build()
+
+    def scorer(self, *, num_results: int | None = None) -> DenseScorer:
+        """Return what re-scores result frames.
+
+        Args:
+            num_results: Results kept for a query; all by default.
+        """
+        return DenseScorer(self, rescore_cutoff=num_results, verbose=self.verbose)
+
+    def np_scorer(self, *, num_results: int | None = None) -> DenseScorer:
+        """Return :meth:`scorer`: pyterrier_dr's fails for frames without rows, and with ``num_results``."""
+        return self.scorer(num_results=num_results)
+
+    def torch_scorer(
+        self, *, num_results: int | None = None, device: str | None = None, fp16: bool = False
+    ) -> DenseScorer:
+        """Return :meth:`scorer` on another device.
+
+        Args:
+            num_results: Results kept for a query; all by default.
+            device: Where to compute; as the index does by default.
+            fp16: Not offered, since scores are exact.
+
+        Raises:
+            ValueError: If ``fp16`` is asked for.
+        """
+        if fp16:
+            raise ValueError('scores are exact, so there is no fp16=True; vec_dtype="float16" halves an index')
+        if device is None or device == self.device:
+            return self.scorer(num_results=num_results)
+        there = type(self)(self.index_path, self.given_encoder, device=device, verbose=self.verbose)
+        return there.scorer(num_results=num_results)
+
+    def np_retriever(self, *, mask: np.ndarray | None = None, **other: Any) -> FlatNumpyRetriever:
+        """Return pyterrier_dr's ``np_retriever``; :meth:`retriever` is faster, and bounded in memory.
+
+        Args:
+            mask: Not offered here, see :meth:`torch_retriever`.
+            **other: ``num_results``, ``batch_size``, ``drop_query_vec``.
+
+        Raises:
+            ValueError: If a mask is given.
+        """
+        if mask is not None:
+            raise ValueError(
+                "np_retriever multiplies scores by the mask, which puts masked documents before those with negative "
+                "scores: use torch_retriever(mask=...), which leaves them out"
+            )
+        return FlatNumpyRetriever(self, **other)
+
+    def torch_retriever(
+        self, *, mask: np.ndarray | None = None, device: str | None = None, fp16: bool = False, **other: Any
+    ) -> FlatTorchRetriever:
+        """Return pyterrier_dr's ``torch_retriever``, which holds all vectors on its device.
+
+        Args:
+            mask: 1 for documents (in the order of rows) that may be retrieved, 0 for others.
+            device: Where the vectors are held; a GPU if there is one by default.
+            fp16: Whether to hold and multiply them in half precision.
+            **other: ``num_results``, ``qbatch``, ``drop_query_vec``.
+
+        Raises:
+            ValueError: If the mask has not one number for each document, or others than 0 and 1.
+        """
+        if mask is not None and np.shape(mask) != (len(self),):
+            raise ValueError(f"mask must hold 0 or 1 for each of {len(self):,} documents; it is {np.shape(mask)}")
+        return FlatTorchRetriever(self, self.torch_vecs(device=device, fp16=fp16), mask=mask, **other)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Retrieve or re-score, as the default retriever does."""

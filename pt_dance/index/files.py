@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from pt_dance.corpus.docnos import DocnoColumn, DocnoRows
-from pt_dance.index.documents import PassageDocuments
-from pt_dance.storage.folders import read_json
+from pt_dance.index.documents import PassageDocuments, RowDocuments
+from pt_dance.storage import meta as meta_files
+from pt_dance.storage.meta import META
 
-META = "pt_meta.json"
 NPIDS = "docnos.npids"
 DOCNOS = "docnos.txt"
 HASHES = "docnos.hash"
@@ -27,7 +27,18 @@ RANKS = "docno_ranks.u4"
 SHARDS = "shards.jsonl"
 VECTORS = {"float32": "vecs.f4", "float16": "vecs.f2"}
 FORMATS = {"float32": "flex", "float16": "flex_f16"}
-_MAX_DIMENSION = 1 << 20
+_ENTRIES = {
+    "vec_size": meta_files.whole_entry(1, 1 << 20),
+    "doc_count": meta_files.whole_entry(1, 2**32 - 1),
+    **dict.fromkeys(("content", "text_field", "sim_fn", "corpus"), meta_files.TEXT_OR_NONE),
+    "passages": meta_files.FLAG_OR_NONE,
+    "files": meta_files.entry_of(dict, "a list of sizes by name", missing=True),
+    "encoder": meta_files.Entry(
+        lambda known: isinstance(known, dict) and all(isinstance(v, (str, type(None))) for v in known.values()),
+        "a description of an encoder",
+        missing=True,
+    ),
+}
 
 
 def row_bytes(vec_dtype: str, vec_size: int) -> int:
@@ -48,80 +59,43 @@ def read_meta(path: Path) -> dict[str, Any]:
         FileNotFoundError: If there is no index.
         ValueError: If the folder is no dense index or its files are not what the metadata says; names the file.
     """
-    meta_path = path / META
-    try:
-        meta = read_json(meta_path)
-    except (FileNotFoundError, NotADirectoryError) as err:
-        kind = "a folder without pt_meta.json" if path.exists() else "nothing"
-        raise FileNotFoundError(
-            f"there is no dense index at {path} ({kind} is there): make one with .index()."
-        ) from err
-    formats = {name: dtype for dtype, name in FORMATS.items()}
-    if meta.get("type") != "dense_index" or not isinstance(meta.get("format"), str) or meta["format"] not in formats:
-        raise ValueError(
-            f"{path} is no dense index of this kind: {META} says type {meta.get('type')!r}, format "
-            f"{meta.get('format')!r}."
-        )
-    meta["vec_dtype"] = formats[meta["format"]]
-    for key, most in (("vec_size", _MAX_DIMENSION), ("doc_count", 2**32 - 1)):
-        if type(meta.get(key)) is not int or not 0 < meta[key] <= most:
-            raise ValueError(
-                f"{meta_path} says {key} {repr(meta.get(key))[:40]} where a number from 1 to {most:,} belongs: it "
-                "is damaged."
-            )
-    for key in ("content", "text_field", "sim_fn", "corpus"):
-        if not isinstance(meta.get(key), (str, type(None))):
-            raise ValueError(f"{meta_path} has a {type(meta[key]).__name__} as {key}: it is damaged.")
-    if not isinstance(meta.get("passages", False), bool):
-        raise ValueError(f"{meta_path} has a {type(meta['passages']).__name__} as passages: it is damaged.")
-    _check_encoder(meta_path, meta.get("encoder"))
-    _check_sizes(path, meta)
-    return meta
-
-
-def _check_encoder(meta_path: Path, encoder: Any) -> None:
-    if encoder is None:
-        return
-    if not isinstance(encoder, dict) or not all(isinstance(v, (str, type(None))) for v in encoder.values()):
-        raise ValueError(f"{meta_path} does not describe its encoder as a dense index does: it is damaged.")
-    if encoder.get("path") is not None:
-        folder = meta_path.parent.resolve()
-        try:
-            inside = (folder / encoder["path"]).resolve().is_relative_to(folder.parent)
-        except (ValueError, OSError):
-            inside = False
-        if os.path.isabs(encoder["path"]) or not inside:
-            raise ValueError(
-                f"{meta_path} says that its encoder is at {encoder['path'][:80]!r}, outside the folder that holds the "
-                "index: that is not followed; give the encoder."
-            )
-
-
-def _check_sizes(path: Path, meta: dict[str, Any]) -> None:
-    count = meta["doc_count"]
-    sizes = {VECTORS[meta["vec_dtype"]]: count * row_bytes(meta["vec_dtype"], meta["vec_size"])}
-    if (path / HASHES).exists():
-        sizes[HASHES] = 12 * count
-    if (path / RANKS).exists():
-        sizes[RANKS] = 4 * count
-    recorded = meta.get("files")
-    if recorded is not None and not isinstance(recorded, dict):
-        raise ValueError(f"{path / META} has a {type(recorded).__name__} as files: it is damaged.")
+    read = meta_files.read_meta(
+        path,
+        "dense index",
+        type="dense_index",
+        formats=tuple(FORMATS.values()),
+        entries=_ENTRIES,
+        advice="make one with .index()",
+    )
+    read["vec_dtype"] = next(dtype for dtype, name in FORMATS.items() if name == read["format"])
+    _check_encoder(path / META, read.get("encoder"))
+    count = read["doc_count"]
+    sizes: dict[str, Any] = {VECTORS[read["vec_dtype"]]: count * row_bytes(read["vec_dtype"], read["vec_size"])}
+    for name, bytes_each in ((HASHES, 12), (RANKS, 4)):
+        if (path / name).exists():
+            sizes[name] = bytes_each * count
     # Only names of ours are looked at: metadata can point nowhere else.
     for name in (NPIDS, DOCNOS, HASHES, RANKS, SHARDS):
-        if recorded and name in recorded:
-            sizes.setdefault(name, recorded[name])
-    sizes.setdefault(NPIDS, None)
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: the index is damaged; index again.")
-        if size is not None and file.stat().st_size != size:
-            raise ValueError(
-                f"{file} has {file.stat().st_size:,} bytes where {size:,} belong: the index is damaged; index again."
-                if isinstance(size, int)
-                else f"{path / META} does not give sizes as numbers: it is damaged."
-            )
+        if name in (read.get("files") or {}):
+            sizes.setdefault(name, read["files"][name])
+    meta_files.check_sizes(path, {**sizes, NPIDS: sizes.get(NPIDS)}, "index", "index again")
+    return read
+
+
+def _check_encoder(meta_path: Path, encoder: dict[str, Any] | None) -> None:
+    path = None if encoder is None else encoder.get("path")
+    if path is None:
+        return
+    folder = meta_path.parent.resolve()
+    try:
+        inside = (folder / path).resolve().is_relative_to(folder.parent)
+    except (ValueError, OSError):
+        inside = False
+    if os.path.isabs(path) or not inside:
+        raise ValueError(
+            f"{meta_path} says that its encoder is at {path[:80]!r}, outside the folder that holds the index: that is "
+            "not followed; give the encoder"
+        )
 
 
 class OpenIndex:
@@ -180,11 +154,11 @@ class OpenIndex:
         return self._ranks
 
     @cached_property
-    def documents(self) -> Any:
-        """What documents are: ``docnos``, ``rows`` and ``ranks`` of whole documents where the index has passages."""
-        if not self.meta.get("passages"):
-            return self
-        return PassageDocuments(self.docnos, self.meta["doc_count"], self.path)
+    def documents(self) -> RowDocuments:
+        """What documents are: rows, or whole documents where the index has passages."""
+        if self.meta.get("passages"):
+            return PassageDocuments(self.docnos, self.meta["doc_count"], self.path)
+        return RowDocuments(self.docnos, self.rows, self.ranks)
 
     @property
     def lookup(self) -> Any:

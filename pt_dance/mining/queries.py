@@ -12,7 +12,7 @@ from pt_dance.mining.documents import finish
 from pt_dance.mining.filters import Filter, MiningContext
 from pt_dance.mining.judgements import positive_pairs
 from pt_dance.mining.readings import Readings
-from pt_dance.retriever.documents import encoded_vectors, nearest_queries, stored_vectors
+from pt_dance.retriever.nearest_queries import encoded_vectors, nearest_queries
 from pt_dance.storage import options
 
 COLUMNS = ["docno", "qid", "score", "rank"]
@@ -121,7 +121,9 @@ def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int):
     vectors = encoder.encode_queries(texts, precision=None if index is None else index.precision)
 
     def search(docnos: list[str]) -> pd.DataFrame:
-        found = encoded_vectors(encoder.encode_docs, corpus, docnos) if index is None else stored_vectors(index, docnos)
+        found = (
+            index.stored_vectors(docnos) if index is not None else encoded_vectors(encoder.encode_docs, corpus, docnos)
+        )
         scores, rows = nearest_queries(*found, vectors, depth)
         return pd.DataFrame(
             {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,13 +13,13 @@ import pyterrier as pt
 import xxhash
 
 from pt_dance.retriever.dense import DenseRetriever
-from pt_dance.retriever.documents import best_documents, has_passages, iter_document_search
+from pt_dance.retriever.opened import SearchableIndex
+from pt_dance.retriever.search.arrays import best_first
+from pt_dance.storage import options
+from pt_dance.storage.digests import file_digest
 from pt_dance.storage.folders import read_json, remove_folder, write_json
 from pt_dance.storage.progress import progress_bar
 from pt_dance.storage.writing import new_folder
-
-if TYPE_CHECKING:
-    from pt_dance.index.dense_index import DenseIndex
 
 # Options that decide what is built, with their defaults, and options of the search.
 BUILD_OPTIONS: dict[str, dict[str, int | None]] = {
@@ -38,7 +38,7 @@ _PER_CENTRE = 39
 class AnnRetriever(DenseRetriever):
     """Retrieves approximately: FAISS finds candidates, which are re-scored exactly.
 
-    The scores are those of :class:`pt_dance.DenseRetriever`, to the bit; only documents may be missing. :meth:`recall`
+    The scores are those of :class:`pt_dance.DenseRetriever`; only documents may be missing. :meth:`recall`
     tells how many. Result frames are re-scored as there, without FAISS. The structure is built once for an index and
     its build options, and kept in the index's folder.
 
@@ -51,7 +51,7 @@ class AnnRetriever(DenseRetriever):
         build_options: hnsw: ``neighbours`` (32), ``ef_construction`` (80). ivfpq: ``lists`` (about 4 times the root of
             the number of documents), ``subvectors`` (a code of one byte each; a quarter of the dimensions or so).
         search_options: hnsw: ``ef_search`` (128). ivfpq: ``probes`` (32).
-        **options: As for :class:`pt_dance.DenseRetriever`.
+        **other: As for :class:`pt_dance.DenseRetriever`.
 
     Raises:
         ValueError: If there is no such method or option, or it is out of range.
@@ -61,24 +61,33 @@ class AnnRetriever(DenseRetriever):
 
     def __init__(
         self,
-        index: DenseIndex,
+        index: SearchableIndex,
         method: str = "hnsw",
         *,
         candidates: int | None = None,
         threads: int = 1,
         build_options: dict[str, int | None] | None = None,
         search_options: dict[str, int] | None = None,
-        **options: Any,
+        **other: Any,
     ) -> None:
-        super().__init__(index, **options)
-        if method not in BUILD_OPTIONS:
-            raise ValueError(f"method must be one of {', '.join(map(repr, BUILD_OPTIONS))}, not {method!r}.")
-        self.method, self.threads = method, threads
+        super().__init__(index, **other)
+        self.method, self.threads = (
+            options.choice("method", method, tuple(BUILD_OPTIONS)),
+            options.whole("threads", threads),
+        )
         self.build_options = _checked(method, BUILD_OPTIONS[method], build_options)
         self.search_options = _checked(method, SEARCH_OPTIONS[method], search_options)
-        _checked(method, {"candidates": None, "threads": 1}, {"candidates": candidates, "threads": threads})
-        self.candidates = max(candidates or 0, self.num_results)
+        self.candidates = candidates
         self._loaded: tuple[str, Any] | None = None
+
+    @property
+    def candidates(self) -> int:
+        """How many documents FAISS finds for a query, at least ``num_results``."""
+        return max(self._candidates or 0, self.num_results)
+
+    @candidates.setter
+    def candidates(self, value: int | None) -> None:
+        self._candidates = options.whole("candidates", value, or_none=True)
 
     def build(self) -> AnnRetriever:
         """Build what FAISS searches, if the index's folder does not hold it yet.
@@ -111,7 +120,8 @@ class AnnRetriever(DenseRetriever):
             raise ValueError(f"recall needs queries and a k from 1 to num_results ({self.num_results}), not k={k!r}.")
         pt.validate.query_frame(queries, context=self)
         vectors = self._query_vectors(queries)
-        exact = np.concatenate([found for _, _, found in iter_document_search(self.index, vectors, k)])
+        blocks = self.index.open().documents.iter_search(self.index, vectors, k)
+        exact = np.concatenate([found for _, _, found in blocks])
         shares = []
         for start, _, rows in self._search(vectors):
             found = rows[:, :k]
@@ -120,23 +130,16 @@ class AnnRetriever(DenseRetriever):
 
     def _search(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         ann, ranks, documents = self._ann(), self.index.open().ranks, self.index.open().documents
-        per_document = -(-len(self.index) // len(documents)) if has_passages(self.index) else 1
-        count = min(self.candidates * per_document, len(self.index))
+        count = min(self.candidates * documents.rows_each, len(self.index))
         for start in range(0, len(vectors), _QUERY_BLOCK):
             block = np.ascontiguousarray(vectors[start : start + _QUERY_BLOCK])
             rows = ann.search(block, count, params=self._parameters(count))[1]
             scores = np.full(rows.shape, -np.inf, dtype=np.float32)
             query, slot = np.nonzero(rows >= 0)
-            found = rows[query, slot]
-            scores[query, slot] = self.index.score_pairs(block, query, found)
-            ties = np.full(rows.shape, np.iinfo(np.int64).max)
-            ties[query, slot] = ranks[found]
-            order = np.lexsort((ties, -scores), axis=-1)
+            scores[query, slot] = self.index.score_pairs(block, query, rows[query, slot])
+            order = best_first(scores, ranks[rows])
             scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-            if has_passages(self.index):
-                yield start, *best_documents(documents, scores, rows, min(self.num_results, len(documents)))
-            else:
-                yield start, scores[:, : self.num_results], rows[:, : self.num_results]
+            yield start, *documents.best(scores, rows, self.num_results)
 
     def _parameters(self, count: int) -> Any:
         import faiss
@@ -166,7 +169,7 @@ class AnnRetriever(DenseRetriever):
             self.build()
             file = self._folder() / _FILE
             # FAISS trusts what it reads: only the bytes that were written here reach it.
-            if _digest(file) != read_json(file.with_name(_META)).get("digest"):
+            if file_digest(file) != read_json(file.with_name(_META)).get("digest"):
                 raise ValueError(f"{file} is not what was written there: remove {file.parent}, it is built again.")
             ann = faiss.read_index(str(file))
             if (ann.ntotal, ann.d) != self.index.open().vectors.shape:
@@ -198,7 +201,7 @@ class AnnRetriever(DenseRetriever):
             "options": self.build_options,
             "of": self.index.open().identity,
             "size": (folder / _FILE).stat().st_size,
-            "digest": _digest(folder / _FILE),
+            "digest": file_digest(folder / _FILE),
         }
         write_json(folder / _META, meta)
 
@@ -230,25 +233,14 @@ class AnnRetriever(DenseRetriever):
 
     def fuse_rank_cutoff(self, k: int) -> AnnRetriever | None:
         """Return a retriever that stops at ``k`` itself; it looks at as many candidates, so it finds the same."""
-        if k < 1:
-            return None
-        return AnnRetriever(
-            self.index,
-            self.method,
-            candidates=self.candidates,
-            threads=self.threads,
-            build_options=self.build_options,
-            search_options=self.search_options,
-            encoder=self.encoder,
-            num_results=min(k, self.num_results),
-            drop_query_vec=self.drop_query_vec,
-            rescore_cutoff=min(k, self.rescore_cutoff or k),
-            verbose=self.verbose,
-        )
+        fused = super().fuse_rank_cutoff(k)
+        if fused is not None:
+            fused.candidates = self.candidates
+        return fused
 
     def _key(self) -> tuple[Any, ...]:
-        options = tuple(sorted({**self.build_options, **self.search_options}.items()))
-        return (*super()._key(), self.method, self.candidates, options)
+        chosen = tuple(sorted({**self.build_options, **self.search_options}.items()))
+        return (*super()._key(), self.method, self.candidates, chosen)
 
     __hash__ = DenseRetriever.__hash__
 
@@ -263,22 +255,11 @@ def _checked(method: str, known: dict[str, Any], given: dict[str, Any] | None) -
     """Return options with defaults filled in."""
     unknown = sorted(set(given or {}) - set(known))
     if unknown:
-        raise ValueError(f"{method} has no option {unknown[0]!r}: it has {', '.join(known)}.")
-    options = {**known, **(given or {})}
-    for name, value in options.items():
-        if value is None and known[name] is None:
-            continue
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be a positive whole number, not {value!r}.")
-    return options
-
-
-def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(file, "rb") as src:
-        while block := src.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        raise ValueError(f"{method} has no option {unknown[0]!r}: it has {', '.join(known)}")
+    return {
+        name: options.whole(name, value, or_none=known[name] is None)
+        for name, value in {**known, **(given or {})}.items()
+    }
 
 
 @contextlib.contextmanager

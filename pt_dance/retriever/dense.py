@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from pt_dance.retriever.documents import iter_document_search, score_documents
+from pt_dance.retriever.opened import SearchableIndex, check_index
 from pt_dance.retriever.search.vectors import MAX_NORM
+from pt_dance.storage import options
 from pt_dance.storage.queries import users_queries
 from pt_dance.storage.texts import lone_surrogate
-
-if TYPE_CHECKING:
-    from pt_dance.encoder.dual_encoder import DualEncoder
-    from pt_dance.index.dense_index import DenseIndex
 
 # Queries that are encoded and searched together: more would grow the memory, not the speed.
 _QUERY_CHUNK = 4096
 _REPLACED = ("docno", "docid", "score", "rank")
 
 
+Retriever = TypeVar("Retriever", bound="DenseRetriever")
+
+
 class DenseRetriever(pt.Transformer):
     """Retrieves from a :class:`pt_dance.DenseIndex`, exactly, and re-scores other systems' results.
 
     Given queries, it returns the best documents of the whole index. Given results (a frame with ``docno``), it keeps
-    every row and gives it the score that the first way would give it, to the bit: no text is needed. Equal scores are
-    ordered by docno. Where a rewriter changed the query, the user's own words are encoded: the last of PyTerrier's
+    every row and gives it the score that the first way would give it: no text is needed. (An encoder rounds a query
+    differently among others: the scores of a query alone and among others agree to 1e-6.) Equal scores are ordered by
+    docno. Where a rewriter changed the query, the user's own words are encoded: the last of PyTerrier's
     columns ``query_0``, ``query_1``, ... Of an index of passages the documents are the whole ones, each with the score
     of its best passage (MaxP).
 
@@ -37,46 +38,56 @@ class DenseRetriever(pt.Transformer):
         index: Where the vectors are.
         encoder: Encodes queries; the index's own by default.
         num_results: Documents a query gets.
-        drop_query_vec: Whether the column ``query_vec`` is left out of the output.
+        batch_size: Documents that are multiplied with a block of queries at a time; the results are the same for any.
+        drop_query_vec: True leaves the column ``query_vec`` out of the output, False puts it there, also where the
+            retriever encodes the queries itself. By default a ``query_vec`` that came in stays, and no other is added.
         rescore_cutoff: Results kept for a query when re-scoring; all by default. ``% k`` sets it when a pipeline is
             compiled.
         verbose: Whether to show a progress bar.
 
     Raises:
         TypeError: If ``index`` is no dense index.
-        ValueError: If ``num_results`` or ``rescore_cutoff`` is less than 1.
+        ValueError: If ``num_results`` or ``rescore_cutoff`` is no whole number of at least 1.
     """
 
     schematic = {"label": "DenseRetriever", "help_url": None}
 
     def __init__(
         self,
-        index: DenseIndex,
+        index: SearchableIndex,
         *,
-        encoder: DualEncoder | None = None,
+        encoder: Any = None,
         num_results: int = 1000,
-        drop_query_vec: bool = True,
+        batch_size: int | None = None,
+        drop_query_vec: bool | None = None,
         rescore_cutoff: int | None = None,
         verbose: bool = False,
     ) -> None:
-        from pt_dance.index.dense_index import DenseIndex
-
-        if not isinstance(index, DenseIndex):
-            raise TypeError(
-                f"index must be a pt_dance.DenseIndex, not a {type(index).__name__}: open the folder with "
-                "DenseIndex(path)."
-            )
-        for name, value in (("num_results", num_results), ("rescore_cutoff", rescore_cutoff)):
-            if value is None and name == "rescore_cutoff":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} must be a number of documents, at least 1, not {value!r}.")
-        self.index = index
+        self.index = check_index(index)
         self.encoder = encoder
-        self.num_results = int(num_results)
+        self.num_results = num_results
+        self.batch_size = options.whole("batch_size", batch_size, or_none=True)
         self.drop_query_vec = drop_query_vec
-        self.rescore_cutoff = None if rescore_cutoff is None else int(rescore_cutoff)
+        self.rescore_cutoff = rescore_cutoff
         self.verbose = verbose
+
+    @property
+    def num_results(self) -> int:
+        """How many documents a query gets; what is set counts from the next call on."""
+        return self._num_results
+
+    @num_results.setter
+    def num_results(self, value: int) -> None:
+        self._num_results = options.whole("num_results", value)
+
+    @property
+    def rescore_cutoff(self) -> int | None:
+        """How many results of a query are kept when re-scoring; None for all."""
+        return self._rescore_cutoff
+
+    @rescore_cutoff.setter
+    def rescore_cutoff(self, value: int | None) -> None:
+        self._rescore_cutoff = options.whole("rescore_cutoff", value, or_none=True)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Retrieve or re-score.
@@ -124,9 +135,8 @@ class DenseRetriever(pt.Transformer):
         """Yield result frames of at least so many queries each, except for the last one."""
         kept = inp.drop(columns=[name for name in self._dropped() if name in inp.columns])
         if not len(inp):
-            yield _with_results(
-                kept.reset_index(drop=True), pd.Series([], dtype=str), np.empty(0), np.empty(0, np.int64)
-            )
+            frame = _with_vectors(kept.reset_index(drop=True), [] if self._adds_vectors(inp) else None, [])
+            yield _with_results(frame, pd.Series([], dtype=str), np.empty(0), np.empty(0, np.int64))
             return
         chunks = [inp.iloc[first : first + _QUERY_CHUNK] for first in range(0, len(inp), _QUERY_CHUNK)]
         if len(chunks) > 1:
@@ -134,11 +144,15 @@ class DenseRetriever(pt.Transformer):
             for chunk in chunks:
                 self._check_queries(chunk)
         docnos = self.index.open().documents.docnos
+        added: list[np.ndarray] | None = [] if self._adds_vectors(inp) else None
         blocks: list[tuple[np.ndarray, ...]] = []
         written = done = 0
         with pt.tqdm(desc=repr(self), total=len(inp), unit="q", disable=not self.verbose, delay=1) as bar:
             for number, chunk in enumerate(chunks):
-                for first, scores, rows in self._search(self._query_vectors(chunk)):
+                vectors = self._query_vectors(chunk)
+                if added is not None:
+                    added.extend(vectors)
+                for first, scores, rows in self._search(vectors):
                     query, rank = np.nonzero(rows >= 0)
                     blocks.append((query + number * _QUERY_CHUNK + first, rank, scores[query, rank], rows[query, rank]))
                     done += len(rows)
@@ -147,15 +161,18 @@ class DenseRetriever(pt.Transformer):
                         query, rank, scores, rows = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
                         blocks, written = [], done
                         found = docnos.take(rows).to_pandas()
-                        yield _with_results(kept.iloc[query].reset_index(drop=True), found, scores, rank)
+                        frame = kept.iloc[query].reset_index(drop=True)
+                        yield _with_results(_with_vectors(frame, added, query), found, scores, rank)
 
     def _search(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield number of the first query, scores and document numbers of a block, best first; -1 for no more."""
-        return iter_document_search(self.index, vectors, self.num_results)
+        return self.index.open().documents.iter_search(self.index, vectors, self.num_results, self.batch_size)
 
     def _rescore(self, inp: pd.DataFrame) -> pd.DataFrame:
         kept = inp.drop(columns=[name for name in self._dropped() if name in inp.columns and name != "docno"])
+        adds = self._adds_vectors(inp)
         if not len(inp):
+            kept = _with_vectors(kept, [] if adds else None, [])
             return _with_results(kept, inp["docno"], np.empty(0), np.empty(0, np.int64))
         documents = self.index.known_documents(inp["docno"].tolist())
         if "query_vec" in inp.columns:
@@ -166,7 +183,8 @@ class DenseRetriever(pt.Transformer):
             first = np.full(len(queries), len(inp), dtype=np.int64)
             np.minimum.at(first, query_of, np.arange(len(inp)))
             vectors = self._query_vectors(inp.iloc[first])
-        scores = score_documents(self.index, vectors, query_of, documents)
+        kept = _with_vectors(kept, list(vectors) if adds else None, query_of)
+        scores = self.index.open().documents.score_pairs(self.index, vectors, query_of, documents)
         qids = pd.factorize(inp["qid"], use_na_sentinel=False)[0]
         order = np.lexsort((self.index.open().documents.ranks[documents], -scores, qids))
         ranks = np.empty(len(inp), dtype=np.int64)
@@ -176,6 +194,9 @@ class DenseRetriever(pt.Transformer):
         if self.rescore_cutoff is not None:
             result = result[result["rank"] < self.rescore_cutoff].reset_index(drop=True)
         return result
+
+    def _adds_vectors(self, inp: pd.DataFrame) -> bool:
+        return self.drop_query_vec is False and "query_vec" not in inp.columns
 
     def _dropped(self) -> tuple[str, ...]:
         return (*_REPLACED, "query_vec") if self.drop_query_vec else _REPLACED
@@ -224,7 +245,7 @@ class DenseRetriever(pt.Transformer):
             )
         return _checked_lengths(vectors, inp["qid"])
 
-    def _checked_encoder(self) -> DualEncoder:
+    def _checked_encoder(self) -> Any:
         encoder = self.encoder or self.index.encoder
         path, expected = self.index.index_path, self.index.fingerprint
         if encoder is None:
@@ -241,18 +262,14 @@ class DenseRetriever(pt.Transformer):
             )
         return encoder
 
-    def fuse_rank_cutoff(self, k: int) -> DenseRetriever | None:
+    def fuse_rank_cutoff(self: Retriever, k: int) -> Retriever | None:
         """Return a retriever that stops at ``k`` itself, for ``% k`` in compiled pipelines."""
         if k < 1:
             return None
-        return DenseRetriever(
-            self.index,
-            encoder=self.encoder,
-            num_results=min(k, self.num_results),
-            drop_query_vec=self.drop_query_vec,
-            rescore_cutoff=min(k, self.rescore_cutoff or k),
-            verbose=self.verbose,
-        )
+        fused = object.__new__(type(self))
+        fused.__dict__.update(self.__dict__)
+        fused.num_results, fused.rescore_cutoff = min(k, self.num_results), min(k, self.rescore_cutoff or k)
+        return fused
 
     def __mod__(self, right: int) -> pt.Transformer:
         if isinstance(right, bool) or not isinstance(right, (int, np.integer)) or right < 1:
@@ -288,6 +305,12 @@ def _checked_lengths(vectors: np.ndarray, qids: pd.Series) -> np.ndarray:
             "vector: look at its text and the encoder's weights."
         )
     return vectors
+
+
+def _with_vectors(frame: pd.DataFrame, vectors: list[np.ndarray] | None, numbers: Any) -> pd.DataFrame:
+    if vectors is None:
+        return frame
+    return frame.assign(query_vec=pd.Series([vectors[n] for n in numbers], dtype=object, index=frame.index))
 
 
 def _with_results(frame: pd.DataFrame, docnos: Any, scores: np.ndarray, ranks: np.ndarray) -> pd.DataFrame:

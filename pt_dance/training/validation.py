@@ -7,7 +7,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pt_dance.mining.judgements import positive_pairs
-from pt_dance.retriever.documents import nearest_queries, stored_vectors
+from pt_dance.retriever.nearest_queries import nearest_queries
 from pt_dance.training.inputs import TrainingInput
 
 REVERSED = "d→q {}"
@@ -59,7 +59,7 @@ def documents_to_queries(index, topics: pd.DataFrame, qrels: pd.DataFrame, k: in
     docnos = pairs["docno"].drop_duplicates().tolist()
     qids = topics["qid"].to_numpy(dtype=object)
     queries = index.encoder.encode_queries(topics["query"].tolist(), precision=index.precision)
-    scores, rows = nearest_queries(*stored_vectors(index, docnos), queries, k)
+    scores, rows = nearest_queries(*index.stored_vectors(docnos), queries, k)
     found = pd.DataFrame(
         {
             "qid": np.repeat(np.array(docnos, dtype=object), rows.shape[1]),
