@@ -199,7 +199,7 @@ def _passages(
         # PyTerrier leaves out what is left after the last full window: that is filled up, and emptied afterwards.
         texts = [_filled(text, length, stride) for text in texts]
         # Numbers instead of docnos, which may hold a %p of their own.
-        split = sliding(pd.DataFrame({"docno": rows.astype(str), "text": texts}))
+        split: pd.DataFrame = sliding(pd.DataFrame({"docno": rows.astype(str), "text": texts}))
         for name, text in zip(split["docno"], split["text"], strict=True):
             row, _, number = name.partition("%p")
             row, number = int(row), int(number)

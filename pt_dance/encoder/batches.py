@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -178,7 +178,7 @@ def _in_threads(
     cut: Iterator[tuple[np.ndarray, dict[str, Any]]],
     workers: int,
     threads: int,
-) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+) -> Generator[tuple[np.ndarray, torch.Tensor], None, None]:
     """Run batches in threads of their own while the next ones are tokenised in this one; yields them in order.
 
     On a CPU a batch a core beats sharing every operation between the cores: no core waits for another after each of the

@@ -57,7 +57,7 @@ def weights_digest(model: nn.Module) -> xxhash.xxh3_128:
     return digest
 
 
-def _add_module(digest: xxhash.xxh3_128, name: str, module: nn.Module) -> None:
+def _add_module(digest: xxhash.xxh3_128, name: str, module: Any) -> None:
     digest.update(f"\0module {name} {type(module).__name__}\0".encode())
     if isinstance(module, Router):
         digest.update(_canonical({"default": module.default_route, "mappings": str(module.route_mappings)}))

@@ -234,7 +234,7 @@ def set_max_length(model: SentenceTransformer, max_length: int) -> None:
         model._modules[name] = _shortened(module, max_length)
 
 
-def _shortened(module: nn.Module, max_length: int) -> nn.Module:
+def _shortened(module: Any, max_length: int) -> Any:
     module = copy.copy(module)
     module._modules = dict(module._modules)
     if isinstance(module, Router):

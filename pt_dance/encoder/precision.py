@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -153,7 +153,7 @@ def _with_onednn(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Modu
     return done[module]
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     # A weight that is computed before each pass, a hook, or a forward that is somebody else's, is left alone.
     return (
         type(module) is nn.Linear

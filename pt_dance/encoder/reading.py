@@ -82,7 +82,7 @@ class TransformerReader:
         self.padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
 
     @staticmethod
-    def reads(module: nn.Module | None, model: SentenceTransformer, prompt: str | None) -> bool:
+    def reads(module: Any, model: SentenceTransformer, prompt: str | None) -> bool:
         """Whether this module's tokenisation is the plain one that is reproduced here."""
         if type(module) is not Transformer or module.transformer_task != "feature-extraction":
             return False
@@ -211,4 +211,4 @@ def reading_digests(model: SentenceTransformer, texts: list[str], task: str) -> 
 
 
 def _hash(numbers: np.ndarray) -> int:
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(numbers))
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(numbers).data)

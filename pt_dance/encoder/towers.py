@@ -6,6 +6,7 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -130,7 +131,7 @@ def _tower(model: SentenceTransformer, task: str) -> list[nn.Module]:
     return modules
 
 
-def _dim_of(modules: list[nn.Module], task: str) -> int:
+def _dim_of(modules: list[Any], task: str) -> int:
     for module in reversed(modules):
         if hasattr(module, "get_embedding_dimension"):
             return int(module.get_embedding_dimension())

@@ -152,9 +152,8 @@ class IndexWriter:
                 self._take(self.recorded.pop(0))
             for block in chunked(base.docnos, 1 << 16):
                 self._seen.add_block(block)
-        self._vectors: BinaryIO | None = None
-        self._docnos: BinaryIO | None = None
-        self._journal: BinaryIO | None = None
+        # Vectors, docnos and journal, once they are open.
+        self._files: tuple[BinaryIO, BinaryIO, BinaryIO] | None = None
 
     def _read_journal(self) -> list[Shard] | None:
         """Whole shards on disk that belong to these settings; None if there is nothing to go on with."""
@@ -236,21 +235,19 @@ class IndexWriter:
             vectors: (n, d) as :func:`check_vectors` returns them.
             digest: From :func:`digest_of`.
         """
-        if self._journal is None:
-            self._open()
         lines = "".join(f"{docno}\n" for docno in docnos).encode("utf-8")
-        for file, content in ((self._vectors, vectors.tobytes()), (self._docnos, lines)):
+        shard = Shard(len(docnos), len(lines), digest)
+        contents = (vectors.tobytes(), lines, json.dumps(asdict(shard)).encode() + b"\n")
+        for file, content in zip(self._open(), contents, strict=True):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        shard = Shard(len(docnos), len(lines), digest)
-        self._journal.write(json.dumps(asdict(shard)).encode() + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
         self._take(shard)
 
-    def _open(self) -> None:
-        """Cut off what lies behind the confirmed shards and go on from there."""
+    def _open(self) -> tuple[BinaryIO, BinaryIO, BinaryIO]:
+        """Return the open files of vectors, docnos and journal, at first cut off behind the confirmed shards."""
+        if self._files is not None:
+            return self._files
         entries = ({"settings": self._settings}, *map(asdict, self._shards))
         journal = sum(len(json.dumps(entry).encode()) + 1 for entry in entries)
         sizes = {
@@ -258,7 +255,7 @@ class IndexWriter:
             self.folder / DOCNOS: self._docno_bytes,
             self.folder / SHARDS: journal,
         }
-        files = []
+        files: list[BinaryIO] = []
         # The journal is cut first: it must never promise more than the other files hold.
         for path, size in reversed(sizes.items()):
             file = open(path, "r+b")  # noqa: SIM115 (stays open until close())
@@ -267,14 +264,15 @@ class IndexWriter:
             file.flush()
             os.fsync(file.fileno())
             file.seek(size)
-        self._journal, self._docnos, self._vectors = files
+        journal_file, docnos_file, vectors_file = files
+        self._files = (vectors_file, docnos_file, journal_file)
+        return self._files
 
     def close(self) -> None:
         """Close the files; what was added stays."""
-        for file in (self._vectors, self._docnos, self._journal):
-            if file is not None:
-                file.close()
-        self._vectors = self._docnos = self._journal = None
+        for file in self._files or ():
+            file.close()
+        self._files = None
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Write what is made from all documents, the metadata last.
@@ -282,8 +280,7 @@ class IndexWriter:
         Args:
             meta: Entries of the metadata that the writer does not know: encoder, similarity, text field, corpus.
         """
-        if self._journal is None:
-            self._open()
+        self._open()
         self.close()
         lines = self.folder / DOCNOS
         docnos = DocnoColumn(np.memmap(lines, dtype=np.uint8, mode="r"), self.count, lines)

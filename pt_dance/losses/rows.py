@@ -39,8 +39,8 @@ class TrainingRows:
     query: np.ndarray
     positive: np.ndarray
     relevance: sp.csr_matrix
-    negatives: np.ndarray | None = None
-    query_negatives: np.ndarray | None = None
+    negatives: np.ndarray = None  # type: ignore[assignment]
+    query_negatives: np.ndarray = None  # type: ignore[assignment]
     teacher_positive: np.ndarray | None = None
     teacher_negatives: np.ndarray | None = None
     teacher_query_negatives: np.ndarray | None = None

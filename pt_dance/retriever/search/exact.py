@@ -122,11 +122,13 @@ def iter_exact_search(
 
     def search(start: int) -> tuple[int, np.ndarray, np.ndarray]:
         part = slice(start, start + query_block)
-        given = queries[part], norms[part], vectors, k, tie_order
+        mine, lengths = queries[part], norms[part]
+        block: TensorBlock | ArrayBlock
         if isinstance(vectors, TensorVectors):
-            block = TensorBlock(*given)
+            block = TensorBlock(mine, lengths, vectors, k, tie_order)
         else:
-            block = ArrayBlock(*given, prefilter=prefilter and len(given[0]) >= LEAST_QUERIES)
+            wide = prefilter and len(mine) >= LEAST_QUERIES
+            block = ArrayBlock(mine, lengths, vectors, k, tie_order, prefilter=wide)
         for first in range(0, len(docs), doc_block):
             block.add(first, min(first + doc_block, len(docs)))
         return start, *block.best()
