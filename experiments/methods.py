@@ -92,7 +92,7 @@ def options() -> argparse.Namespace:
 def methods(
     args: argparse.Namespace, queries: pt.Transformer, teacher: pt.Transformer | None
 ) -> dict[str, Callable[[], list[Round]]]:
-    """The rows of the table by name, each with what gives its rounds.
+    """Return the rows of the table by name, each with what gives its rounds.
 
     Args:
         args: command-line options.
@@ -169,7 +169,7 @@ class Collection:
         self.first_stage = bm25(self.corpus, self.folder / f"bm25-{len(self.corpus)}")
 
     def document_pool(self) -> pd.DataFrame:
-        """Results of the first stage that all methods draw from: 4 of the best 100 of each training query."""
+        """Return results of the first stage that all methods draw from: 4 of the best 100 of each training query."""
         mined = self._stored(
             "documents",
             lambda: mining.mine_documents(
@@ -179,7 +179,7 @@ class Collection:
         return self.topics[["qid", "query"]].merge(mined, on="qid")
 
     def query_pool(self) -> pt.Transformer:
-        """What finds 4 training queries for a document: BM25 over them, with the document as the query."""
+        """Return what finds 4 training queries for a document: BM25 over them, with the document as the query."""
 
         def mine() -> pd.DataFrame:
             path = self.folder / f"queries-{self.name}"
@@ -218,7 +218,7 @@ class Collection:
 
 
 def run_seed(args: argparse.Namespace, collection: Collection, seed: int) -> pd.DataFrame:
-    """Trains every method from this seed's encoder; returns the measures of every query and system."""
+    """Train every method from this seed's encoder; return the measures of every query and system."""
     folder = collection.folder / f"{args.encoder}-{collection.name}-{seed}".replace("/", "_")
     negatives, queries = collection.document_pool(), collection.query_pool()
     teacher = scores = None
@@ -262,7 +262,7 @@ def run_seed(args: argparse.Namespace, collection: Collection, seed: int) -> pd.
 
 
 def evaluate(collection: Collection, systems: dict[str, pt.Transformer], file: Path) -> pd.DataFrame:
-    """Measures of every query, read back where they were computed before."""
+    """Return the measures of every query, read back where they were computed before."""
     file = file.with_name(f"{file.stem}.{collection.split}.csv")
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +284,7 @@ def compare(values: pd.DataFrame, better: str, than: str) -> tuple[float, float]
 
 
 def tables(measured: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The table of the methods and that of the claims."""
+    """Return the table of the methods and that of the claims."""
     names = list(dict.fromkeys(measured["name"]))
     rows = pd.DataFrame({"method": names})
     by_seed = measured.groupby(["measure", "name", "seed"])["value"].mean()
@@ -361,7 +361,7 @@ def main() -> None:
 
 
 def run_beside(args: argparse.Namespace, collection: Collection) -> None:
-    """Trains the seeds in processes of their own, some at a time; what they did is read back afterwards."""
+    """Train the seeds in processes of their own, some at a time; what they did is read back afterwards."""
     collection.document_pool()
     collection.query_pool()
     if args.teacher is not None:

@@ -20,7 +20,7 @@ from pt_dance import DanceRetriever, recipes
 
 
 def options() -> argparse.Namespace:
-    """Command-line options."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="dance:pydocs", help="pt.get_dataset name (default: %(default)s)")
     parser.add_argument(
@@ -58,7 +58,7 @@ def options() -> argparse.Namespace:
 
 
 def make_recipe(args: argparse.Namespace) -> list:
-    """The rounds that the options ask for."""
+    """Return the rounds that the options ask for."""
     static = args.encoder.startswith("static")
     rate = args.learning_rate or (0.03 if static else 3e-5)
     more = dict(
@@ -78,7 +78,7 @@ def make_recipe(args: argparse.Namespace) -> list:
 
 
 def gently(rounds: list, learning_rate: float) -> list:
-    """The same rounds with a smaller learning rate after the first: a trained encoder needs no large steps."""
+    """Return the same rounds with a smaller learning rate after the first: a trained encoder needs no large steps."""
     return [rounds[0], *(replace(round_, learning_rate=learning_rate) for round_ in rounds[1:])]
 
 
@@ -104,7 +104,7 @@ def plot_history(history: pd.DataFrame, measure: str, path: Path) -> None:
 
 
 def show_examples(systems: dict, topics: pd.DataFrame, qrels: pd.DataFrame, number: int = 3) -> None:
-    """A few queries, and the best documents each system finds for them; a star marks the relevant ones."""
+    """Print a few queries, and the best documents each system finds for them; a star marks the relevant ones."""
     relevant = set(zip(qrels["qid"], qrels["docno"], qrels["label"] > 0, strict=True))
     chosen = topics.iloc[:: max(len(topics) // number, 1)].head(number)
     found = {name: system(chosen) for name, system in systems.items()}

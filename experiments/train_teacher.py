@@ -57,7 +57,7 @@ def training_pairs(topics: pd.DataFrame, qrels: pd.DataFrame, mined: pd.DataFram
 
 
 def train(pairs: Dataset, args: argparse.Namespace):
-    """A trained ``CrossEncoder`` with one label; its logits are the scores."""
+    """Train a ``CrossEncoder`` with one label; its logits are the scores."""
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss

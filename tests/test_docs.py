@@ -73,7 +73,7 @@ def text_of(page: str) -> str:
 
 
 def blocks(page: str) -> list[Block]:
-    """The Python code blocks of a page; compiling fails where one is no Python."""
+    """Return the Python code blocks of a page; compiling fails where one is no Python."""
     found = []
     lines = text_of(page).split("\n")
     for number, line in enumerate(lines):
@@ -93,7 +93,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def resolve(dotted: str) -> object:
-    """What a dotted name of an example is: a class, a function or a module of the package."""
+    """Return what a dotted name of an example is: a class, a function or a module of the package."""
     first, *rest = dotted.split(".")
     value = VARIABLES.get(first) or getattr(pt_dance, first)
     for name in rest:
@@ -111,7 +111,7 @@ def dotted_name(node: ast.expr) -> str | None:
 
 
 def parameters(dotted: str) -> set[str]:
-    """The keywords that a call takes, those among them that are handed on."""
+    """Return the keywords that a call takes, those among them that are handed on."""
     if dotted == "Round":
         return {field.name for field in fields(Round)}
     found = inspect.signature(resolve(dotted)).parameters.values()
@@ -148,7 +148,7 @@ def test_a_page_is_well_formed(page):
 
 
 def problems_by_docutils(text: str) -> list[str]:
-    """What docutils finds wrong with a page, where Sphinx's own directives and roles are taken as they are."""
+    """Return what docutils finds wrong with a page, where Sphinx's own directives and roles are taken as they are."""
     from docutils import nodes
     from docutils.core import publish_doctree
     from docutils.parsers.rst import Directive, directives, roles
@@ -234,7 +234,7 @@ def test_a_recipe_has_a_page_with_all_sections(recipe):
 
 
 def world() -> dict[str, object]:
-    """The names that recipes in examples use."""
+    """Return the names that recipes in examples use."""
     anything = pt.Transformer.identity()
     return {
         "Round": Round,

@@ -33,7 +33,7 @@ HEAVY = {"torch", "transformers", "sentence_transformers", "datasets", "faiss", 
 
 
 def modules_after(statement: str) -> set[str]:
-    """The top-level modules that a fresh interpreter has loaded after a statement."""
+    """Return the top-level modules that a fresh interpreter has loaded after a statement."""
     program = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert done.stderr == ""
@@ -80,7 +80,7 @@ def test_editors_complete_the_public_names():
 
 
 def _imported(*folders: str) -> dict[str, set[str]]:
-    """The modules of others that some folders import, late imports and all, with the distributions that hold each."""
+    """Return the modules of others that some folders import, late imports too, with the distributions that hold each."""
     homes = packages_distributions()
     found: set[str] = set()
     for path in itertools.chain.from_iterable((ROOT / folder).rglob("*.py") for folder in folders):
@@ -94,7 +94,7 @@ def _imported(*folders: str) -> dict[str, set[str]]:
 
 
 def _dependencies(*extras: str) -> list[Requirement]:
-    """What pyproject.toml requires: the package itself, and some or (with "all") all of its extras."""
+    """Return what pyproject.toml requires: the package itself, and some or (with "all") all of its extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
     texts = project["dependencies"] + [text for extra in (optional if extras == ("all",) else extras)
@@ -134,7 +134,7 @@ def test_every_dependency_has_a_lower_bound():
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess:
-    """import-linter over the package in a folder, with the contracts of pyproject.toml."""
+    """Run import-linter over the package in a folder, with the contracts of pyproject.toml."""
     program = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(cache_dir=None))"
     environment = os.environ | {"PYTHONPATH": str(folder)}
     return subprocess.run(

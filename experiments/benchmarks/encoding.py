@@ -32,7 +32,7 @@ CONTENDERS = (PIPELINE, WHOLE_LIST, OUR_PIPELINE, OURS, AUTO)
 
 
 def read_documents(dataset: str, count: int, seed: int) -> list[str]:
-    """Texts (title and text) of so many documents of a collection, drawn at random."""
+    """Return the texts (title and text) of so many documents of a collection, drawn at random."""
     from pt_dance import Corpus
 
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def flops(model: str, texts: list[str]) -> tuple[float, int]:
 
 
 def contender(name: str, model: str, texts: list[str], folder: Path) -> tuple[Callable[[], object], object]:
-    """What is timed, and the encoder (ours) that it uses."""
+    """Return what is timed, and the encoder (ours) that it uses."""
     from itertools import count
 
     from pyterrier_dr import FlexIndex, SBertBiEncoder

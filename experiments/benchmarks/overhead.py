@@ -105,16 +105,16 @@ class Turn:
     loss: float = float("nan")
 
     def begin(self) -> None:
-        """A step begins; only the first one's moment is kept."""
+        """Note that a step begins; only the moment of the first one is kept."""
         if self.first_begins is None:
             self.first_begins = now()
 
     def end(self) -> None:
-        """A step has ended."""
+        """Note that a step has ended."""
         self.ends.append(now())
 
     def report(self, steps_of_epoch: int, skip: int) -> dict:
-        """What this turn took, in seconds, without the first ``skip`` steps and the last."""
+        """Return what this turn took, in seconds, without the first ``skip`` steps and the last."""
 
         def mean(first: int, last: int) -> list[float]:
             """Wall and CPU seconds of a step, over those after step ``first`` (from 1) up to step ``last``."""
@@ -188,7 +188,7 @@ class Training:
 
 
 def train_ours(training: Training) -> Turn:
-    """One round's training, as ``DanceRetriever.fit`` does it."""
+    """Train one round, as ``DanceRetriever.fit`` does it."""
     import transformers.trainer
     from transformers import TrainerCallback
 
@@ -260,7 +260,7 @@ def preprocessing(training: Training, texts: list[list[str]], ready: bool) -> Ca
 
 
 def train_bare(training: Training, preprocess: Callable[[list[int]], list[dict]]) -> Turn:
-    """The loop that one would write by hand, with the optimizer and learning rates of the trainer's arguments."""
+    """Run the loop that one would write by hand, with the optimizer and learning rates of the trainer's arguments."""
     import torch
     from torch.nn.functional import cross_entropy
     from transformers import get_scheduler

@@ -30,12 +30,12 @@ MEASURED = re.compile(r"^\.\. measured: (?P<name>[\w-]+)\n.*?^\.\. end of (?P=na
 
 
 def load(name: str) -> dict:
-    """A file of results."""
+    """Read a file of results."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def list_table(markdown: str) -> str:
-    """A Markdown table as a list-table, which reStructuredText needs for cells of any length."""
+    """Return a Markdown table as a list-table, which reStructuredText needs for cells of any length."""
     header, _, *body = markdown.splitlines()
     rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in (header, *body)]
     lines = [".. list-table::", "    :header-rows: 1", ""]
@@ -45,7 +45,7 @@ def list_table(markdown: str) -> str:
 
 
 def machine(report: dict) -> str:
-    """What the numbers belong to, in one line."""
+    """Return what the numbers belong to, in one line."""
     about = report["machine"] | report.get("versions", {})
     words = [about["processor"]]
     if "cores" in about:
@@ -127,7 +127,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def render(page: str) -> str:
-    """The page with every measured part made anew.
+    """Return the page with every measured part made anew.
 
     Raises:
         ValueError: if a part that can be made is not on the page, or one on the page cannot be made.
@@ -141,7 +141,7 @@ def render(page: str) -> str:
 
 
 def made(name: str) -> str:
-    """A measured part with the lines around it."""
+    """Return a measured part with the lines around it."""
     return f".. measured: {name}\n\n{BLOCKS[name]()}\n\n.. end of {name}"
 
 

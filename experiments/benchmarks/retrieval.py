@@ -47,7 +47,7 @@ def records(count: int) -> Iterator[dict]:
 
 
 def memory(field: str) -> float:
-    """A line of this process's memory status, in MiB."""
+    """Return a line of this process's memory status, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
