@@ -80,7 +80,7 @@ def test_editors_complete_the_public_names():
 
 
 def _imported(*folders: str) -> dict[str, set[str]]:
-    """Return the modules of others that some folders import, late imports too, with the distributions that hold each."""
+    """Return the modules of others that some folders import, late imports too, and the distributions that hold each."""
     homes = packages_distributions()
     found: set[str] = set()
     for path in itertools.chain.from_iterable((ROOT / folder).rglob("*.py") for folder in folders):
