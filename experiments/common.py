@@ -1,16 +1,11 @@
-"""What the experiments share: a BM25 without (or with) Java, encoders by a short name, and splits of a collection."""
+"""What the experiments share: encoders by a short name, and corpora and splits of a collection."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import os
-import sys
 import zlib
 from pathlib import Path
 
 import pandas as pd
-import pyterrier as pt
 
 from pt_dance import Corpus, DualEncoder
 
@@ -40,63 +35,6 @@ def open_corpus(dataset, path: Path, *, most: int | None = None, needed: set[str
         ),
         path,
     )
-
-
-def bm25(corpus: Corpus, path: Path, *, engine: str = "auto", threads: int = 2) -> pt.Transformer:
-    """BM25 over a corpus: PISA (k1 .9, b .4) where it is installed, Terrier (k1 1.2, b .75) otherwise.
-
-    Args:
-        corpus: the documents.
-        path: folder of the index, made on the first run.
-        engine: "pisa", "terrier" or "auto".
-        threads: threads PISA searches with.
-    """
-    if engine == "auto":
-        engine = "pisa" if importlib.util.find_spec("pyterrier_pisa") else "terrier"
-    path = path.with_name(f"{path.name}.{engine}").resolve()
-    if engine == "pisa":
-        return _pisa(corpus, path, threads)
-    index = pt.terrier.TerrierIndex(str(path))
-    if not index.built():
-        # Terrier counts in bytes, and cuts a docno that is longer without a word
-        longest = max(len(docno.encode()) for docno in corpus.docno(range(len(corpus))))
-        indexer = pt.IterDictIndexer(str(path), meta={"docno": longest}, meta_reverse=["docno"])
-        indexer.index(corpus.get_corpus_iter(verbose=False))
-    # Terrier's query language gives punctuation a meaning, which questions do not intend
-    retriever = index.bm25(num_results=1000)
-    return pt.rewrite.tokenise() >> retriever >> pt.rewrite.reset()
-
-
-def _pisa(corpus: Corpus, path: Path, threads: int) -> pt.Transformer:
-    from pyterrier_pisa import PisaIndex
-
-    with quiet():
-        index = PisaIndex(str(path), text_field="text", threads=threads)
-        if not index.built():
-            index.index(corpus.get_corpus_iter(verbose=False))
-        # PISA prints a failing document stream and goes on with what it has
-        if len(index) != len(corpus):
-            raise RuntimeError(
-                f"PISA indexed {len(index)} of {len(corpus)} documents; remove {path.name!r} and try again"
-            )
-        return index.bm25(num_results=1000)
-
-
-@contextlib.contextmanager
-def quiet():
-    """Keep what C++ code writes to the standard streams off the terminal."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 1)
-        os.dup2(nothing.fileno(), 2)
-        try:
-            yield
-        finally:
-            for number, copy in enumerate(saved, start=1):
-                os.dup2(copy, number)
-                os.close(copy)
 
 
 def make_encoder(

@@ -32,8 +32,8 @@ from ir_measures import AP, RR, R, nDCG
 from scipy.stats import ttest_rel
 from statsmodels.stats.multitest import multipletests
 
-from common import bm25, make_encoder, open_corpus, split
-from pt_dance import Corpus, CrossEncoderScorer, DanceRetriever, DualEncoder, Round, mining, recipes
+from common import make_encoder, open_corpus, split
+from pt_dance import Corpus, CrossEncoderScorer, DanceRetriever, DualEncoder, Round, bm25, mining, recipes
 from pt_dance.recipes import current_model
 from pt_dance.training.examples import build_examples
 from pt_dance.training.teacher import TeacherScores

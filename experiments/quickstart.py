@@ -15,8 +15,8 @@ import pandas as pd
 import pyterrier as pt
 from ir_measures import RR, R, nDCG
 
-from common import bm25, make_encoder, open_corpus, split
-from pt_dance import DanceRetriever, recipes
+from common import make_encoder, open_corpus, split
+from pt_dance import DanceRetriever, bm25, recipes
 
 
 def options() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, help="keep about so many documents, all relevant ones among them")
     parser.add_argument("--test-split", default="test", help="split of the table (default: %(default)s)")
     parser.add_argument(
-        "--engine", default="auto", choices=["auto", "pisa", "terrier"], help="BM25 by (default: %(default)s)"
+        "--backend", default="auto", choices=["auto", "pisa", "terrier"], help="BM25 by (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
@@ -126,7 +126,7 @@ def main() -> None:
     test_topics, test_qrels = split(dataset, args.test_split)
     needed = {docno for qrels in (train_qrels, dev_qrels, test_qrels) for docno in qrels["docno"]}
     corpus = open_corpus(dataset, args.out / "corpus", most=args.documents, needed=needed)
-    first_stage = bm25(corpus, args.out / f"bm25-{len(corpus)}", engine=args.engine)
+    first_stage = bm25(corpus, args.out / f"bm25-{len(corpus)}", backend=args.backend)
     print(
         f"{len(corpus)} documents; {len(train_topics)} training, {len(dev_topics)} dev, {len(test_topics)} test queries"
     )

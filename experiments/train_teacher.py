@@ -21,8 +21,8 @@ import pyterrier as pt
 from datasets import Dataset
 from ir_measures import RR, nDCG
 
-from common import bm25, minilm_path, open_corpus, split
-from pt_dance import CrossEncoderScorer, mining
+from common import minilm_path, open_corpus, split
+from pt_dance import CrossEncoderScorer, bm25, mining
 
 
 def options() -> argparse.Namespace:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pt_dance import analysis, datasets, losses, mining, recipes
-    from pt_dance.corpus import Corpus, PassageCorpus
+    from pt_dance.corpus import Corpus, PassageCorpus, bm25
     from pt_dance.encoder import CrossEncoderScorer, DualEncoder
     from pt_dance.estimator import DanceRetriever
     from pt_dance.index import DenseIndex
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_CLASSES = {
+_OBJECTS = {
     "AnnRetriever": "retriever",
     "Corpus": "corpus",
     "CrossEncoderScorer": "encoder",
@@ -28,6 +28,7 @@ _CLASSES = {
     "DualEncoder": "encoder",
     "PassageCorpus": "corpus",
     "Round": "recipes",
+    "bm25": "corpus",
 }
 _MODULES = ("analysis", "datasets", "losses", "mining", "recipes")
 
@@ -44,6 +45,7 @@ __all__ = [
     "Round",
     "__version__",
     "analysis",
+    "bm25",
     "datasets",
     "losses",
     "mining",
@@ -52,8 +54,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in _CLASSES:
-        value = getattr(_import_module(f"pt_dance.{_CLASSES[name]}"), name)
+    if name in _OBJECTS:
+        value = getattr(_import_module(f"pt_dance.{_OBJECTS[name]}"), name)
     elif name in _MODULES:
         value = _import_module(f"pt_dance.{name}")
     else:

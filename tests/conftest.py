@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import zlib
 from collections.abc import Callable
@@ -70,3 +71,18 @@ def pydocs():
     dataset = pt.get_dataset("dance:pydocs", verbose=False)
     assert dataset.folder.is_dir()
     return dataset
+
+
+@pytest.fixture(scope="session")
+def terrier():
+    """Java with Terrier's jars, which PyTerrier fetches itself when they are not at hand."""
+    import pyterrier as pt
+
+    if importlib.util.find_spec("jnius") is None:  # importing it would start Java without the jars
+        pytest.skip("pyterrier[java] is not installed")
+    try:
+        if not pt.java.started():
+            pt.java.init()
+    except Exception as error:  # nothing but Java and the jars is asked for here
+        reason = str(error).strip().splitlines()[0]
+        pytest.skip(f"Java, or Terrier's jars, cannot be had here: {type(error).__name__}: {reason}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from pathlib import Path
 
@@ -12,10 +11,8 @@ import pyterrier as pt
 import pytest
 from ir_measures import R, nDCG
 
-from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, recipes
+from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, bm25, recipes
 from small_collection import standard_library
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 FOLDERS = (str(Path(__file__).resolve().parents[1] / "pt_dance"), str(Path(pt.validate.__file__)))
 
@@ -48,8 +45,6 @@ class Setting:
 
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
-    from common import bm25
-
     folder = tmp_path_factory.mktemp("collection")
     corpus = Corpus.build(standard_library(), folder / "corpus", verbose=False)
     encoder = DualEncoder.static(standard_library().documents["text"].head(30), dim=8, vocab_size=500)

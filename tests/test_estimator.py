@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import shutil
-import sys
 import tempfile
 from dataclasses import replace
 from functools import lru_cache
@@ -18,11 +17,9 @@ import pytest
 import torch
 from ir_measures import RR, nDCG
 
-from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round, recipes
+from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round, bm25, recipes
 from pt_dance.training.run_folder import RunFolder
 from small_collection import standard_library
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 FAST = dict(batch_size=32, learning_rate=0.02)
 
@@ -30,8 +27,6 @@ FAST = dict(batch_size=32, learning_rate=0.02)
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
     """Corpus, BM25, encoder and split topics of the small collection."""
-    from common import bm25
-
     folder = tmp_path_factory.mktemp("collection")
     small = standard_library()
     corpus = Corpus.build(small, folder / "corpus", verbose=False)

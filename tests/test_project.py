@@ -65,11 +65,11 @@ def test_every_public_name_is_there():
 
 def test_type_checkers_and_editors_see_the_same_public_names():
     """They read ``__all__`` and the imports under ``TYPE_CHECKING`` without running either."""
-    assert sorted(pt_dance.__all__) == sorted(["__version__", *pt_dance._CLASSES, *pt_dance._MODULES])
+    assert sorted(pt_dance.__all__) == sorted(["__version__", *pt_dance._OBJECTS, *pt_dance._MODULES])
     (checked,) = [node for node in ast.parse(Path(pt_dance.__file__).read_text()).body if isinstance(node, ast.If)]
     homes = {alias.name: node.module for node in checked.body for alias in node.names}
     modules = dict.fromkeys(pt_dance._MODULES, "pt_dance")
-    assert homes == {name: f"pt_dance.{home}" for name, home in pt_dance._CLASSES.items()} | modules
+    assert homes == {name: f"pt_dance.{home}" for name, home in pt_dance._OBJECTS.items()} | modules
 
 
 def test_editors_complete_the_public_names():

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
 from ir_measures import R, nDCG
 
-from pt_dance import Corpus, DanceRetriever, DualEncoder, recipes
+from pt_dance import Corpus, DanceRetriever, DenseIndex, DualEncoder, bm25, recipes
 from pt_dance.training.run_folder import RunFolder
 from small_collection import standard_library
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
-
-from common import bm25 as make_bm25
-
 FAST = dict(batch_size=32, learning_rate=0.02)
-
-
-@pytest.fixture(scope="module")
-def terrier():
-    """Java with Terrier's jars, which PyTerrier fetches itself when they are not at hand."""
-    if importlib.util.find_spec("jnius") is None:  # importing it would start Java without the jars
-        pytest.skip("pyterrier[java] is not installed")
-    try:
-        pt.java.init()
-    except Exception as error:  # nothing but Java and the jars is asked for here
-        reason = str(error).strip().splitlines()[0]
-        pytest.skip(f"Java, or Terrier's jars, cannot be had here: {type(error).__name__}: {reason}")
 
 
 @pytest.fixture(params=["terrier", "pisa"])
@@ -70,7 +50,7 @@ def vaswani(shared_data, tmp_path_factory):
 def fit_behind(engine, collection, tmp_path, recipe, **tower):
     """BM25 of the engine, and a retriever that was fitted behind it, with the retriever it was before."""
     folder, corpus, train, dev, qrels = collection
-    first_stage = make_bm25(corpus, folder / "bm25", engine=engine, threads=1)
+    first_stage = bm25(corpus, folder / "bm25", backend=engine, threads=1)
     texts = [document["text"] for document in corpus.get_corpus_iter(verbose=False)]
     encoder = DualEncoder.static(texts, seed=1, **tower)
     dance = DanceRetriever(encoder, corpus, tmp_path / "run", recipe=recipe, verbose=False)
@@ -130,7 +110,7 @@ def test_terrier_keeps_long_docnos_whole_and_questions_as_they_are(terrier, tmp_
     docnos = ["d" * 60, "é" * 40, "文" * 40, "😀" * 40, "two words and more than twenty characters", "d"]
     documents = [{"docno": docno, "text": f"alpha beta number{n}"} for n, docno in enumerate(docnos)]
     corpus = Corpus.build(documents, tmp_path / "corpus", verbose=False)
-    terrier_bm25 = make_bm25(corpus, tmp_path / "bm25", engine="terrier")
+    terrier_bm25 = bm25(corpus, tmp_path / "bm25", backend="terrier")
     questions = ['What is "alpha": (beta OR number2)?', "alpha^2 +number3 -number1", "title:beta", "AND (", "🙂"]
     topics = pd.DataFrame({"qid": ["1", "2", "3", "4", "5"], "query": questions, "mark": list("abcde")})
     results = terrier_bm25(topics)
@@ -138,5 +118,24 @@ def test_terrier_keeps_long_docnos_whole_and_questions_as_they_are(terrier, tmp_
     assert set(results["qid"]) == {"1", "2", "3"}
     assert results["query"].equals(results["qid"].map(topics.set_index("qid")["query"]))
     assert results["mark"].equals(results["qid"].map(topics.set_index("qid")["mark"]))
-    again = make_bm25(corpus, tmp_path / "bm25", engine="terrier")
+    again = bm25(corpus, tmp_path / "bm25", backend="terrier")
     pd.testing.assert_frame_equal(again(topics), results)
+
+
+def test_a_terrier_index_with_stored_text_is_a_source_of_documents(terrier, tmp_path):
+    documents = [{"docno": f"d{n}", "title": f"Title {n}", "text": f"alpha été number{n}"} for n in range(5)]
+    expected = Corpus.build(documents, tmp_path / "corpus", verbose=False)
+    indexer = pt.IterDictIndexer(str(tmp_path / "terrier"), meta={"docno": 20, "title": 200, "text": 4096})
+    reference = indexer.index(documents)
+    index = pt.terrier.TerrierIndex(str(tmp_path / "terrier"))
+    sources = (index, str(index.path), index.path, reference, pt.IndexFactory.of(reference), index.index_ref())
+    for number, source in enumerate(sources):
+        assert Corpus.build(source, tmp_path / f"c{number}", verbose=False) == expected
+    encoder = DualEncoder.static(["alpha number"], dim=4, vocab_size=50)
+    assert len(DenseIndex(tmp_path / "dense", encoder, verbose=False).index(index)) == 5
+    plain = pt.IterDictIndexer(str(tmp_path / "plain")).index(documents)
+    for source in (plain, tmp_path / "plain"):
+        with pytest.raises(ValueError, match="stores no texts: index again with"):
+            Corpus.build(source, tmp_path / "no", verbose=False)
+    with pytest.raises(TypeError, match="or a Terrier index with stored text, not as a str"):
+        Corpus.build(str(tmp_path / "nowhere"), tmp_path / "no", verbose=False)
