@@ -16,8 +16,8 @@ from pathlib import Path
 import pandas as pd
 import pyterrier as pt
 
-from common import bm25, make_encoder, open_corpus, split
-from pt_dance import DanceRetriever, analysis, recipes
+from common import make_encoder, open_corpus, split
+from pt_dance import DanceRetriever, analysis, bm25, recipes
 
 METHODS = {"MNRL": recipes.mnrl, "DANCE": recipes.dance, "SamToNe": recipes.samtone}
 
