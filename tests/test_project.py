@@ -151,7 +151,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("module", BROKEN)
+@pytest.mark.parametrize("module", [None, *BROKEN])
 def test_a_broken_layer_is_found(tmp_path, module):
     """A late import counts, too. The package as it is keeps every contract."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -150,8 +150,9 @@ class DenseIndex(FlexIndex):
     def forget(self) -> None:
         """Close what is open, so that the next use reads the folder as it is then; frees a GPU's memory."""
         self._opened = self._vectors = self._loaded_encoder = None
-        self._meta = self._docnos = self._dvecs = None
-        self._cache = {}
+        self._meta = self._docnos = None
+        self._dvecs: np.ndarray | None = None
+        self._cache: dict[str, Any] = {}
 
     # --- what is in it ------------------------------------------------------------------------------------------------
 
@@ -318,7 +319,7 @@ class DenseIndex(FlexIndex):
         ``batch_size`` is how many documents are multiplied with a block of queries at a time; it changes no result.
         """
         vectors, ranks = self._device_vectors(), self.open().ranks
-        block = {} if batch_size is None else {"doc_block": batch_size}
+        block: dict[str, Any] = {} if batch_size is None else {"doc_block": batch_size}
         return iter_exact_search(query_vecs, vectors, k, tie_order=ranks, **block)
 
     def score_pairs(self, query_vecs: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:

@@ -106,7 +106,7 @@ class PassageDocuments(RowDocuments):
         super().__init__(column, DocnoRows.of(column, column.at), column.ranks())
         self.rows_each = -(-count // len(start))
 
-    def rows_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def rows_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of some documents' passages and the position in ``numbers`` each belongs to."""
         first = self.start[numbers]
         count = self.start[np.asarray(numbers) + 1] - first

@@ -144,7 +144,7 @@ class OpenIndex:
         self._ranks: np.ndarray | None = None
         if (path / RANKS).exists():
             self._ranks = np.memmap(path / RANKS, dtype="<u4", mode="r", shape=(count,))
-        self.identity: str = meta.get("content") or ":".join(map(str, _stamp(path)))
+        self.identity: str = meta.get("content") or ":".join(map(str, _stamp(path) or ()))
 
     @property
     def ranks(self) -> np.ndarray:

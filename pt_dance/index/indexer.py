@@ -31,9 +31,9 @@ class DenseIndexer(pt.Indexer):
             raise ValueError(f"mode must be one of {', '.join(map(repr, indexing.MODES))}, not {mode!r}.")
         self._index, self.mode = index, mode
 
-    def index(self, inp: Any, **_: Any) -> DenseIndex:
+    def index(self, iter: Any, **_: Any) -> DenseIndex:
         """Index documents; see :meth:`DenseIndex.index`."""
-        indexing.run(self._index, inp, self.mode)
+        indexing.run(self._index, iter, self.mode)
         self._index.forget()
         return self._index
 

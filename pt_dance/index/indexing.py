@@ -136,11 +136,9 @@ class _Documents:
     """Documents in shards, checked one by one."""
 
     def __init__(self, index: DenseIndex, source: Any) -> None:
-        self.encoder, self.text_field, self.shard_size = (
-            index.encoder_for_indexing(),
-            index.text_field,
-            index.shard_size,
-        )
+        # None only where documents come with vectors.
+        self.encoder: Any = index.encoder_for_indexing()
+        self.text_field, self.shard_size = index.text_field, index.shard_size
         self.precision: str | None = None
         self.length = source_length(source)
         if isinstance(source, pd.DataFrame):

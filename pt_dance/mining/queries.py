@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import pyterrier as pt
@@ -19,7 +20,7 @@ COLUMNS = ["docno", "qid", "score", "rank"]
 
 
 def mine_queries(
-    source: object,
+    source: Any,
     topics: pd.DataFrame,
     qrels: pd.DataFrame,
     corpus=None,
@@ -121,10 +122,11 @@ def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int):
     vectors = encoder.encode_queries(texts, precision=None if index is None else index.precision)
 
     def search(docnos: list[str]) -> pd.DataFrame:
-        found = (
-            index.stored_vectors(docnos) if index is not None else encoded_vectors(encoder.encode_docs, corpus, docnos)
-        )
-        scores, rows = nearest_queries(*found, vectors, depth)
+        if index is not None:
+            found, owner = index.stored_vectors(docnos)
+        else:
+            found, owner = encoded_vectors(encoder.encode_docs, corpus, docnos)
+        scores, rows = nearest_queries(found, owner, vectors, depth)
         return pd.DataFrame(
             {
                 "docno": pd.Series(docnos, dtype=object).repeat(rows.shape[1]).to_numpy(),
