@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -191,19 +193,82 @@ def test_it_knows_its_encoder(tmp_path, encoder, other):
 # ------------------------------------------------------------------------------------------
 
 
-def test_create_refuses_what_is_there(make, tmp_path):
+def test_the_same_index_is_used_again(make, encoder, tmp_path, capfd):
+    corpus = Corpus.build(DOCUMENTS, tmp_path / "corpus", fields=["text"], verbose=False)
+    make().index(corpus)
+    before = content(tmp_path / "index")
+    counting = CountingEncoder(encoder)
+    for source in (corpus, DOCUMENTS, iter(DOCUMENTS), pd.DataFrame(DOCUMENTS)):
+        again = make(encoder=counting, shard_size=7)
+        assert again.index(source) is again and len(again) == 300
+    assert counting.texts == 0 and content(tmp_path / "index") == before and names(tmp_path) == ["corpus", "index"]
+    # Vectors that came with their documents, and what was appended since, are compared in the same way.
+    vectors = [{"docno": d["docno"], "doc_vec": np.full(24, i, np.float32)} for i, d in enumerate(DOCUMENTS)]
+    make("vectors").index(vectors[:200]).append(vectors[200:])
+    before = content(tmp_path / "vectors")
+    assert len(make("vectors").index(iter(vectors))) == 300 and content(tmp_path / "vectors") == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_another_index_is_refused_unless_it_is_to_be_replaced(make, other, tmp_path):
     make().index(DOCUMENTS)
     before = content(tmp_path / "index")
-    with pytest.raises(FileExistsError, match="already exists: to replace an index use"):
-        make().index(DOCUMENTS[:3])
+    changed = [*DOCUMENTS[:100], {"docno": DOCUMENTS[100]["docno"], "text": "another"}, *DOCUMENTS[101:]]
+    renamed = [*DOCUMENTS[:-1], {"docno": "renamed", "text": DOCUMENTS[-1]["text"]}]
+    vectors = [{"docno": "a", "doc_vec": np.ones(24)}]
+    corpus = Corpus.build(DOCUMENTS, tmp_path / "corpus", fields=["text"], verbose=False)
+    passages = corpus.to_passages(tmp_path / "passages", verbose=False)
+    for index, documents, says in (
+        (make(), changed, "with other documents from number 64 to 127"),
+        (make(), renamed, "with other documents from number 256 to 299"),
+        (make(), DOCUMENTS[:290], "of 300 documents where 290 were given"),
+        (make(), [*DOCUMENTS, GOOD], "of 300 documents where more were given"),
+        (make(), [], "of 300 documents where 0 were given"),
+        (make(encoder=other), DOCUMENTS, "of other weights"),
+        (make(vec_dtype="float16"), DOCUMENTS, "of float32 vectors"),
+        (make(text_field="body"), [{**d, "body": d["text"]} for d in DOCUMENTS], "of the field 'text'"),
+        (make(), vectors, "made of texts"),
+        (make(), passages, "of whole documents"),
+    ):
+        with pytest.raises(FileExistsError, match=r"index holds another index \(.*overwrite=True replaces it") as error:
+            index.index(documents)
+        assert f"({says})" in str(error.value)
+    assert content(tmp_path / "index") == before
+    assert len(make().index(changed, overwrite=True)) == 300
+    assert content(tmp_path / "index") == content(make("fresh").index(changed).index_path)
+    vectors = [{"docno": docno, "doc_vec": np.ones(24, "f4")} for docno in ("a", "b")]
+    FlexIndex(str(tmp_path / "flex"), verbose=False).index(vectors)
+    with pytest.raises(FileExistsError, match=r"its shards\.jsonl does not say what it was made of"):
+        make("flex").index(vectors)
+
+
+def test_what_is_no_index_is_never_replaced(make, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "important.txt").write_text("keep me")
     for mode in ("create", "overwrite"):
-        with pytest.raises(FileExistsError):
+        with pytest.raises(FileExistsError, match="exists and is no dense index"):
             make("folder").indexer(mode=mode).index(DOCUMENTS)
-    assert content(tmp_path / "index") == before and names(tmp_path / "folder") == ["important.txt"]
+    assert names(tmp_path / "folder") == ["important.txt"]
     with pytest.raises(ValueError, match="mode must be one of"):
         make().indexer(mode="replace")
+
+
+def test_threads_that_ask_for_the_same_index_wait_for_it(make, encoder, tmp_path):
+    counting, inside, go_on = CountingEncoder(encoder), threading.Event(), threading.Event()
+
+    def slow():
+        inside.set()
+        assert go_on.wait(60)
+        yield from DOCUMENTS
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(make(encoder=counting).index, slow())
+        assert inside.wait(60)
+        others = [pool.submit(make(encoder=counting).index, DOCUMENTS) for _ in range(2)]
+        assert not any(other.done() for other in others)
+        go_on.set()
+        assert [len(asked.result(60)) for asked in (first, *others)] == [300] * 3
+    assert counting.texts == 300 and names(tmp_path) == ["index"]
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -91,19 +91,24 @@ class DenseIndex(FlexIndex):
 
     # --- indexing -----------------------------------------------------------------------------------------------------
 
-    def index(self, inp: Any, **_: Any) -> DenseIndex:
+    def index(self, inp: Any, *, overwrite: bool = False, **_: Any) -> DenseIndex:
         """Index documents into a new folder.
+
+        An index that is at the path already is compared with the documents, and used where it was made of the same ones
+        by the same encoder. Threads that ask for an index that another one is making wait for it.
 
         Args:
             inp: A :class:`pt_dance.Corpus`, an iterable of dicts, or a DataFrame, with ``docno`` and the text field, or
-                with ``docno`` and ``doc_vec``. A :class:`pt_dance.PassageCorpus` gives a vector for each
-                passage, and retrievers that score a document by its best one.
+                with ``docno`` and ``doc_vec``. A :class:`pt_dance.PassageCorpus` gives a vector for each passage, and
+                retrievers that score a document by its best one.
+            overwrite: Whether an index at the path is replaced, once the new one is whole.
 
         Returns:
             This index.
 
         Raises:
-            FileExistsError: If something is at the path already.
+            FileExistsError: If at the path there is an index of other documents or another encoder, unless
+                ``overwrite`` says to replace it, or something else.
             TypeError: If a document, docno or text has the wrong type; names it.
             ValueError: If a docno occurs twice, a text is missing, or a vector is not finite or of another size; names
                 the docno.
@@ -111,7 +116,7 @@ class DenseIndex(FlexIndex):
             StreamError: If the documents' own iterator raises. As with every error, the whole shards before it are kept
                 for the next call.
         """
-        return self.indexer().index(inp)
+        return self.indexer(mode="overwrite" if overwrite else "create").index(inp)
 
     def append(self, inp: Any) -> DenseIndex:
         """Add documents to an index that exists; it stays as it is until the longer one takes its place.
@@ -129,8 +134,8 @@ class DenseIndex(FlexIndex):
         """Return an indexer.
 
         Args:
-            mode: "create" a new index, "overwrite" an existing one, which stays until the new one is complete, or
-                "append" to it.
+            mode: "create" a new index or use the same one that is there, "overwrite" an existing one, which stays until
+                the new one is complete, or "append" to it.
 
         Raises:
             ValueError: If there is no such mode.

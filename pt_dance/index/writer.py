@@ -192,7 +192,7 @@ class IndexWriter:
             with open(self.folder / DOCNOS, "wb") as out:
                 for docno in base.docnos:
                     out.write(docno.encode("utf-8") + b"\n")
-            shards = _shards_of(base, (self.folder / DOCNOS).stat().st_size)
+            shards = recorded_shards(base, (self.folder / DOCNOS).stat().st_size)
         # The journal comes last: without it, nothing of the above counts.
         with open(self.folder / SHARDS, "wb") as out:
             for entry in ({"settings": self._settings}, *map(asdict, shards)):
@@ -309,8 +309,13 @@ class IndexWriter:
         )
 
 
-def _shards_of(base: OpenIndex, docno_bytes: int) -> list[Shard]:
-    """The shards of an index that is appended to; one without digest if it was not made here."""
+def recorded_shards(base: OpenIndex, docno_bytes: int) -> list[Shard]:
+    """Return the shards that an index was made of; one without digest if it was not made here.
+
+    Args:
+        base: The index.
+        docno_bytes: The bytes of its docnos, a line each.
+    """
     try:
         entries = [json.loads(line) for line in (base.path / SHARDS).read_bytes().splitlines()[1:]]
         shards = [Shard(**entry) for entry in entries]
