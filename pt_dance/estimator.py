@@ -335,6 +335,10 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
     def _settle(self, number: int, history: list[dict]) -> None:
         self._round, self._history, self._retriever = number, history, None
 
+    def __rrshift__(self, left) -> pt.Compose:
+        """Put the retriever behind another stage; type checkers and editors know that such a pipeline has ``fit``."""
+        return pt.Compose(left, self)
+
     def __repr__(self) -> str:
         """Short: it is the row's name in tables."""
         return f"DanceRetriever({str(self.path)!r})"

@@ -174,10 +174,9 @@ def mnrl(epochs: int = 1, *, negatives: object = FIRST_STAGE, temperature: float
 def ance(rounds: int = 3, *, loss: str = "pairwise", warm_up: int = 1, epochs: int = 1, **options) -> list[Round]:
     """ANCE (Xiong et al., ICLR 2021, arXiv 2007.00808): warm-up on first-stage negatives, then the model's own.
 
-    As published: raw dot products, 2-way negative log-likelihood with one negative a row and no in-batch negatives,
-        the top
-    200 of the current model without the positives, 20 drawn uniformly. Where the release keeps one positive of a
-    query and may mine its others as negatives, here all positives are removed.
+    As published: raw dot products, 2-way negative log-likelihood with one negative a row and no in-batch negatives; of
+    the top 200 of the current model without the positives, 20 are drawn uniformly. Where the release keeps one positive
+    of a query and may mine its others as negatives, here all positives are removed.
 
     Args:
         rounds: refreshes of the index, each followed by training on the negatives it gives.
