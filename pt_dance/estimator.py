@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -12,27 +16,31 @@ import pyterrier as pt
 from ir_measures import nDCG
 
 from pt_dance.corpus.corpus import Corpus
+from pt_dance.corpus.passages import open_corpus
 from pt_dance.encoder.dual_encoder import DualEncoder
 from pt_dance.index.dense_index import DenseIndex
-from pt_dance.mining import mine_documents, mine_queries, needs_dense, positive_pairs, resolve_source, share_of
+from pt_dance.mining import positive_pairs, share_of
 from pt_dance.recipes import Round, check_recipe
 from pt_dance.recipes import dance as dance_recipe
 from pt_dance.retriever.dense import DenseRetriever
-from pt_dance.storage.folders import remove_folder
-from pt_dance.storage.writing import KEPT, writing
-from pt_dance.training.examples import build_examples
-from pt_dance.training.history import best_round, describe_round
+from pt_dance.storage.folders import remove_folder, write_json
+from pt_dance.storage.options import is_whole, path_of, whole
+from pt_dance.storage.writing import KEPT, new_folder, writing
+from pt_dance.training import negatives
+from pt_dance.training.examples import Examples, build_examples
+from pt_dance.training.history import UNTRAINED, best_round, describe_round, warn_if_worse
 from pt_dance.training.inputs import TrainingInput, check_in_corpus, check_query_texts, check_training_input
-from pt_dance.training.options import check_measures, check_one_process, check_options, is_whole
-from pt_dance.training.run_files import RunFiles, keep_frozen
+from pt_dance.training.options import check_measures, check_one_process, check_options, check_path
+from pt_dance.training.reporting import Reports
 from pt_dance.training.run_folder import META, RunFolder, read_meta
+from pt_dance.training.schedule import Span, plan
 from pt_dance.training.settings import fit_settings
 from pt_dance.training.teacher import TeacherScores
-from pt_dance.training.trainer import train
-from pt_dance.training.validation import validate
+from pt_dance.training.trainer import keep_frozen, train
+from pt_dance.training.validation import depth_of, try_measures, validate
 
 
-class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
+class DanceRetriever(pt.Estimator, pt.Artifact):
     """A dense retriever that ``fit`` trains: mine negatives, train, refresh the index, validate, round after round.
 
     As a transformer it is its current :class:`~pt_dance.DenseRetriever`: a query frame is searched, a result frame is
@@ -64,7 +72,7 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
         keep: str = "all",
         verbose: bool = True,
     ):
-        """Prepares a run; nothing is encoded or trained yet.
+        """Prepare a run; nothing is encoded or trained yet.
 
         Args:
             encoder: where training starts. It is never changed: each round trains a copy.
@@ -73,9 +81,10 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             path: folder of the run: encoders, indexes and history of every round. A folder with a run in it is gone on
                 with; any other folder that is not empty is refused.
             recipe: rounds to train, see :mod:`pt_dance.recipes`; :func:`pt_dance.recipes.dance` where None.
-            num_results: documents retrieved for a query.
-            measure: ir_measures measure, or a list of them, computed on the validation topics after each round. The
-                first one says which round is best.
+            num_results: documents retrieved for a query; what is mined and measured while training does not depend on
+                it.
+            measure: ir_measures measure, its name ("nDCG@10"), or a list of them, computed on the validation topics
+                before training and after each round. The first one says which round is best.
             seed: fixes mining, order of training and dropout: on a CPU two fits with one seed give the same weights.
             patience: stops when this many rounds in a row were not better than the best; None never stops early.
             keep: "all" keeps the index of every round; "best" drops those of rounds that are neither the best nor the
@@ -91,22 +100,19 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             raise TypeError(
                 f"encoder must be a pt_dance.DualEncoder, not {type(encoder).__name__}; DualEncoder(model) makes one"
             )
-        check_options(num_results=num_results, seed=seed, patience=patience, keep=keep, path=path)
+        check_options(seed=seed, patience=patience, keep=keep)
         self.recipe = check_recipe(dance_recipe() if recipe is None else recipe)
         self.measure = measure
-        self.measures = check_measures(measure)
-        self._run = RunFolder(path)
-        self.path = Path(path)
-        self.num_results = int(num_results)
+        self.num_results = num_results
+        self.path = check_path(path)
+        self._run = RunFolder(self.path)
         self.seed = int(seed)
         self.patience = patience
         self.keep = keep
         self.verbose = verbose
         self.corpus = corpus if corpus is None or isinstance(corpus, Corpus) else self._own_corpus(corpus)
         self.initial_encoder = encoder
-        self._round = 0
-        self._history: list[dict] = []
-        self._retriever: DenseRetriever | None = None
+        self._settle(0, [])
         if (self.path / META).exists():
             meta = read_meta(self.path, type(self))
             self._settle(meta["round"], meta["history"])
@@ -116,40 +122,62 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
     @property
     def encoder(self) -> DualEncoder:
         """The current encoder: the best round's, or the one given where nothing was trained yet."""
-        return self.initial_encoder if self._round == 0 else self._encoder_of(self._round)
+        return self._encoder_of(self._round)
 
     @property
     def index(self) -> DenseIndex:
         """The index of the current encoder over the corpus; made on first use where nothing was trained yet."""
-        return self.retriever().index
+        if self._index is None:
+            self._index = self._refreshed(self._round)
+        return self._index
 
     @property
     def history(self) -> pd.DataFrame:
-        """A row a round: loss, validation measures, seconds to mine, train, refresh and validate, negatives."""
+        """A row a round: loss, validation measures, seconds to mine, train, refresh and validate, negatives.
+
+        Row 0 is the encoder as it came.
+        """
         return pd.DataFrame(self._history)
 
+    @property
+    def num_results(self) -> int:
+        """Documents retrieved for a query; may be set."""
+        return self._num_results
+
+    @num_results.setter
+    def num_results(self, value: int) -> None:
+        self._num_results = whole("num_results", value)
+
+    @property
+    def measure(self):
+        """What is measured on the validation topics, as it was given; may be set."""
+        return self._measure
+
+    @measure.setter
+    def measure(self, value) -> None:
+        self._measures = check_measures(value)
+        self._measure = value
+
     def retriever(self, num_results: int | None = None, *, round: int | None = None) -> DenseRetriever:
-        """The dense retriever of the current encoder, or of a given round, which no later round changes.
+        """Return the dense retriever of the current encoder, or of a given round, which no later round changes.
 
         Args:
             num_results: documents for a query; this retriever's where None.
             round: number of the round, 0 for the encoder as it came; the best where None.
         """
-        if round is None and self._retriever is not None:
-            dense = self._retriever
+        if round is None:
+            index = self.index
         else:
-            number = self._round if round is None else round
-            if number != self._round and number != 0 and not (self._run.round(number) / "trained.json").exists():
+            round = whole("round", round, 0)
+            if round not in (0, self._round) and self._run.trained(round) is None:
                 raise ValueError(
                     f"round={round!r} was not trained in {str(self.path)!r}; it has rounds 0 to {len(self._history)}"
                 )
-            dense = self._refreshed(number).retriever(num_results=self.num_results)
-            if round is None:
-                self._retriever = dense
-        return dense if num_results in (None, dense.num_results) else dense.index.retriever(num_results=num_results)
+            index = self._refreshed(round)
+        return index.retriever(num_results=self.num_results if num_results is None else num_results)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Retrieves for a query frame; re-scores a result frame by docno, keeping all rows and other columns."""
+        """Retrieve for a query frame; re-score a result frame by docno, keeping all rows and other columns."""
         with pt.validate.any(inp, context=self) as v:
             v.result_frame(["query"])
             v.result_frame(["query_vec"])
@@ -157,16 +185,16 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             v.query_frame(["query_vec"])
         if len(inp) == 0:  # inspecting a pipeline must not make an index
             return DenseRetriever(DenseIndex(self._run.round(self._round) / "index"))(inp)
-        if self._retriever is None and "query_vec" not in inp.columns:
+        if self._index is None and "query_vec" not in inp.columns:
             check_query_texts(inp, blank=True)  # an index may have to be made first, which bad input must not begin
         return self.retriever()(inp)
 
     def subtransformers(self) -> dict:
-        """None of the attributes is a stage of its own."""
+        """Return none: no attribute is a stage of its own."""
         return {}
 
     def __mod__(self, right: int) -> pt.Transformer:
-        """The best ``right`` results of each query."""
+        """Return the best ``right`` results of each query."""
         if not is_whole(right) or right < 1:
             raise ValueError(f"% {right!r} makes no sense: the number of results to keep must be at least 1")
         return super().__mod__(int(right))
@@ -174,7 +202,7 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
     # ------------------------------------------------------------------ training
 
     def fit(self, topics_or_res_tr, qrels_tr, topics_or_res_va=None, qrels_va=None) -> DanceRetriever:
-        """Trains round by round. A fit that was interrupted goes on where it stopped.
+        """Train round by round. A fit that was interrupted goes on where it stopped.
 
         Args:
             topics_or_res_tr: training topics (``qid``, ``query``), or results for them (``docno`` too), which then
@@ -184,7 +212,8 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             qrels_va: validation qrels.
 
         Returns:
-            This retriever, now with the best round's encoder and index.
+            This retriever, now with the best round's encoder and index: that of the untrained encoder, with a warning,
+            where no round was as good.
 
         Raises:
             KeyError, TypeError, ValueError: one sentence on what is wrong with the frames, before any work is done.
@@ -192,6 +221,7 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             OSError: the disk is full or cannot be written to; what was finished is kept.
         """
         check_one_process()
+        check_options(seed=self.seed, patience=self.patience, keep=self.keep)
         if self.corpus is None:
             raise ValueError("training needs the documents: give corpus=... when making or loading the DanceRetriever")
         if (topics_or_res_va is None) != (qrels_va is None):
@@ -202,143 +232,264 @@ class DanceRetriever(RunFiles, pt.Estimator, pt.Artifact):
             validation = check_training_input(
                 topics_or_res_va, qrels_va, corpus=self.corpus, context=self, what="validation"
             )
-        with writing(self.path, "the run", KEPT):
-            self._fit(training, validation)
+            try_measures(validation, self._measures)
+        pairs = positive_pairs(training.topics, training.qrels)
+        spans = self._plan(training, pairs)
+        reports = Reports(self.path, (round_.training_arguments.get("report_to") for round_ in self.recipe))
+        with writing(self.path, "the run", KEPT), contextlib.closing(reports):
+            self._fit(training, validation, pairs, spans, reports)
         return self
 
-    def _fit(self, training: TrainingInput, validation: TrainingInput | None) -> None:
-        self._run.begin(fit_settings(self, training, validation))
+    def _fit(
+        self, training: TrainingInput, validation: TrainingInput | None, pairs: pd.DataFrame, spans: list[Span],
+        reports: Reports,
+    ) -> None:  # fmt: skip
+        self._run.begin(fit_settings(self.initial_encoder, self.corpus, self.seed, self.recipe, training, validation))
         if not (self._run.round(0) / "encoder").exists():
             self.initial_encoder.save(self._run.round(0) / "encoder")
-        pairs = positive_pairs(training.topics, training.qrels)
-
-        measured = [] if validation is None else [str(measure) for measure in self.measures]
+        measured = [] if validation is None else [str(measure) for measure in self._measures]
         history: list[dict] = []
-        for number, round_ in enumerate(self.recipe, start=1):
-            row = self._run.finished(number, measured)
+        steps = 0
+        for number in range(len(self.recipe) + 1):
+            row = self._run.finished(number)
             is_new = row is None
-            if is_new:
-                row = self._fit_round(number, round_, training, validation, pairs)
+            if row is None and number == 0:
+                row = dict(UNTRAINED)
+            elif row is None:
+                loggers = reports.of_round(
+                    self.recipe[number - 1].training_arguments.get("report_to"), steps - spans[number - 1].first_step
+                )
+                row = self._fit_round(number, training, pairs, spans, loggers)
+            if is_new or not all(name in row for name in measured):
+                row |= self._refresh_and_validate(number, validation)
                 self._run.finish(number, row)
                 if self.verbose:
-                    print(describe_round(row, len(self.recipe), self.measures))
+                    print(describe_round(row, len(self.recipe), self._measures))
             history.append(row)
+            steps += row["steps"]
+            if is_new:
+                reports.add_round(row, [name for name in row if name.removeprefix("d→q ") in measured], steps)
+            best = best_round(history, self._measures[0])
             if self.keep == "best" and (is_new or number == len(self.recipe)):
-                self._run.drop_indexes(keep={best_round(history, self.measures[0]), number})
-            if self.patience is not None and len(history) - best_round(history, self.measures[0]) >= self.patience:
+                self._run.drop_indexes(keep={best, number})
+            if self.patience is not None and number - best >= self.patience:
                 break
-        self._settle(best_round(history, self.measures[0]), history)
+        warn_if_worse(history, self._measures[0])
+        self._settle(best, history)
         self._write_meta(self.path)
 
+    def _plan(self, training: TrainingInput, pairs: pd.DataFrame) -> list[Span]:
+        """Lay out the steps of all rounds."""
+        every = build_examples(training.topics, pairs, self.corpus).pairs
+        counts = [every] * len(self.recipe)
+        for number, round_ in enumerate(self.recipe, start=1):
+            if round_.share_of_queries < 1:
+                qids = self._qids(number, training)
+                counts[number - 1] = build_examples(training.topics, pairs, self.corpus, qids=qids).pairs
+        return plan(self.recipe, counts, [self._seed_of(number) for number in range(1, len(self.recipe) + 1)])
+
+    def _qids(self, number: int, training: TrainingInput) -> pd.Series:
+        """Return the topics that have their turn in a round."""
+        share = self.recipe[number - 1].share_of_queries
+        return share_of(training.topics["qid"], share, turn=number, seed=self.seed)
+
+    def _seed_of(self, number: int) -> int:
+        return self.seed + 1000 * number
+
     def _fit_round(
-        self, number: int, round_: Round, training: TrainingInput, validation: TrainingInput | None, pairs: pd.DataFrame
+        self, number: int, training: TrainingInput, pairs: pd.DataFrame, spans: list[Span], loggers: list
     ) -> dict:
+        """Mine and train; read back what was done before an interruption. Returns the first part of the round's row."""
         started = time.perf_counter()
-        qids = share_of(training.topics["qid"], round_.share_of_queries, turn=number, seed=self.seed)
-        negatives, mined = self._mine(number, round_, training, qids, "negatives")
-        query_negatives, mined_queries = self._mine(number, round_, training, qids, "query_negatives")
+        qids = self._qids(number, training)
+        found, mined = self._mine(number, training, qids, "negatives")
+        query_negatives, mined_queries = self._mine(number, training, qids, "query_negatives")
         mining_done = time.perf_counter()
-        trained, trained_as = self._train(number, round_, training, pairs, qids, negatives, query_negatives)
-        training_done = time.perf_counter()
-        dense = self._refreshed(number).retriever(num_results=self.num_results)
-        refresh_done = time.perf_counter()
-        measured = {} if validation is None else validate(dense, validation, self.measures)
+        round_ = self.recipe[number - 1]
+        if found is None and round_.loss == "pairwise":
+            # without any mined negative there is nothing to compare in pairs: in-batch negatives warm the model up
+            round_ = replace(round_, loss="contrastive", loss_options={"temperature": 0.05, "similarity": "cosine"})
+        trained = self._run.trained(number)
+        if trained is None:
+            examples = self._examples(number, round_, spans[number - 1], training, pairs, qids, found, query_negatives)
+            trained = self._train(number, round_, spans[number - 1], examples, loggers)
+        if not spans[number - 1].carried_on:
+            remove_folder(self._run.checkpoints(number))
+        remove_folder(self._run.checkpoints(number - 1))  # nothing goes on from them any more
         return {
             "round": number,
             "name": round_.name or round_.loss_name,
-            "loss": trained_as,
+            "loss": round_.loss_name,
             "training_loss": trained["loss"],
             "steps": trained["steps"],
-            **measured,
             "negatives_per_query": mined.get("per_source", 0.0),
             "new_negatives": mined.get("new"),
             "queries_short_of_negatives": mined.get("short", 0),
             "query_negatives_per_document": mined_queries.get("per_source", 0.0),
             "mine_seconds": mining_done - started,
-            "train_seconds": training_done - mining_done,
-            "refresh_seconds": refresh_done - training_done,
-            "validate_seconds": time.perf_counter() - refresh_done,
+            "train_seconds": time.perf_counter() - mining_done,
         }
 
     def _mine(
-        self, number: int, round_: Round, training: TrainingInput, qids: pd.Series, what: str
+        self, number: int, training: TrainingInput, qids: pd.Series, what: str
     ) -> tuple[pd.DataFrame | None, dict]:
-        """Negatives of a round from its source; read back where they were mined before an interruption."""
-        source = getattr(round_, what)
-        if source is None or (what == "query_negatives" and not round_.is_dual):
-            return None, {}
+        """Return the negatives of a round and the report on them; read back where they were mined before."""
         if (stored := self._run.read_frame(number, what)) is not None:
             return stored
-        options = dict(
-            depth=round_.depth, negatives=round_.negatives_per_query, sampling=round_.sampling,
-            rank_range=round_.rank_range, filters=round_.filters, seed=self.seed + 1000 * number, qids=qids,
-            verbose=self.verbose,
+        frame = negatives.mine(
+            what, self.recipe[number - 1], training, self.corpus, partial(self.retriever, round=number - 1),
+            qids=qids, seed=self._seed_of(number), verbose=self.verbose,
         )  # fmt: skip
-        if what == "negatives":
-            dense = self.retriever(round=number - 1) if needs_dense(source) else None
-            sources = resolve_source(source, dense=dense, first_stage=training.first_stage)
-            if not sources:
-                return None, {}
-            frame = mine_documents(sources, training.topics, training.qrels, self.corpus, **options)
-        elif source == "dense":
-            index = self._refreshed(number - 1)
-            frame = mine_queries(index.encoder, training.topics, training.qrels, self.corpus, index=index, **options)
-        else:
-            frame = mine_queries(source, training.topics, training.qrels, self.corpus, **options)
+        if frame is None:
+            return None, {}
         check_in_corpus(frame["docno"], self.corpus, f"{what} of round {number}")
-        report = frame.attrs["mining"]
-        about = {**report, "per_source": report["negatives"] / max(report["sources"], 1)}
-        earlier = next((f for n in range(number - 1, 0, -1) if (f := self._run.read_frame(n, what))), None)
-        if earlier is not None:
-            known = pd.MultiIndex.from_frame(earlier[0][["qid", "docno"]])
-            about["new"] = float((~pd.MultiIndex.from_frame(frame[["qid", "docno"]]).isin(known)).mean())
+        earlier = (self._run.read_frame(before, what) for before in range(number - 1, 0, -1))
+        about = negatives.report(frame, (stored[0] for stored in earlier if stored is not None))
         self._run.write_frame(number, what, frame, about)
         return frame, about
 
-    def _train(self, number, round_, training, pairs, qids, negatives, query_negatives) -> tuple[dict, str]:
-        """Trains a copy of the last round's encoder and writes it; read back where that was done before."""
-        folder = self._run.round(number) / "encoder"
-        if negatives is None and round_.loss == "pairwise":
-            # without any mined negative there is nothing to compare in pairs: in-batch negatives warm the model up
-            round_ = replace(round_, loss="contrastive", loss_options={"temperature": 0.05, "similarity": "cosine"})
-        if (stored := self._run.trained(number)) is not None:
-            remove_folder(self._run.checkpoints(number))
-            return stored, round_.loss_name
+    def _examples(self, number, round_, span, training, pairs, qids, found, query_negatives) -> Examples:
+        """Return the training rows of a round, with a teacher's scores where it has a teacher."""
+        teacher = None
+        if round_.teacher is not None:
+            teacher = TeacherScores(round_.teacher, self.path / "teacher.sqlite", verbose=self.verbose)
+        return build_examples(
+            training.topics, pairs, self.corpus, negatives=found, query_negatives=query_negatives,
+            negatives_per_row=round_.negatives_per_row, query_negatives_per_row=round_.query_negatives_per_row,
+            epochs=span.passes, first_epoch=span.first_pass, seed=span.stream_seed, qids=qids, teacher=teacher,
+        )  # fmt: skip
+
+    def _train(self, number: int, round_: Round, span: Span, examples: Examples, loggers: list) -> dict:
+        """Train a copy of the last round's encoder and write it."""
         encoder = self._encoder_of(number - 1).copy()
         keep_frozen(self.initial_encoder, encoder)
         if round_.similarity is not None:
             encoder = encoder.with_similarity(round_.similarity)
-        teacher = None
-        if round_.teacher is not None:
-            teacher = TeacherScores(round_.teacher, self.path / "teacher.sqlite", verbose=self.verbose)
-        examples = build_examples(
-            training.topics,
-            pairs,
-            self.corpus,
-            negatives=negatives,
-            query_negatives=query_negatives,
-            negatives_per_row=round_.negatives_per_row,
-            query_negatives_per_row=round_.query_negatives_per_row,
-            epochs=round_.epochs,
-            seed=self.seed + 1000 * number,
-            qids=qids,
-            teacher=teacher,
-        )
-        checkpoints = self._run.checkpoints(number)
-        trained = train(encoder, examples, round_, checkpoints, seed=self.seed + 1000 * number, verbose=self.verbose)
+        trained = train(
+            encoder, examples, round_, span, self._run.checkpoints(number), name=f"round {number}",
+            carried=self._run.checkpoints(number - 1), loggers=loggers, verbose=self.verbose,
+        )  # fmt: skip
+        folder = self._run.round(number) / "encoder"
         if not folder.exists():
             encoder.save(folder)
         self._run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint)
-        remove_folder(checkpoints)
-        return self._run.trained(number), round_.loss_name
+        return self._run.trained(number)
+
+    def _refresh_and_validate(self, number: int, validation: TrainingInput | None) -> dict:
+        """Return the last part of a round's row: its measures, and what they took."""
+        started = refreshed = time.perf_counter()
+        measured: dict[str, float] = {}
+        if validation is not None or number > 0:
+            index = self._refreshed(number)
+            refreshed = time.perf_counter()
+            if validation is not None:
+                measured = validate(index.retriever(depth_of(self._measures)), validation, self._measures)
+        done = time.perf_counter()
+        return {**measured, "refresh_seconds": refreshed - started, "validate_seconds": done - refreshed}
+
+    # ------------------------------------------------------------------ encoders and indexes of the rounds
 
     def _settle(self, number: int, history: list[dict]) -> None:
-        self._round, self._history, self._retriever = number, history, None
+        self._round, self._history, self._index = number, history, None
+
+    def _encoder_of(self, number: int) -> DualEncoder:
+        if number == 0:
+            return self.initial_encoder
+        folder, given = self._run.round(number) / "encoder", self.initial_encoder
+        encoder = DualEncoder.load(folder, device=str(given.device), verbose=given.verbose)
+        trained = self._run.trained(number)
+        if trained is not None and trained["fingerprint"] != encoder.fingerprint:
+            raise ValueError(f"{str(folder)!r} is damaged: its weights are not those that round {number} gave")
+        return encoder
+
+    def _refreshed(self, number: int) -> DenseIndex:
+        """Return the index of a round's encoder, in a folder of its own; made where it is not there yet."""
+        path = self._run.round(number) / "index"
+        index = DenseIndex(path, self._encoder_of(number), verbose=self.verbose)
+        if not index.built():
+            if path.exists():
+                index.open()  # says which of its files is damaged
+            return index.index(self.corpus)
+        known = index.open().meta.get("corpus")
+        if self.corpus is not None and known != self.corpus.fingerprint:
+            raise ValueError(
+                f"the index {str(path)!r} was made from another corpus than {str(self.corpus.path)!r}; give that one, "
+                "or another path for this run"
+            )
+        return index
+
+    def _own_corpus(self, source: object) -> Corpus:
+        folder, is_new = self.path / "corpus", not self.path.exists()
+        if folder.exists():
+            return Corpus(folder)
+        try:
+            return Corpus.build(source, folder, verbose=self.verbose)
+        except BaseException:
+            if is_new and self.path.exists() and not any(self.path.iterdir()):
+                self.path.rmdir()
+            raise
+
+    # ------------------------------------------------------------------ save and load
+
+    def save(self, path: str | Path) -> None:
+        """Write what retrieval needs (current encoder and index, history) to a new folder that :meth:`load` opens.
+
+        Raises:
+            FileExistsError: if ``path`` exists.
+            OSError: if the disk is full or cannot be written to.
+        """
+        path = path_of(path)
+        if path.exists():
+            raise FileExistsError(f"{str(path)!r} exists; give the path of a new folder")
+        encoder, index = self.encoder, self.index
+        with new_folder(path, "the retriever") as building:
+            folder = building / "rounds" / f"{self._round:02d}"
+            (folder / "encoder").mkdir(parents=True)
+            encoder._write(folder / "encoder")
+            shutil.copytree(index.index_path, folder / "index")
+            self._write_meta(building)
+
+    @classmethod
+    def load(cls, path: str | Path, *, corpus: Corpus | None = None, **kwargs) -> DanceRetriever:
+        """Open a fitted run, or a folder that :meth:`save` wrote; it gives the same results as the one that was saved.
+
+        Args:
+            path: the folder.
+            corpus: the corpus; the run's own is opened where it is still there.
+            **kwargs: other options of the class; those of the saved one are taken where not given.
+
+        Raises:
+            FileNotFoundError: if there is no finished run in the folder.
+            ValueError: if its metadata is damaged.
+        """
+        path = path_of(path)
+        meta = read_meta(path, cls)
+        run = RunFolder(path)
+        started = run.round(0 if (run.round(0) / "encoder").exists() else meta["round"])
+        if corpus is None and meta["corpus"] is not None and (path / meta["corpus"]).exists():
+            with contextlib.suppress(FileNotFoundError):  # passages whose whole documents are gone
+                corpus = open_corpus(path / meta["corpus"])
+        options = {"num_results": meta["num_results"], "seed": meta["seed"], "verbose": False, **kwargs}
+        return cls(DualEncoder.load(started / "encoder"), corpus, path, **options)
+
+    def _write_meta(self, folder: Path) -> None:
+        corpus = None if self.corpus is None else os.path.relpath(self.corpus.path, folder)
+        meta = {
+            "type": self.ARTIFACT_TYPE,
+            "format": self.ARTIFACT_FORMAT,
+            "package_hint": self.ARTIFACT_PACKAGE_HINT,
+            "num_results": self.num_results,
+            "seed": self.seed,
+            "corpus": corpus,
+            "round": self._round,
+            "history": self._history,
+        }
+        write_json(folder / META, meta)
 
     def __rrshift__(self, left) -> pt.Compose:
         """Put the retriever behind another stage; type checkers and editors know that such a pipeline has ``fit``."""
         return pt.Compose(left, self)
 
     def __repr__(self) -> str:
-        """Short: it is the row's name in tables."""
+        """Return a short text: it is the row's name in tables."""
         return f"DanceRetriever({str(self.path)!r})"

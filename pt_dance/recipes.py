@@ -16,7 +16,8 @@ from torch import nn
 from pt_dance import losses
 from pt_dance.mining.candidates import check_options
 from pt_dance.mining.sources import FIRST_STAGE, check_source
-from pt_dance.training.options import SCHEDULERS, check_training_arguments, check_whole, is_number
+from pt_dance.storage.options import number, whole
+from pt_dance.training.options import SCHEDULERS, check_training_arguments
 
 __all__ = [
     "Round", "ance", "check_recipe", "current_model", "dance", "margin_mse", "margin_mse_dual", "margin_mse_mnrl_dual",
@@ -99,22 +100,19 @@ class Round:
                 "over the training queries that takes documents as queries, or None"
             )
         check_options(self.depth, self.negatives_per_query, self.sampling, self.rank_range)
-        for option in ("negatives_per_row", "query_negatives_per_row", "epochs", "batch_size", "checkpoint_steps"):
-            check_whole(option, getattr(self, option), 1)
-        if self.steps is not None:
-            check_whole("steps", self.steps, 1)
+        mined = ("depth", "negatives_per_query", "negatives_per_row", "query_negatives_per_row")
+        for option in (*mined, "epochs", "batch_size", "checkpoint_steps"):
+            self._set(option, whole(option, getattr(self, option)))
+        self._set("steps", whole("steps", self.steps, or_none=True))
         if not isinstance(self.carry_optimizer, bool):
             raise TypeError(f"carry_optimizer={self.carry_optimizer!r} must be True or False")
-        if self.learning_rate is not None and not (is_number(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate={self.learning_rate!r} must be a number above 0, or None")
-        if not (is_number(self.share_of_queries) and 0 < self.share_of_queries <= 1):
-            raise ValueError(f"share_of_queries={self.share_of_queries!r} must be a number above 0 and at most 1")
+        self._set("learning_rate", number("learning_rate", self.learning_rate, above=0, or_none=True))
+        self._set("share_of_queries", number("share_of_queries", self.share_of_queries, above=0, highest=1))
+        self._set("warmup", number("warmup", self.warmup, lowest=0, below=1))
         if self.teacher is not None and not isinstance(self.teacher, pt.Transformer):
             raise TypeError(f"teacher={self.teacher!r} must be a PyTerrier pipeline that scores (query, text) rows")
         if self.teacher is None and "margin_mse" in self._losses():
             raise ValueError("the loss 'margin_mse' learns from a teacher; give teacher=... (a pipeline that scores)")
-        if not (is_number(self.warmup) and 0 <= self.warmup < 1):
-            raise ValueError(f"warmup={self.warmup!r} must be a share of the steps, at least 0 and below 1")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler={self.scheduler!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
         if not isinstance(self.filters, (list, tuple)) or not all(callable(entry) for entry in self.filters):
@@ -127,6 +125,10 @@ class Round:
                 f"negatives_per_row={self.negatives_per_row} is more than "
                 f"negatives_per_query={self.negatives_per_query}"
             )
+
+    def _set(self, option: str, value: object) -> None:
+        """Keep an option as a plain number, whichever library's number was given."""
+        object.__setattr__(self, option, value)
 
     def _check_loss(self) -> None:
         if not isinstance(self.loss_options, Mapping):
@@ -187,8 +189,8 @@ def ance(rounds: int = 3, *, loss: str = "pairwise", warm_up: int = 1, epochs: i
         epochs: passes over the training pairs in each round.
         **options: any other attribute of :class:`Round`, for all rounds.
     """
-    check_whole("rounds", rounds, 0)
-    check_whole("warm_up", warm_up, 0)
+    whole("rounds", rounds, 0)
+    whole("warm_up", warm_up, 0)
     given = dict(loss=loss)
     if loss == "pairwise":
         given |= dict(similarity="dot", loss_options={"temperature": 1.0})
@@ -219,8 +221,8 @@ def dance(
         query_negatives: where query negatives come from, see :class:`Round`.
         **options: any other attribute of :class:`Round`, for all rounds.
     """
-    check_whole("rounds", rounds, 0)
-    check_whole("ance_rounds", ance_rounds, 0)
+    whole("rounds", rounds, 0)
+    whole("ance_rounds", ance_rounds, 0)
     before = ance(ance_rounds, warm_up=warm_up, epochs=epochs, **options) if warm_up or ance_rounds else []
     loss = {"temperature": temperature if normalize else 1.0}
     given = dict(loss="pairwise", negatives=current_model, similarity="cosine" if normalize else "dot", epochs=epochs)
@@ -357,18 +359,18 @@ def check_recipe(recipe: object) -> list[Round]:
     rounds = [recipe] if isinstance(recipe, Round) else recipe
     if not isinstance(rounds, (list, tuple)):
         raise TypeError(f"recipe={recipe!r} must be a list of pt_dance.Round, such as recipes.ance() gives")
-    for number, entry in enumerate(rounds, start=1):
+    for place, entry in enumerate(rounds, start=1):
         if not isinstance(entry, Round):
             raise TypeError(
-                f"entry {number} of the recipe is {entry!r}; it must be a pt_dance.Round, like those of recipes.ance()"
+                f"entry {place} of the recipe is {entry!r}; it must be a pt_dance.Round, like those of recipes.ance()"
             )
     if not rounds:
         raise ValueError("the recipe has no round; give at least one pt_dance.Round")
-    for number, (before, entry) in enumerate(itertools.pairwise(rounds), start=2):
+    for place, (before, entry) in enumerate(itertools.pairwise(rounds), start=2):
         for option in ("learning_rate", "warmup", "scheduler", "training_arguments"):
             if entry.carry_optimizer and getattr(entry, option) != getattr(before, option):
                 raise ValueError(
-                    f"round {number} of the recipe goes on with the optimiser of the round before (carry_optimizer), "
+                    f"round {place} of the recipe goes on with the optimiser of the round before (carry_optimizer), "
                     f"but has another {option}: {getattr(entry, option)!r} instead of {getattr(before, option)!r}"
                 )
     return list(rounds)

@@ -15,7 +15,8 @@ from sentence_transformers import SentenceTransformerTrainer
 
 from pt_dance import Corpus
 from pt_dance.mining import positive_pairs
-from pt_dance.training.examples import EpochBatchSampler, build_examples, columns_of
+from pt_dance.training.batches import batches_of_pass
+from pt_dance.training.examples import build_examples, columns_of
 from pt_dance.training.token_cache import TokenCache
 
 DOCUMENTS = 30
@@ -65,14 +66,12 @@ def test_rows_hold_every_pair_once_an_epoch_and_never_a_relevant_negative(corpus
     )  # fmt: skip
     distinct = {(text, docno) for text, docno in relevant}
     text_of = {f"title {i} text {i}": f"d{i}" for i in range(DOCUMENTS)}
-    batches = EpochBatchSampler(examples, batch_size=4, drop_last=False, seed=seed)
     pools = {q: set(f["docno"]) for q, f in negatives.merge(topics, on="qid").groupby("query")}
     query_pools = {d: set(f["query"]) for d, f in query_negatives.merge(topics, on="qid").groupby("docno")}
     seen_negatives = Counter()
     for epoch in range(epochs):
-        batches.set_epoch(epoch)
-        listed = list(batches)
-        assert len(listed) == len(batches)
+        listed = list(batches_of_pass(examples, epoch, 4, seed=[seed, epoch]))
+        assert len(listed) == -(-examples.pairs // 4)
         rows = [row for batch in listed for row in examples.dataset[batch]["query"]]
         assert len(rows) == examples.pairs == len(distinct)
         batch_rows = examples.dataset[[row for batch in listed for row in batch]]
@@ -101,15 +100,12 @@ def test_batches_avoid_a_query_or_positive_twice_and_depend_on_seed_and_epoch(co
         [(f"q{i}", f"d{d}", 1) for i in range(40) for d in (i % 20, (i + 7) % 20)], columns=["qid", "docno", "label"]
     )
     examples = build_examples(topics, positive_pairs(topics, qrels), corpus, epochs=1)
-    batches = EpochBatchSampler(examples, batch_size=8, drop_last=False, seed=1)
-    first = list(batches)
+    first = list(batches_of_pass(examples, 0, 8, seed=1))
     for batch in first[:-2]:
         assert len(set(examples.rows.query[batch])) == len(set(examples.rows.positive[batch])) == len(batch)
-    assert first == list(batches)
-    batches.set_epoch(1)
-    assert first != list(batches)
-    assert list(EpochBatchSampler(examples, batch_size=8, drop_last=False, seed=2)) != first
-    assert len(EpochBatchSampler(examples, batch_size=12, drop_last=True, seed=2)) == 6
+    assert first == list(batches_of_pass(examples, 0, 8, seed=1))
+    assert first != list(batches_of_pass(examples, 0, 8, seed=2))
+    assert len(list(batches_of_pass(examples, 0, 12, drop_last=True, seed=2))) == 6
 
 
 def test_training_on_some_topics_keeps_all_judgements(corpus):

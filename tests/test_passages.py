@@ -459,7 +459,7 @@ def test_a_transformer_is_trained_with_each_passage_as_it_is_retrieved(small, tm
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         before = encoder.copy()
-        round_ = Round(batch_size=8, learning_rate=1e-12, training_arguments={"max_steps": 1})
+        round_ = Round(batch_size=8, learning_rate=1e-12, steps=1)
         train(encoder, examples, round_, tmp_path / "checkpoints", seed=1, verbose=False)
     embeddings, labels = seen[0]
     batch = examples.dataset[labels.tolist()]

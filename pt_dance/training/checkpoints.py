@@ -22,7 +22,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def publish(written: Path, folder: Path, about: dict[str, float]) -> None:
-    """Gives a checkpoint that was written beside its final name, and removes those before it.
+    """Give a checkpoint that was written beside its final name, and remove those before it.
 
     Args:
         written: the checkpoint's folder as transformers wrote it; its name is kept.
@@ -37,13 +37,18 @@ def publish(written: Path, folder: Path, about: dict[str, float]) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint to go on from; None where there is none."""
+    """Return the checkpoint to go on from, None where there is none."""
     found = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)] if folder.is_dir() else []
-    return max(found, key=lambda entry: int(_NAME.fullmatch(entry.name).group(1)), default=None)
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return after how many steps a checkpoint was written."""
+    return int(_NAME.fullmatch(checkpoint.name).group(1))
 
 
 def check(checkpoint: Path) -> dict[str, float]:
-    """What :func:`publish` was told about a checkpoint, once it is seen to be as it was written.
+    """Return what :func:`publish` was told about a checkpoint, after checking that its files are as they were written.
 
     Raises:
         ValueError: if it is damaged; names the file.

@@ -6,14 +6,12 @@ read from the corpus when a batch is made, so memory grows with the number of ro
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 from scipy.sparse import csr_matrix
-from sentence_transformers.base.sampler import DefaultBatchSampler
 
 from pt_dance.losses.rows import TrainingRows
 from pt_dance.mining.readings import Readings
@@ -83,6 +81,7 @@ def build_examples(
     negatives_per_row: int = 1,
     query_negatives_per_row: int = 1,
     epochs: int = 1,
+    first_epoch: int = 0,
     seed: int = 42,
     qids: pd.Series | None = None,
     teacher=None,
@@ -100,6 +99,7 @@ def build_examples(
         negatives_per_row: mined documents in a row; rows of queries with fewer are padded, and the padding is masked.
         query_negatives_per_row: mined queries in a row.
         epochs: epochs to draw for; each pair meets other negatives in each epoch as long as its pool lasts.
+        first_epoch: which epoch the first one is: the draws go on from those before it.
         seed: fixes the draw.
         qids: train on the pairs of these topics only (the masks still know all pairs); None trains on all.
         teacher: ``TeacherScores`` for losses that learn from a teacher.
@@ -125,7 +125,7 @@ def build_examples(
     unique = np.unique(pair_query.astype(np.int64) * len(corpus) + pair_document)
     pair_query, pair_document = unique // len(corpus), unique % len(corpus)
     number = len(unique)
-    epoch = np.repeat(np.arange(epochs), number)
+    epoch = np.repeat(np.arange(first_epoch, first_epoch + epochs), number)
     query, positive = np.tile(pair_query, epochs), np.tile(pair_document, epochs)
     rows = TrainingRows(
         query=query.astype(np.int32),
@@ -268,44 +268,3 @@ def columns_of(rows: TrainingRows) -> dict[str, str]:
 def passage_column(name: str, place: int) -> str:
     """The column of a document's passage; sentence-transformers takes a column for all that begin with its name."""
     return name if place == 0 else f"passage_{place + 1}_of_{name}"
-
-
-class EpochBatchSampler(DefaultBatchSampler):
-    """Batches of one epoch's rows, shuffled, with no query or positive twice in a batch as long as that is possible.
-
-    A second row of a query, or of a document, adds no negative to its batch (it is masked), so it waits for a later
-    batch. Every row of the epoch comes exactly once. The order depends on the seed and the epoch alone.
-    """
-
-    def __init__(self, examples: Examples, batch_size: int, drop_last: bool, seed: int):
-        super().__init__(range(examples.pairs), batch_size=batch_size, drop_last=drop_last, seed=seed)
-        self.pairs = examples.pairs
-        self.epochs = examples.epochs
-        self.query = examples.rows.query[: self.pairs].tolist()
-        self.positive = examples.rows.positive[: self.pairs].tolist()
-
-    def __len__(self) -> int:
-        return self.pairs // self.batch_size if self.drop_last else -(-self.pairs // self.batch_size)
-
-    def __iter__(self):
-        """Yields lists of row numbers."""
-        offset = (self.epoch % self.epochs) * self.pairs
-        waiting = deque(np.random.default_rng([self.seed, self.epoch]).permutation(self.pairs).tolist())
-        for _ in range(len(self)):
-            batch, later = [], []
-            queries, positives = set(), set()
-            # looking a few batches ahead is enough, and keeps a collection of few documents from costing rows²
-            for _ in range(min(len(waiting), 8 * self.batch_size)):
-                pair = waiting.popleft()
-                if self.query[pair] in queries or self.positive[pair] in positives:
-                    later.append(pair)
-                    continue
-                queries.add(self.query[pair])
-                positives.add(self.positive[pair])
-                batch.append(pair)
-                if len(batch) == self.batch_size:
-                    break
-            missing = self.batch_size - len(batch)
-            batch += later[:missing]
-            waiting.extendleft(reversed(later[missing:]))
-            yield [offset + pair for pair in batch]

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 
-def best_round(history: list[dict], measure: object) -> int:
-    """Number of the round with the highest value of a validation measure, the later one where two are equal.
+# The row of the encoder as it came, but for what is measured of it.
+UNTRAINED = {
+    "round": 0, "name": "untrained", "loss": None, "training_loss": None, "steps": 0, "mine_seconds": 0.0,
+    "train_seconds": 0.0,
+}  # fmt: skip
+
+
+def best_round(history: Sequence[dict], measure: object) -> int:
+    """Return the number of the round with the highest value of a validation measure, the later one of equal ones.
 
     Args:
-        history: rows of the rounds, from round 1 on.
+        history: rows of the rounds, that of the untrained encoder (round 0) among them.
         measure: the measure; where it was not computed, the last round is the best.
     """
     name = str(measure)
-    if name not in history[0]:
-        return len(history)
-    return max(range(len(history)), key=lambda i: (history[i][name], i)) + 1
+    if name not in history[-1]:
+        return history[-1]["round"]
+    measured = [row for row in history if name in row]
+    return max(measured, key=lambda row: (row[name], row["round"]))["round"]
 
 
-def describe_round(row: dict, rounds: int, measures: list) -> str:
-    """One line on a round: loss, validation measures and what took how long."""
+def warn_if_worse(history: Sequence[dict], measure: object) -> None:
+    """Warn where no round of training was as good as the encoder that it began with."""
+    name = str(measure)
+    trained = [row[name] for row in history if name in row and row["round"] > 0]
+    if trained and best_round(history, measure) == 0:
+        warnings.warn(
+            f"training made the encoder worse: {name} was {history[0][name]:.4f} before and {max(trained):.4f} after "
+            "the best round, so the untrained encoder stays; try a lower learning_rate, and look at the judgements",
+            stacklevel=3,
+        )
+
+
+def describe_round(row: dict, rounds: int, measures: Sequence) -> str:
+    """Return one line on a round: loss, validation measures and what took how long."""
+    loss = "" if row["training_loss"] is None else f", loss {row['training_loss']:.4f}"
     measured = "".join(f", {m} {row[str(m)]:.4f}" for m in measures if str(m) in row)
     seconds = ", ".join(f"{step} {row[f'{step}_seconds']:.0f} s" for step in ("mine", "train", "refresh", "validate"))
-    return f"round {row['round']}/{rounds} {row['name']}: loss {row['training_loss']:.4f}{measured} ({seconds})"
+    return f"round {row['round']}/{rounds} {row['name']}{loss}{measured} ({seconds})"

@@ -2,59 +2,83 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-from ir_measures import DefaultPipeline
+import torch
+from ir_measures import DefaultPipeline, parse_measure
 from ir_measures.measures import Measure
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import SchedulerType
 
-_KEEP = ("all", "best")
+from pt_dance.storage.options import choice, path_of, whole
 
 # The others follow a loss that is measured while training; here rounds are measured.
 SCHEDULERS = tuple(s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy"))
 
-# What the estimator says itself: with others, a run could not be gone on with, or would not be what its settings say.
+# What the estimator and the round say themselves: with others, a run could not be gone on with, or would not be what
+# its settings say.
 _SAID_ELSEWHERE = {
     "output_dir": "the estimator's path",
     "seed": "the estimator's seed",
     "data_seed": "the estimator's seed",
     "resume_from_checkpoint": "calling fit again",
+    "disable_tqdm": "the estimator's verbose",
+    "num_train_epochs": "the round's epochs",
+    "max_steps": "the round's steps",
+    "per_device_train_batch_size": "the round's batch_size",
+    "learning_rate": "the round's learning_rate",
+    "warmup_steps": "the round's warmup",
+    "warmup_ratio": "the round's warmup",
+    "lr_scheduler_type": "the round's scheduler",
+    "save_steps": "the round's checkpoint_steps",
+    "save_strategy": "the round's checkpoint_steps",
+}
+
+# What the trainer could do but not here, and why.
+_NOT_HERE = {
+    "eval_strategy": "rounds are measured when they are trained, on the validation topics of fit",
+    "eval_on_start": "the encoder is measured before it is trained whenever fit gets validation topics",
+    "load_best_model_at_end": "the best round's encoder is taken whenever fit gets validation topics",
+    "neftune_noise_alpha": "its noise is for language models that are trained to write",
+    "auto_find_batch_size": "another batch size would be another training; set the round's batch_size",
+    "save_only_model": "a fit that was killed could not go on without the optimiser's state",
+    "ignore_data_skip": "a fit that was killed would train on the same rows again",
+    "restore_callback_states_from_checkpoint": "a round would end where the round before did",
+    "push_to_hub": "publish the encoder when fit is done, with its to_hf",
 }
 
 
-def check_options(*, num_results: object, seed: object, patience: object, keep: object, path: object) -> None:
-    """Refuses options that make no sense.
+def check_options(*, seed: object, patience: object, keep: object) -> None:
+    """Refuse options that make no sense.
 
     Args:
-        num_results: as given to ``DanceRetriever``, like the others.
-        seed: as given; rounds add to it, and NumPy and transformers take seeds of 32 bits.
-        patience: rounds.
-        keep: "all" or "best".
-        path: of the run.
+        seed: as given to ``DanceRetriever``; rounds add to it, and NumPy and transformers take seeds of 32 bits.
+        patience: as given: rounds.
+        keep: as given: "all" or "best".
 
     Raises:
-        TypeError: if the path is none.
-        ValueError: if another option is out of its range; names it.
+        ValueError: if an option is out of its range; names it.
     """
-    if not isinstance(path, (str, os.PathLike)) or not str(path):
-        raise TypeError(f"path={path!r} must be the path of a folder, which need not exist yet")
-    if not is_whole(num_results) or num_results < 1:
-        raise ValueError(f"num_results={num_results!r} must be a whole number of at least 1")
-    if not is_whole(seed) or not 0 <= seed < 2**31:
-        raise ValueError(f"seed={seed!r} must be a whole number from 0 to {2**31 - 1}")
-    if patience is not None and (not is_whole(patience) or patience < 1):
-        raise ValueError(f"patience={patience!r} must be a whole number of at least 1, or None")
-    if keep not in _KEEP:
-        raise ValueError(f"keep={keep!r} is unknown; choose 'all' or 'best'")
-    above = next(parent for parent in Path(os.path.abspath(path)).parents if parent.exists())
+    whole("seed", seed, 0, 2**31 - 1)
+    whole("patience", patience, 1, or_none=True)
+    choice("keep", keep, ("all", "best"))
+
+
+def check_path(path: object) -> Path:
+    """Return the absolute path of a run, which need not exist yet.
+
+    Raises:
+        TypeError: if it is no path.
+        FileExistsError: if a file is in its way.
+    """
+    folder = path_of(path)
+    above = next(parent for parent in folder.parents if parent.exists())
     if not above.is_dir():
-        raise FileExistsError(f"{str(path)!r} cannot be made, since {str(above)!r} is a file; give another path")
+        raise FileExistsError(f"{str(folder)!r} cannot be made, since {str(above)!r} is a file; give another path")
+    return folder
 
 
 def check_one_process() -> None:
@@ -72,10 +96,10 @@ def check_one_process() -> None:
 
 
 def check_measures(measure: object) -> list[Measure]:
-    """The measures as a list.
+    """Return the measures as a list.
 
     Args:
-        measure: an ir_measures measure or a list of them.
+        measure: an ir_measures measure, its name ("nDCG@10"), or a list of them.
 
     Raises:
         TypeError: if something else is among them; names it.
@@ -84,30 +108,32 @@ def check_measures(measure: object) -> list[Measure]:
     measures = list(measure) if isinstance(measure, (list, tuple)) else [measure]
     if not measures:
         raise ValueError("measure=[] names no measure; give at least one of ir_measures, such as nDCG @ 10")
-    for entry in measures:
-        if not isinstance(entry, Measure):
-            raise TypeError(
-                f"measure={entry!r} is no measure of ir_measures; give one such as nDCG @ 10, after "
-                "'from pyterrier.measures import nDCG'"
-            )
+    return [_checked_measure(entry) for entry in measures]
+
+
+def _checked_measure(given: object) -> Measure:
+    measure = given
+    if isinstance(given, str):
         try:
-            known = DefaultPipeline.supports(entry)
-        except AssertionError:  # how ir_measures says that a measure lacks its cutoff
-            known = False
-        if not known:
-            raise ValueError(
-                f"measure={entry!r} cannot be computed by ir_measures as it is; does it lack a cutoff (@ 10)?"
-            )
-    return measures
-
-
-def is_whole(value: object) -> bool:
-    """Whether the value is a whole number: an int, of Python or NumPy, and no truth value."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            measure = parse_measure(given)
+        except (NameError, SyntaxError, TypeError, ValueError):
+            raise ValueError(f"measure={given!r} is no measure of ir_measures; give one such as 'nDCG@10'") from None
+    if not isinstance(measure, Measure):
+        raise TypeError(
+            f"measure={given!r} is no measure of ir_measures; give one such as nDCG @ 10, after "
+            "'from pyterrier.measures import nDCG'"
+        )
+    try:
+        known = DefaultPipeline.supports(measure)
+    except AssertionError:  # how ir_measures says that a measure lacks its cutoff
+        known = False
+    if not known:
+        raise ValueError(f"measure={given!r} cannot be computed by ir_measures as it is; does it lack a cutoff (@ 10)?")
+    return measure
 
 
 def check_training_arguments(given: object) -> None:
-    """Refuses training arguments of a round that sentence-transformers does not have, or that are set elsewhere.
+    """Refuse training arguments of a round that sentence-transformers does not have or take, or that are set elsewhere.
 
     Args:
         given: as given to ``Round``.
@@ -119,22 +145,22 @@ def check_training_arguments(given: object) -> None:
     if not isinstance(given, Mapping):
         raise TypeError(f"training_arguments={given!r} must be a dict of names and values")
     known = {f.name for f in fields(SentenceTransformerTrainingArguments)}
-    for name in given:
+    for name, value in given.items():
+        if name in _SAID_ELSEWHERE:
+            raise ValueError(f"training_arguments: {name!r} is not set here but by {_SAID_ELSEWHERE[name]}")
         if name not in known:
             raise ValueError(
                 f"training_arguments: {name!r} is no argument of sentence-transformers' "
                 "SentenceTransformerTrainingArguments; remove it or mend its name"
             )
-        if name in _SAID_ELSEWHERE:
-            raise ValueError(f"training_arguments: {name!r} is not set here but by {_SAID_ELSEWHERE[name]}")
-
-
-def check_whole(option: str, value: object, lowest: int) -> None:
-    """Raises ValueError where an option is no whole number of at least ``lowest``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise ValueError(f"{option}={value!r} must be a whole number of at least {lowest}")
-
-
-def is_number(value: object) -> bool:
-    """Whether the value is a finite number and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if name in _NOT_HERE and value not in (None, False, 0, "no"):
+            raise ValueError(f"training_arguments: {name}={value!r} does not work here: {_NOT_HERE[name]}")
+    if not given:
+        return
+    try:
+        SentenceTransformerTrainingArguments(
+            **{"output_dir": "unused", "use_cpu": not torch.cuda.is_available(), "report_to": "none", **given}
+        )
+    except Exception as error:  # whatever is wrong with a value, the user gets one line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"training_arguments={dict(given)!r} are refused by sentence-transformers: {reason}") from None

@@ -4,8 +4,9 @@ path/
   pt_meta.json          written last: which round is the best, so that the folder loads as a DanceRetriever
   settings.json         what the fit depends on; another fit on the same path must have the same
   corpus/               where the corpus was built here
-  rounds/00/index       index of the encoder as it came
-  rounds/01/negatives.parquet, query_negatives.parquet, checkpoints/, encoder/, index/, round.json
+  logs/                 TensorBoard's files, where a round asks for them
+  rounds/00/encoder/, index/, round.json    the encoder as it came, and what was measured of it
+  rounds/01/negatives.parquet, query_negatives.parquet, checkpoints/, encoder/, trained.json, index/, round.json
   rounds/02/...
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pt_dance.storage import folders
 from pt_dance.storage.folders import publish_file, remove_folder, write_json
+from pt_dance.training import checkpoints
 
 SETTINGS = "settings.json"
 META = "pt_meta.json"
@@ -29,7 +30,7 @@ _ADVICE = "remove pt_meta.json, this round's folder and those of later rounds, a
 
 
 class RunFolder:
-    """Reads and writes the parts of a run.
+    """Read and write the parts of a run.
 
     Args:
         path: the run's folder; made when first written to.
@@ -51,57 +52,75 @@ class RunFolder:
                 )
 
     def round(self, number: int) -> Path:
-        """The folder of a round, 0 for the encoder as it came."""
+        """Return the folder of a round, 0 for the encoder as it came."""
         return self.path / "rounds" / f"{number:02d}"
 
     def settings(self) -> dict | None:
-        """What the fit on this path depends on, None before the first."""
+        """Return what the fit on this path depends on, None before the first."""
         return read_json(self.path / SETTINGS)
 
     def begin(self, settings: dict) -> None:
-        """Starts a fit, or goes on with the one that was begun with the same settings.
+        """Start a fit, or go on with the one that was begun with the same settings.
+
+        Where other settings were given but nothing was trained with them, they give way, and so does what was made with
+        them.
 
         Raises:
-            ValueError: if the fit on this path was begun with other settings; says which differ.
+            ValueError: if rounds were trained on this path with other settings; says which differ.
         """
         before = self.settings()
         if before is None:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / SETTINGS, settings)
             return
-        differing = [key for key in settings if before.get(key) != settings[key]]
-        if differing:
+        # options that an older version did not have are off in its runs
+        differing = [key for key in settings if before.get(key) != settings[key] and (key in before or settings[key])]
+        if not differing:
+            return
+        if self._is_trained():
             details = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(settings[key])}" for key in differing)
             raise ValueError(
                 f"the run in {str(self.path)!r} was begun with other settings ({details}); "
                 "give another path to start anew"
             )
+        remove_folder(self.path / "rounds")
+        write_json(self.path / SETTINGS, settings)
 
-    def finished(self, number: int, needed: Sequence[str] = ()) -> dict | None:
-        """The history row of a finished round, None where it is not finished.
+    def _is_trained(self) -> bool:
+        """Whether any step was taken that is kept."""
+        rounds = [folder for folder in self.path.glob("rounds/*") if folder.name.isdigit() and int(folder.name) > 0]
+        return any(
+            (folder / "encoder").exists()
+            or (folder / "trained.json").exists()
+            or checkpoints.newest(folder / "checkpoints") is not None
+            for folder in rounds
+        )
+
+    def finished(self, number: int) -> dict | None:
+        """Return the history row of a finished round, None where it is not finished.
 
         Raises:
-            ValueError: if the row is damaged or lacks one of the ``needed`` entries.
+            ValueError: if the row is damaged.
         """
         row = read_json(self.round(number) / "round.json")
         if row is None:
             return None
-        missing = [key for key in ("round", "name", "loss", "training_loss", *needed) if key not in row]
+        missing = [key for key in ("round", "name", "loss", "training_loss", "steps") if key not in row]
         if missing or row["round"] != number:
             problem = f"{missing[0]!r} is missing" if missing else f"it is of round {row['round']!r}"
             raise ValueError(f"{str(self.round(number) / 'round.json')!r} is damaged: {problem}; {_ADVICE}")
         return row
 
     def finish(self, number: int, row: dict) -> None:
-        """Marks a round as finished."""
+        """Mark a round as finished."""
         write_json(self.round(number) / "round.json", row)
 
     def checkpoints(self, number: int) -> Path:
-        """Where the checkpoints of a round's training are."""
+        """Return where the checkpoints of a round's training are."""
         return self.round(number) / "checkpoints"
 
     def trained(self, number: int) -> dict | None:
-        """What a round's training gave: ``loss``, ``steps``, ``fingerprint``; None where it is not done.
+        """Return what a round's training gave: ``loss``, ``steps``, ``fingerprint``; None where it is not done.
 
         Raises:
             ValueError: if the file is damaged.
@@ -114,11 +133,11 @@ class RunFolder:
         return trained
 
     def finish_training(self, number: int, loss: float, steps: int, fingerprint: str) -> None:
-        """Marks the training of a round, whose encoder is written, as done."""
+        """Mark the training of a round, whose encoder is written, as done."""
         write_json(self.round(number) / "trained.json", {"loss": loss, "steps": steps, "fingerprint": fingerprint})
 
     def drop_indexes(self, keep: set[int]) -> None:
-        """Removes the indexes of all rounds but these, to save disk; they can be made again from the encoders."""
+        """Remove the indexes of all rounds but these, to save disk; they can be made again from the encoders."""
         for folder in sorted((self.path / "rounds").iterdir()):
             if folder.name.isdigit() and int(folder.name) not in keep:
                 # under another name first: what a kill leaves of it must not lie where an index belongs
@@ -129,7 +148,7 @@ class RunFolder:
                     remove_folder(dropped)
 
     def write_frame(self, number: int, name: str, frame: pd.DataFrame, about: dict) -> None:
-        """Writes a frame and what is to be known about it, whole or not at all."""
+        """Write a frame and what is to be known about it, whole or not at all."""
         folder = self.round(number)
         folder.mkdir(parents=True, exist_ok=True)
         table = pa.Table.from_pandas(frame, preserve_index=False)
@@ -139,7 +158,7 @@ class RunFolder:
         publish_file(beside, folder / f"{name}.parquet")
 
     def read_frame(self, number: int, name: str) -> tuple[pd.DataFrame, dict] | None:
-        """What :meth:`write_frame` wrote, None where it wrote nothing.
+        """Return what :meth:`write_frame` wrote, None where it wrote nothing.
 
         Raises:
             ValueError: if the file is damaged.
@@ -159,7 +178,7 @@ class RunFolder:
 
 
 def read_json(path: Path) -> dict | None:
-    """The object in a JSON file, None where there is no such file.
+    """Return the object in a JSON file, None where there is no such file.
 
     Raises:
         ValueError: if the file holds no JSON object.
@@ -171,7 +190,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def read_meta(path: Path, artifact: type) -> dict:
-    """The metadata of a fitted run.
+    """Return the metadata of a fitted run.
 
     Raises:
         FileNotFoundError: if there is none.

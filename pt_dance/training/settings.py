@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import fields
-
-import pandas as pd
 
 from pt_dance.mining import describe_source
 from pt_dance.mining.sources import without_addresses
+from pt_dance.storage.digests import frame_id, text_id
 from pt_dance.training.inputs import TrainingInput
 from pt_dance.training.teacher import teacher_identity
 
 
-def fit_settings(dance, training: TrainingInput, validation: TrainingInput | None) -> dict[str, object]:
-    """Everything the weights of a fit depend on: encoder, corpus, topics, qrels, seed and every option of every round.
+def fit_settings(
+    encoder, corpus, seed: int, recipe: Sequence, training: TrainingInput, validation: TrainingInput | None
+) -> dict[str, object]:
+    """Return everything the weights of a fit depend on, and what its rounds are measured on.
 
     Args:
-        dance: the ``DanceRetriever`` that is fitted.
+        encoder: the ``DualEncoder`` that training starts from.
+        corpus: ``Corpus`` with the documents.
+        seed: the fit's seed.
+        recipe: its ``Round``s.
         training: its checked training input.
         validation: its checked validation input, or None.
 
@@ -25,20 +29,18 @@ def fit_settings(dance, training: TrainingInput, validation: TrainingInput | Non
         Names and JSON values; content is represented by digests.
     """
     settings: dict[str, object] = {
-        "encoder": dance.initial_encoder.fingerprint,
-        "frozen weights": _frozen(dance.initial_encoder),
-        "corpus": dance.corpus.fingerprint,
-        "seed": dance.seed,
-        "measure": [str(measure) for measure in dance.measures],
-        "patience": dance.patience,
-        "training topics": _digest(training.topics[["qid", "query"]]),
-        "training qrels": _digest(training.qrels[["qid", "docno", "label"]]),
-        "first stage": None if training.first_stage is None else _digest(training.first_stage[["qid", "docno"]]),
-        "validation topics": None if validation is None else _digest(validation.topics[["qid", "query"]]),
-        "validation qrels": None if validation is None else _digest(validation.qrels[["qid", "docno", "label"]]),
-        "rounds": len(dance.recipe),
+        "encoder": encoder.fingerprint,
+        "frozen weights": _frozen(encoder),
+        "corpus": corpus.fingerprint,
+        "seed": seed,
+        "training topics": frame_id(training.topics[["qid", "query"]]),
+        "training qrels": frame_id(training.qrels[["qid", "docno", "label"]]),
+        "first stage": None if training.first_stage is None else frame_id(training.first_stage[["qid", "docno"]]),
+        "validation topics": None if validation is None else frame_id(validation.topics[["qid", "query"]]),
+        "validation qrels": None if validation is None else frame_id(validation.qrels[["qid", "docno", "label"]]),
+        "rounds": len(recipe),
     }
-    for number, round_ in enumerate(dance.recipe, start=1):
+    for number, round_ in enumerate(recipe, start=1):
         for option in fields(round_):
             settings[f"round {number} {option.name}"] = _plain(option.name, getattr(round_, option.name))
     return settings
@@ -56,9 +58,4 @@ def _plain(name: str, value: object) -> object:
 
 def _frozen(encoder) -> str | None:
     names = [name for name, parameter in encoder.model.named_parameters() if not parameter.requires_grad]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] if names else None
-
-
-def _digest(frame: pd.DataFrame) -> str:
-    hashed = pd.util.hash_pandas_object(frame.astype(str), index=False).to_numpy()
-    return hashlib.sha256(hashed.tobytes()).hexdigest()[:16]
+    return text_id("\n".join(names)) if names else None

@@ -5,67 +5,93 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyterrier as pt
 import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from pt_dance import losses
 from pt_dance.encoder.models import no_bars
 from pt_dance.encoder.reading import prompt_for
 from pt_dance.storage.folders import remove_folder
 from pt_dance.training import checkpoints
-from pt_dance.training.examples import EpochBatchSampler, Examples, columns_of
+from pt_dance.training.batches import RoundBatches, batches_of_pass
+from pt_dance.training.examples import Examples, columns_of
 from pt_dance.training.kept_memory import keep_freed_memory
+from pt_dance.training.schedule import Span
 from pt_dance.training.token_cache import TokenCache
 
 STATIC_LEARNING_RATE = 2e-2
 TRANSFORMER_LEARNING_RATE = 2e-5
 
 
-class _Bar(ProgressCallback):
-    """The trainer's progress bar with the current loss behind it, instead of a dictionary a line."""
+class _Bar(TrainerCallback):
+    """One progress bar for the steps of a round, with the current loss behind it."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+    def __init__(self, span: Span):
+        self.span = span
 
     def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description("training")
+        done = state.global_step - self.span.first_step
+        self.bar = pt.tqdm(desc="training", total=self.span.steps, initial=done, unit="step", delay=1)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class _RoundEnd(TrainerCallback):
+    """Ends the training with the round's last step, in the middle of a schedule that other rounds go on with."""
+
+    def __init__(self, span: Span):
+        self.span = span
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.span.last_step:
+            control.should_log = control.should_training_stop = True
+            control.should_save = self.span.carried_on
+        return control
 
 
 class RoundTrainer(SentenceTransformerTrainer):
-    """The trainer, with the batches of :class:`EpochBatchSampler` and without a word on stdout unless asked.
+    """The trainer, with the batches of :class:`RoundBatches` and without a word on stdout unless asked.
 
     Its checkpoints are whole or not there, see :mod:`pt_dance.training.checkpoints`. ``loss_sum``, float64, is the sum
-    of the losses of all steps, also of those before an interruption, which the trainer's own mean leaves out.
+    of the losses of all steps of the round, also of those before an interruption, which the trainer's own mean leaves
+    out.
     """
 
-    def __init__(self, *args, examples: Examples, verbose: bool, **kwargs):
+    def __init__(self, *args, examples: Examples, span: Span, verbose: bool, **kwargs):
         self.examples = examples
+        self.span = span
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self._writes_to: Path | None = None
         super().__init__(*args, train_dataset=examples.dataset, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
+        self.add_callback(_RoundEnd(span))
         if verbose:
-            self.add_callback(_Bar())
+            self.add_callback(_Bar(span))
 
     def add_model_card_callback(self, default_args_dict):
         """No card is computed from the training data in every round, since nobody would read it."""
 
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
-        """Every epoch's own rows, shuffled, see :class:`EpochBatchSampler`."""
-        return EpochBatchSampler(self.examples, batch_size, drop_last, seed)
+        """Return the batches of the schedule."""
+        return RoundBatches(self.examples, self.span, batch_size, drop_last)
 
     def training_step(self, *args, **kwargs):
-        """A step of the trainer, whose loss is added up."""
+        """Take a step as the trainer does, and add up its loss."""
         loss = super().training_step(*args, **kwargs)
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach().double()
         return loss
@@ -78,7 +104,7 @@ class RoundTrainer(SentenceTransformerTrainer):
         return super()._get_output_dir(trial) if self._writes_to is None else str(self._writes_to)
 
     def _save_checkpoint(self, model, trial):
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.span.last_step and not self.span.carried_on:
             return  # the encoder itself is written next
         folder = Path(self.args.output_dir)
         building = folder / checkpoints.BUILDING
@@ -100,7 +126,7 @@ class RoundTrainer(SentenceTransformerTrainer):
 
 @contextlib.contextmanager
 def _no_chatter() -> Iterator[None]:
-    """Keeps the libraries' bars for reading and writing checkpoints, and their notes, off the terminal."""
+    """Keep the libraries' bars for reading and writing checkpoints, and their notes, off the terminal."""
     loggers = [logging.getLogger(name) for name in ("sentence_transformers", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -115,35 +141,52 @@ def _no_chatter() -> Iterator[None]:
 
 @dataclass
 class Trained:
-    """What training gave: the mean loss over all steps, and how many steps these were."""
+    """What training gave: the mean loss over all steps of the round, and how many steps these were."""
 
     loss: float
     steps: int
 
 
-def train(encoder, examples: Examples, round_, folder: str | Path, *, seed: int, verbose: bool) -> Trained:
-    """Trains ``encoder`` in place on the examples of one round.
+def train(
+    encoder,
+    examples: Examples,
+    round_,
+    span: Span,
+    folder: str | Path,
+    *,
+    name: str = "the round",
+    carried: str | Path | None = None,
+    loggers: Sequence[TrainerCallback] = (),
+    verbose: bool = False,
+) -> Trained:
+    """Train ``encoder`` in place on the examples of one round.
 
-    Checkpoints go to ``folder``; if it holds one, training goes on from there. On a CPU the weights that come out
-    depend on the encoder's weights, the examples, the round and the seed alone, whether training was interrupted or
-    not.
+    Checkpoints go to ``folder``; if it holds one, training goes on from there. A round in the middle of a schedule
+    leaves its last one, with the optimiser's state, for the next. On a CPU the weights that come out depend on the
+    encoder's weights, the examples, the round, the span (and the state that is carried) alone, whether training was
+    interrupted or not. Weights are trained in float32, whatever their type was before.
 
     Args:
         encoder: ``DualEncoder`` whose weights are trained.
-        examples: the round's rows.
+        examples: the round's rows, for the passes of its span.
         round_: ``Round`` with loss, batch size, learning rate and so on.
+        span: the part of the schedule that the round trains.
         folder: where checkpoints go.
-        seed: fixes order and dropout.
-        verbose: shows the trainer's progress bar.
+        name: what errors call the round.
+        carried: the folder of the round before, whose last checkpoint a round in the middle of a schedule begins with.
+        loggers: callbacks that are told what the trainer logs.
+        verbose: shows a progress bar.
 
     Returns:
         The mean training loss and the number of steps.
 
     Raises:
-        ValueError: if the checkpoint to go on from is damaged, or the loss is no finite number any more.
+        ValueError: if the checkpoint to go on from is damaged or missing, no row has anything to learn from, or the
+            loss is no finite number any more.
     """
     folder = Path(folder)
-    arguments = training_arguments(encoder, examples, round_, folder, seed=seed, verbose=verbose)
+    encoder.model.float()
+    arguments = training_arguments(encoder, examples, round_, span, folder)
     options = dict(round_.loss_options)
     if isinstance(round_.loss, str):
         # train with the similarity that retrieval will use
@@ -155,39 +198,90 @@ def train(encoder, examples: Examples, round_, folder: str | Path, *, seed: int,
         prompts=arguments.prompts,
     )
     trainer = RoundTrainer(
-        model=encoder.model, args=arguments, loss=loss, data_collator=collator, examples=examples, verbose=verbose
-    )
+        model=encoder.model, args=arguments, loss=loss, data_collator=collator, examples=examples, span=span,
+        callbacks=list(loggers), verbose=verbose,
+    )  # fmt: skip
+    _check_gradients(loss, examples, span, round_.batch_size, encoder.dim, name)
     checkpoint = checkpoints.newest(folder)
     if checkpoint is not None:
         trainer.loss_sum += checkpoints.check(checkpoint)["loss_sum"]
+    elif span.first_step:
+        checkpoint = _carried(carried, span)
     on_cpu = encoder.device.type == "cpu"
     with _no_chatter(), keep_freed_memory() if on_cpu else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and checkpoints.step_of(checkpoint) == span.last_step:
+            trainer._load_from_checkpoint(str(checkpoint))  # killed when all was trained but the encoder not written
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     encoder.model.eval()
-    steps = trainer.state.global_step
-    loss = trainer.loss_sum.item() / max(steps, 1)
-    if not math.isfinite(loss):
+    mean = trainer.loss_sum.item() / span.steps
+    if not math.isfinite(mean):
         raise ValueError(
-            f"the training loss of round {round_.name!r} became {loss}: lower its learning_rate "
+            f"the training loss of {name} became {mean}: lower its learning_rate "
             f"({arguments.learning_rate:g}) or raise the loss's temperature, and fit in another folder"
         )
-    return Trained(loss, steps)
+    return Trained(mean, span.steps)
 
 
-def training_arguments(encoder, examples: Examples, round_, folder, *, seed: int, verbose: bool):
+def _check_gradients(loss, examples: Examples, span: Span, batch_size: int, dim: int, name: str) -> None:
+    """Refuse to train where the loss has no gradient: in none of a pass's batches has a row any negative.
+
+    The loss itself is asked, with random vectors in the place of embeddings, until a batch has a gradient: the first
+    one, as a rule.
+    """
+    columns = len(columns_of(examples.rows))
+    generator = torch.Generator().manual_seed(0)
+    for rows in batches_of_pass(examples, 0, batch_size, seed=span.stream_seed):
+        vectors = torch.randn(columns, len(rows), dim, generator=generator, dtype=torch.float64).requires_grad_()
+        value = loss.compute_loss_from_embeddings(list(vectors), torch.tensor(rows))
+        if value.requires_grad and torch.autograd.grad(value, vectors)[0].any():
+            return
+    raise ValueError(
+        f"there is nothing to learn from in {name}: none of its {examples.pairs} (query, positive) pairs has a "
+        f"negative; give it a source that finds some, or more pairs in a batch (batch_size={batch_size})"
+    )
+
+
+def _carried(folder: str | Path | None, span: Span) -> Path:
+    """Return the checkpoint with which the round before ended."""
+    checkpoint = None if folder is None else checkpoints.newest(Path(folder))
+    if checkpoint is None or checkpoints.step_of(checkpoint) != span.first_step:
+        raise ValueError(
+            f"the optimiser's state after step {span.first_step}, which this round goes on with, is not in "
+            f"{str(folder)!r}; remove the rounds that share its schedule (carry_optimizer), and fit trains them again"
+        )
+    checkpoints.check(checkpoint)
+    return checkpoint
+
+
+def keep_frozen(given, encoder) -> None:
+    """Freeze in an encoder that was read from a round's folder what is frozen in the one a run was given.
+
+    A folder of weights does not say which of them are to be trained; adapters come back frozen altogether.
+
+    Args:
+        given: ``DualEncoder`` of the run.
+        encoder: ``DualEncoder`` with the same weights by name, to be trained.
+    """
+    wanted = {name: parameter.requires_grad for name, parameter in given.model.named_parameters()}
+    for name, parameter in encoder.model.named_parameters():
+        parameter.requires_grad_(wanted.get(name, parameter.requires_grad))
+
+
+def training_arguments(encoder, examples: Examples, round_, span: Span, folder: str | Path):
     """``SentenceTransformerTrainingArguments`` of a round; what ``round_.training_arguments`` says wins."""
     columns = columns_of(examples.rows)
     rate = round_.learning_rate or (STATIC_LEARNING_RATE if encoder.is_static else TRANSFORMER_LEARNING_RATE)
     prompts = {column: prompt_for(encoder.model, kind) for column, kind in columns.items()}
     arguments = dict(
         output_dir=str(folder),
-        num_train_epochs=round_.epochs,
+        num_train_epochs=1,  # the whole schedule, see RoundBatches
         per_device_train_batch_size=round_.batch_size,
         learning_rate=rate,
         warmup_steps=round_.warmup,
         lr_scheduler_type=round_.scheduler,
-        seed=seed,
-        data_seed=seed,
+        seed=span.schedule_seed,
+        data_seed=span.schedule_seed,
         save_strategy="steps",
         save_steps=round_.checkpoint_steps,
         save_total_limit=1,
@@ -196,11 +290,11 @@ def training_arguments(encoder, examples: Examples, round_, folder, *, seed: int
         logging_steps=50,
         # Adam's steps do not grow with the gradient, and the norm of a whole table costs a pass over it
         max_grad_norm=0.0 if encoder.is_static else 1.0,
-        report_to="none",
-        disable_tqdm=not verbose,
         use_cpu=encoder.device.type == "cpu",
         dataloader_pin_memory=encoder.device.type == "cuda",
         prompts={column: prompt for column, prompt in prompts.items() if prompt} or None,
         router_mapping=columns if encoder.has_two_towers else {},
     )
-    return SentenceTransformerTrainingArguments(**{**arguments, **round_.training_arguments})
+    # the fit has loggers and a bar of its own, over all rounds
+    own = dict(report_to="none", disable_tqdm=True)
+    return SentenceTransformerTrainingArguments(**{**arguments, **round_.training_arguments, **own})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import pyterrier as pt
@@ -11,39 +13,71 @@ from pt_dance.retriever.nearest_queries import nearest_queries
 from pt_dance.training.inputs import TrainingInput
 
 REVERSED = "d→q {}"
+_MOST = 1000
 
 
-def validate(dense, validation: TrainingInput, measures: list) -> dict[str, float]:
-    """Measures of a dense retriever on validation topics, in both directions.
+def validate(dense, validation: TrainingInput, measures: Sequence) -> dict[str, float]:
+    """Measure a dense retriever on validation topics, in both directions.
 
     Backwards ("d→q nDCG@10"), every relevant document is a query for the validation queries, against the reversed
-    qrels: the dual evaluation of DANCE (arXiv 2107.07773). Its release logs the forward value under that name; this
-        does not.
+    qrels with their grades: the dual evaluation of DANCE (arXiv 2107.07773). Its release logs the forward value under
+    that name; this does not.
 
     Args:
-        dense: ``DenseRetriever`` with stored vectors of the documents.
+        dense: ``DenseRetriever`` with stored vectors of the documents and as many results as :func:`depth_of` says.
         validation: checked validation topics and qrels.
         measures: ir_measures measures.
 
     Returns:
         The mean of each measure by its name, forwards and then backwards.
     """
-    depth = depth_of(measures, dense.num_results)
-    forwards = pt.Evaluate((dense % depth).compile()(validation.topics), validation.qrels, metrics=measures)
-    found, qrels = documents_to_queries(dense.index, validation.topics, validation.qrels, depth)
-    backwards = pt.Evaluate(found, qrels, metrics=measures)
+    depth = depth_of(measures)
+    forwards = (dense % depth).compile()(validation.topics)
+    backwards, qrels = documents_to_queries(dense.index, validation.topics, validation.qrels, depth)
+    return _values(forwards, validation.qrels, backwards, qrels, measures)
+
+
+def try_measures(validation: TrainingInput, measures: Sequence) -> None:
+    """Compute each measure of two results in both directions, to see that it can be computed here.
+
+    Args:
+        validation: checked validation topics and qrels, whose ids are used.
+        measures: ir_measures measures.
+
+    Raises:
+        ValueError: if a measure cannot be computed; names it and says why.
+    """
+    qrels = validation.qrels[validation.qrels["label"] > 0].head(2)
+    results = qrels[["qid", "docno"]].assign(score=1.0, rank=0)
+    for measure in measures:
+        try:
+            _values(results, qrels, _reversed(results), _reversed(qrels), [measure])
+        except Exception as error:  # whatever a measure's own program raises, the user gets one line
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"measure={measure} cannot be computed here ({type(error).__name__}: {reason}); give another one"
+            ) from None
+
+
+def depth_of(measures: Sequence) -> int:
+    """Return how many results the measures look at: their largest cutoff, or 1,000 where one has none."""
+    cutoffs = [measure.params.get("cutoff") for measure in measures]
+    return _MOST if None in cutoffs else max(cutoffs)
+
+
+def _values(forwards, qrels, backwards, reversed_qrels, measures: Sequence) -> dict[str, float]:
+    forwards = pt.Evaluate(forwards, qrels, metrics=list(measures))
+    backwards = pt.Evaluate(backwards, reversed_qrels, metrics=list(measures))
     named = {str(measure): float(value) for measure, value in forwards.items()}
     return named | {REVERSED.format(measure): float(value) for measure, value in backwards.items()}
 
 
-def depth_of(measures: list, most: int) -> int:
-    """How many results the measures look at: their largest cutoff, or ``most`` where one has none."""
-    cutoffs = [measure.params.get("cutoff") for measure in measures]
-    return most if None in cutoffs else min(max(cutoffs), most)
+def _reversed(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.rename(columns={"qid": "docno", "docno": "qid"})
 
 
 def documents_to_queries(index, topics: pd.DataFrame, qrels: pd.DataFrame, k: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Searches the queries with the stored vectors of the relevant documents that the index holds.
+    """Search the queries with the stored vectors of the relevant documents that the index holds.
 
     Args:
         index: ``DenseIndex``.
@@ -52,9 +86,11 @@ def documents_to_queries(index, topics: pd.DataFrame, qrels: pd.DataFrame, k: in
         k: how many queries a document gets at most.
 
     Returns:
-        A result frame whose ``qid`` is a document's docno and whose ``docno`` is a query's qid, and the reversed qrels.
+        A result frame whose ``qid`` is a document's docno and whose ``docno`` is a query's qid, and the reversed qrels:
+        relevant pairs with their labels (the highest one where several topics have the same text).
     """
     pairs = positive_pairs(topics, qrels)
+    pairs = pairs.assign(label=_grades(pairs, topics, qrels))
     pairs = pairs[index.open().documents.rows(pairs["docno"].tolist()) >= 0]
     docnos = pairs["docno"].drop_duplicates().tolist()
     qids = topics["qid"].to_numpy(dtype=object)
@@ -68,4 +104,15 @@ def documents_to_queries(index, topics: pd.DataFrame, qrels: pd.DataFrame, k: in
             "rank": np.tile(np.arange(rows.shape[1]), len(docnos)),
         }
     )
-    return found, pairs.rename(columns={"qid": "docno", "docno": "qid"}).assign(label=1)
+    return found, _reversed(pairs)
+
+
+def _grades(pairs: pd.DataFrame, topics: pd.DataFrame, qrels: pd.DataFrame) -> np.ndarray:
+    """Return the label of each pair, int64: that of its own topic, or else of one with the same text."""
+    text_of = topics.drop_duplicates("qid").set_index("qid")["query"]
+    own = qrels.set_index(["qid", "docno"])["label"].reindex(pd.MultiIndex.from_frame(pairs)).to_numpy()
+    relevant = qrels[(qrels["label"] > 0) & qrels["qid"].isin(text_of.index)]
+    by_text = relevant.groupby([relevant["qid"].map(text_of).to_numpy(), "docno"])["label"].max()
+    texts = pd.MultiIndex.from_arrays([pairs["qid"].map(text_of), pairs["docno"]])
+    shared = by_text.reindex(texts).to_numpy()
+    return np.where(own > 0, own, shared).astype(np.int64)

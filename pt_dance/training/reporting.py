@@ -1,0 +1,123 @@
+"""Loggers (TensorBoard, W&B, whatever ``report_to`` names) over a whole fit: one run, whose steps go on over rounds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
+
+# What is reported of a round's row beside its validation measures.
+_COUNTS = (
+    "negatives_per_query", "new_negatives", "queries_short_of_negatives", "query_negatives_per_document",
+    "mine_seconds", "train_seconds", "refresh_seconds", "validate_seconds",
+)  # fmt: skip
+
+
+class Reports:
+    """The loggers of a fit, which begin with the first round that is trained and end with the fit.
+
+    Args:
+        folder: folder of the run; TensorBoard's files go to its sub-folder ``logs`` unless the environment says where.
+        names: what ``report_to`` says in all rounds: a name, a list of names, "all", "none" or None.
+
+    Raises:
+        ValueError: if there is no logger of a name, or it is not installed.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[object]):
+        self._folder = folder
+        self._loggers: dict[str, _Relay] = {}
+        self._waiting: list[tuple[int, dict[str, float]]] = []
+        for logger in (logger for name in names for logger in _classes(name)):
+            if logger.__name__ not in self._loggers:
+                try:
+                    self._loggers[logger.__name__] = _Relay(logger(), folder)
+                except (ImportError, RuntimeError) as error:
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise ValueError(f"report_to: {logger.__name__} cannot be used: {reason}") from None
+
+    def of_round(self, names: object, steps_before: int) -> list[TrainerCallback]:
+        """Return the callbacks that hand one round's training to its loggers.
+
+        Args:
+            names: what ``report_to`` says in this round.
+            steps_before: by how much the fit's steps are ahead of those that the trainer counts.
+        """
+        relays = [self._loggers[logger.__name__] for logger in _classes(names)]
+        for relay in relays:
+            relay.steps_before = steps_before
+        return relays
+
+    def add_round(self, row: dict, measures: Iterable[str], step: int) -> None:
+        """Report a round's validation measures and counts.
+
+        Args:
+            row: the round's row of the history.
+            measures: names of the validation measures in it.
+            step: steps of the fit when the round ended.
+        """
+        logs = {f"eval_{name}": row[name] for name in measures if name in row}
+        logs |= {f"mining/{name}": row[name] for name in _COUNTS if isinstance(row.get(name), (int, float))}
+        self._waiting.append((step, {"round": row["round"], **logs}))
+        begun = [relay for relay in self._loggers.values() if relay.begun]
+        if begun or not self._loggers:
+            for relay in begun:
+                for at, entry in self._waiting:
+                    relay.report(entry, at)
+            self._waiting.clear()
+
+    def close(self) -> None:
+        """End the loggers' run."""
+        for relay in self._loggers.values():
+            relay.close()
+
+
+class _Relay(TrainerCallback):
+    """Hands what a trainer tells its loggers on to one that lives longer than the trainer."""
+
+    def __init__(self, logger: TrainerCallback, folder: Path):
+        self.logger = logger
+        self.folder = folder
+        self.steps_before = 0
+        self.begun: tuple | None = None
+        if getattr(logger, "logging_dir", "") is None:  # TensorBoard's, where the environment does not say another
+            logger.logging_dir = str(folder / "logs")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        is_first = self.begun is None
+        self.begun = (self._of_run(args), copy.copy(state), control)
+        if is_first:
+            self.logger.on_train_begin(*self._told(state), control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logger.on_log(*self._told(state), control, logs=dict(logs or {}), **kwargs)
+
+    def report(self, logs: dict[str, float], step: int) -> None:
+        args, state, control = self.begun
+        state = copy.copy(state)
+        state.global_step = step
+        self.logger.on_log(args, state, control, logs=dict(logs))
+
+    def close(self) -> None:
+        if self.begun is not None:
+            self.logger.on_train_end(*self.begun)
+            self.begun = None
+
+    def _of_run(self, args):
+        args = copy.copy(args)
+        args.output_dir = str(self.folder)
+        return args
+
+    def _told(self, state) -> tuple:
+        state = copy.copy(state)
+        state.global_step += self.steps_before
+        return self.begun[0], state
+
+
+def _classes(names: object) -> list[type[TrainerCallback]]:
+    names = [names] if isinstance(names, str) else names
+    names = [name for name in names or [] if name != "none"]
+    return get_reporting_integration_callbacks("all" if "all" in names else names)
