@@ -19,22 +19,22 @@ from pt_dance.corpus.corpus import Corpus
 from pt_dance.corpus.passages import open_corpus
 from pt_dance.encoder.dual_encoder import DualEncoder
 from pt_dance.index.dense_index import DenseIndex
-from pt_dance.mining import positive_pairs, share_of
-from pt_dance.recipes import Round, check_recipe
+from pt_dance.mining import share_of
+from pt_dance.recipes import SOURCES, Round, check_recipe
 from pt_dance.recipes import dance as dance_recipe
 from pt_dance.retriever.dense import DenseRetriever
 from pt_dance.storage.folders import remove_folder, write_json
 from pt_dance.storage.options import is_whole, path_of, whole
 from pt_dance.storage.writing import KEPT, new_folder, writing
 from pt_dance.training import negatives
-from pt_dance.training.examples import Examples, build_examples
-from pt_dance.training.history import UNTRAINED, best_round, describe_round, warn_if_worse
+from pt_dance.training.examples import build_examples
+from pt_dance.training.history import UNTRAINED, best_round, describe_round, training_row, warn_if_worse
 from pt_dance.training.inputs import TrainingInput, check_in_corpus, check_query_texts, check_training_input
 from pt_dance.training.options import check_measures, check_one_process, check_options, check_path
 from pt_dance.training.reporting import Reports
 from pt_dance.training.run_folder import META, RunFolder, read_meta
 from pt_dance.training.schedule import Span, plan
-from pt_dance.training.settings import fit_settings
+from pt_dance.training.settings import fit_settings, restored, storable
 from pt_dance.training.teacher import TeacherScores
 from pt_dance.training.trainer import keep_frozen, train
 from pt_dance.training.validation import depth_of, try_measures, validate
@@ -110,8 +110,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self.patience = patience
         self.keep = keep
         self.verbose = verbose
-        self.corpus = corpus if corpus is None or isinstance(corpus, Corpus) else self._own_corpus(corpus)
-        self.initial_encoder = encoder
+        self.corpus = self._run.corpus_of(corpus, verbose=verbose)
+        self._given = encoder
+        self._is_loaded = False
         self._settle(0, [])
         if (self.path / META).exists():
             meta = read_meta(self.path, type(self))
@@ -123,6 +124,11 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def encoder(self) -> DualEncoder:
         """The current encoder: the best round's, or the one given where nothing was trained yet."""
         return self._encoder_of(self._round)
+
+    @property
+    def initial_encoder(self) -> DualEncoder | None:
+        """The encoder that training started from; None where a saved retriever holds the trained one alone."""
+        return None if self._run.is_saved and self._round else self._given
 
     @property
     def index(self) -> DenseIndex:
@@ -169,10 +175,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             index = self.index
         else:
             round = whole("round", round, 0)
-            if round not in (0, self._round) and self._run.trained(round) is None:
-                raise ValueError(
-                    f"round={round!r} was not trained in {str(self.path)!r}; it has rounds 0 to {len(self._history)}"
-                )
+            if round != self._round and not self._run.has(round):
+                raise ValueError(f"round={round!r} is not in {str(self.path)!r}: it was not trained or not saved")
             index = self._refreshed(round)
         return index.retriever(num_results=self.num_results if num_results is None else num_results)
 
@@ -221,29 +225,31 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             OSError: the disk is full or cannot be written to; what was finished is kept.
         """
         check_one_process()
+        if self._is_loaded or self._run.is_saved:
+            raise ValueError(
+                f"fit does not change what was saved in {str(self.path)!r}; to train on from it, make "
+                "DanceRetriever(loaded.encoder, corpus, 'another/path', recipe=...)"
+            )
         check_options(seed=self.seed, patience=self.patience, keep=self.keep)
         if self.corpus is None:
-            raise ValueError("training needs the documents: give corpus=... when making or loading the DanceRetriever")
+            raise ValueError("training needs the documents: give corpus=... when making the DanceRetriever")
         if (topics_or_res_va is None) != (qrels_va is None):
             raise ValueError("validation needs both topics and qrels; give both or neither")
-        training = check_training_input(topics_or_res_tr, qrels_tr, corpus=self.corpus, context=self, what="training")
+        given = dict(corpus=self.corpus, reads=self.initial_encoder, context=self)
+        training = check_training_input(topics_or_res_tr, qrels_tr, what="training", **given)
         validation = None
         if topics_or_res_va is not None:
-            validation = check_training_input(
-                topics_or_res_va, qrels_va, corpus=self.corpus, context=self, what="validation"
-            )
+            validation = check_training_input(topics_or_res_va, qrels_va, what="validation", **given)
             try_measures(validation, self._measures)
-        pairs = positive_pairs(training.topics, training.qrels)
-        spans = self._plan(training, pairs)
-        reports = Reports(self.path, (round_.training_arguments.get("report_to") for round_ in self.recipe))
+        spans = self._plan(training)
+        reports = Reports(self.path, self.recipe)
         with writing(self.path, "the run", KEPT), contextlib.closing(reports):
-            self._fit(training, validation, pairs, spans, reports)
+            self._fit(training, validation, spans, reports)
         return self
 
     def _fit(
-        self, training: TrainingInput, validation: TrainingInput | None, pairs: pd.DataFrame, spans: list[Span],
-        reports: Reports,
-    ) -> None:  # fmt: skip
+        self, training: TrainingInput, validation: TrainingInput | None, spans: list[Span], reports: Reports
+    ) -> None:
         self._run.begin(fit_settings(self.initial_encoder, self.corpus, self.seed, self.recipe, training, validation))
         if not (self._run.round(0) / "encoder").exists():
             self.initial_encoder.save(self._run.round(0) / "encoder")
@@ -253,13 +259,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         for number in range(len(self.recipe) + 1):
             row = self._run.finished(number)
             is_new = row is None
-            if row is None and number == 0:
-                row = dict(UNTRAINED)
-            elif row is None:
-                loggers = reports.of_round(
-                    self.recipe[number - 1].training_arguments.get("report_to"), steps - spans[number - 1].first_step
-                )
-                row = self._fit_round(number, training, pairs, spans, loggers)
+            if row is None:
+                row = dict(UNTRAINED) if number == 0 else self._fit_round(number, training, spans, reports, steps)
             if is_new or not all(name in row for name in measured):
                 row |= self._refresh_and_validate(number, validation)
                 self._run.finish(number, row)
@@ -268,7 +269,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             history.append(row)
             steps += row["steps"]
             if is_new:
-                reports.add_round(row, [name for name in row if name.removeprefix("d→q ") in measured], steps)
+                reports.add_round(row, steps)
             best = best_round(history, self._measures[0])
             if self.keep == "best" and (is_new or number == len(self.recipe)):
                 self._run.drop_indexes(keep={best, number})
@@ -278,15 +279,11 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self._settle(best, history)
         self._write_meta(self.path)
 
-    def _plan(self, training: TrainingInput, pairs: pd.DataFrame) -> list[Span]:
+    def _plan(self, training: TrainingInput) -> list[Span]:
         """Lay out the steps of all rounds."""
-        every = build_examples(training.topics, pairs, self.corpus).pairs
-        counts = [every] * len(self.recipe)
-        for number, round_ in enumerate(self.recipe, start=1):
-            if round_.share_of_queries < 1:
-                qids = self._qids(number, training)
-                counts[number - 1] = build_examples(training.topics, pairs, self.corpus, qids=qids).pairs
-        return plan(self.recipe, counts, [self._seed_of(number) for number in range(1, len(self.recipe) + 1)])
+        numbers = range(1, len(self.recipe) + 1)
+        counts = training.count_pairs(self.corpus, [self._qids(number, training) for number in numbers])
+        return plan(self.recipe, counts, [self._seed_of(number) for number in numbers])
 
     def _qids(self, number: int, training: TrainingInput) -> pd.Series:
         """Return the topics that have their turn in a round."""
@@ -297,48 +294,34 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         return self.seed + 1000 * number
 
     def _fit_round(
-        self, number: int, training: TrainingInput, pairs: pd.DataFrame, spans: list[Span], loggers: list
+        self, number: int, training: TrainingInput, spans: list[Span], reports: Reports, steps_before: int
     ) -> dict:
-        """Mine and train; read back what was done before an interruption. Returns the first part of the round's row."""
+        """Mine and train, reading back what was done before an interruption; return the first part of the row."""
         started = time.perf_counter()
-        qids = self._qids(number, training)
-        found, mined = self._mine(number, training, qids, "negatives")
-        query_negatives, mined_queries = self._mine(number, training, qids, "query_negatives")
+        round_, span = self.recipe[number - 1], spans[number - 1]
+        found, mined = self._mine(number, training, "negatives")
+        query_negatives, mined_queries = self._mine(number, training, "query_negatives")
         mining_done = time.perf_counter()
-        round_ = self.recipe[number - 1]
         if found is None and round_.loss == "pairwise":
             # without any mined negative there is nothing to compare in pairs: in-batch negatives warm the model up
             round_ = replace(round_, loss="contrastive", loss_options={"temperature": 0.05, "similarity": "cosine"})
         trained = self._run.trained(number)
         if trained is None:
-            examples = self._examples(number, round_, spans[number - 1], training, pairs, qids, found, query_negatives)
-            trained = self._train(number, round_, spans[number - 1], examples, loggers)
-        if not spans[number - 1].carried_on:
+            loggers = reports.of_round(round_, steps_before - span.first_step)
+            trained = self._train(number, round_, span, training, found, query_negatives, loggers)
+        if not span.carried_on:
             remove_folder(self._run.checkpoints(number))
         remove_folder(self._run.checkpoints(number - 1))  # nothing goes on from them any more
-        return {
-            "round": number,
-            "name": round_.name or round_.loss_name,
-            "loss": round_.loss_name,
-            "training_loss": trained["loss"],
-            "steps": trained["steps"],
-            "negatives_per_query": mined.get("per_source", 0.0),
-            "new_negatives": mined.get("new"),
-            "queries_short_of_negatives": mined.get("short", 0),
-            "query_negatives_per_document": mined_queries.get("per_source", 0.0),
-            "mine_seconds": mining_done - started,
-            "train_seconds": time.perf_counter() - mining_done,
-        }
+        seconds = {"mine": mining_done - started, "train": time.perf_counter() - mining_done}
+        return training_row(number, round_, trained, mined, mined_queries, seconds)
 
-    def _mine(
-        self, number: int, training: TrainingInput, qids: pd.Series, what: str
-    ) -> tuple[pd.DataFrame | None, dict]:
+    def _mine(self, number: int, training: TrainingInput, what: str) -> tuple[pd.DataFrame | None, dict]:
         """Return the negatives of a round and the report on them; read back where they were mined before."""
         if (stored := self._run.read_frame(number, what)) is not None:
             return stored
         frame = negatives.mine(
             what, self.recipe[number - 1], training, self.corpus, partial(self.retriever, round=number - 1),
-            qids=qids, seed=self._seed_of(number), verbose=self.verbose,
+            qids=self._qids(number, training), seed=self._seed_of(number), verbose=self.verbose,
         )  # fmt: skip
         if frame is None:
             return None, {}
@@ -348,19 +331,17 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self._run.write_frame(number, what, frame, about)
         return frame, about
 
-    def _examples(self, number, round_, span, training, pairs, qids, found, query_negatives) -> Examples:
-        """Return the training rows of a round, with a teacher's scores where it has a teacher."""
+    def _train(self, number, round_, span, training, found, query_negatives, loggers) -> dict:
+        """Train a copy of the last round's encoder and write it."""
         teacher = None
         if round_.teacher is not None:
             teacher = TeacherScores(round_.teacher, self.path / "teacher.sqlite", verbose=self.verbose)
-        return build_examples(
-            training.topics, pairs, self.corpus, negatives=found, query_negatives=query_negatives,
+        examples = build_examples(
+            training.topics, training.pairs, self.corpus, negatives=found, query_negatives=query_negatives,
             negatives_per_row=round_.negatives_per_row, query_negatives_per_row=round_.query_negatives_per_row,
-            epochs=span.passes, first_epoch=span.first_pass, seed=span.stream_seed, qids=qids, teacher=teacher,
+            epochs=span.passes, first_epoch=span.first_pass, seed=span.stream_seed,
+            qids=self._qids(number, training), teacher=teacher, reads=training.readings,
         )  # fmt: skip
-
-    def _train(self, number: int, round_: Round, span: Span, examples: Examples, loggers: list) -> dict:
-        """Train a copy of the last round's encoder and write it."""
         encoder = self._encoder_of(number - 1).copy()
         keep_frozen(self.initial_encoder, encoder)
         if round_.similarity is not None:
@@ -387,47 +368,15 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         done = time.perf_counter()
         return {**measured, "refresh_seconds": refreshed - started, "validate_seconds": done - refreshed}
 
-    # ------------------------------------------------------------------ encoders and indexes of the rounds
-
     def _settle(self, number: int, history: list[dict]) -> None:
         self._round, self._history, self._index = number, history, None
 
     def _encoder_of(self, number: int) -> DualEncoder:
-        if number == 0:
-            return self.initial_encoder
-        folder, given = self._run.round(number) / "encoder", self.initial_encoder
-        encoder = DualEncoder.load(folder, device=str(given.device), verbose=given.verbose)
-        trained = self._run.trained(number)
-        if trained is not None and trained["fingerprint"] != encoder.fingerprint:
-            raise ValueError(f"{str(folder)!r} is damaged: its weights are not those that round {number} gave")
-        return encoder
+        return self._given if number == 0 else self._run.encoder(number, self._given)
 
     def _refreshed(self, number: int) -> DenseIndex:
-        """Return the index of a round's encoder, in a folder of its own; made where it is not there yet."""
-        path = self._run.round(number) / "index"
-        index = DenseIndex(path, self._encoder_of(number), verbose=self.verbose)
-        if not index.built():
-            if path.exists():
-                index.open()  # says which of its files is damaged
-            return index.index(self.corpus)
-        known = index.open().meta.get("corpus")
-        if self.corpus is not None and known != self.corpus.fingerprint:
-            raise ValueError(
-                f"the index {str(path)!r} was made from another corpus than {str(self.corpus.path)!r}; give that one, "
-                "or another path for this run"
-            )
-        return index
-
-    def _own_corpus(self, source: object) -> Corpus:
-        folder, is_new = self.path / "corpus", not self.path.exists()
-        if folder.exists():
-            return Corpus(folder)
-        try:
-            return Corpus.build(source, folder, verbose=self.verbose)
-        except BaseException:
-            if is_new and self.path.exists() and not any(self.path.iterdir()):
-                self.path.rmdir()
-            raise
+        """Return the index of a round's encoder; made where it is not there yet."""
+        return self._run.index(number, self._encoder_of(number), self.corpus, verbose=self.verbose)
 
     # ------------------------------------------------------------------ save and load
 
@@ -453,6 +402,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def load(cls, path: str | Path, *, corpus: Corpus | None = None, **kwargs) -> DanceRetriever:
         """Open a fitted run, or a folder that :meth:`save` wrote; it gives the same results as the one that was saved.
 
+        What was saved is only read: to train on, give ``loaded.encoder`` and perhaps ``loaded.recipe`` to a new
+        retriever. Pipelines and functions of one's own in the recipe are not stored; they are there by name only.
+
         Args:
             path: the folder.
             corpus: the corpus; the run's own is opened where it is still there.
@@ -469,8 +421,12 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         if corpus is None and meta["corpus"] is not None and (path / meta["corpus"]).exists():
             with contextlib.suppress(FileNotFoundError):  # passages whose whole documents are gone
                 corpus = open_corpus(path / meta["corpus"])
-        options = {"num_results": meta["num_results"], "seed": meta["seed"], "verbose": False, **kwargs}
-        return cls(DualEncoder.load(started / "encoder"), corpus, path, **options)
+        options = {"num_results": meta["num_results"], "seed": meta["seed"], "verbose": False}
+        if "measure" in meta:  # versions before 0.2 did not keep it, nor the recipe
+            options |= {"measure": meta["measure"], "recipe": [Round(**restored(r, SOURCES)) for r in meta["recipe"]]}
+        loaded = cls(DualEncoder.load(started / "encoder"), corpus, path, **(options | kwargs))
+        loaded._is_loaded = True
+        return loaded
 
     def _write_meta(self, folder: Path) -> None:
         corpus = None if self.corpus is None else os.path.relpath(self.corpus.path, folder)
@@ -480,6 +436,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             "package_hint": self.ARTIFACT_PACKAGE_HINT,
             "num_results": self.num_results,
             "seed": self.seed,
+            "measure": [str(measure) for measure in self._measures],
+            "recipe": [storable(round_, SOURCES) for round_ in self.recipe],
             "corpus": corpus,
             "round": self._round,
             "history": self._history,

@@ -160,6 +160,10 @@ def current_model(dense):
     return dense
 
 
+# Functions of the current dense retriever that a saved recipe knows by their names.
+SOURCES = {"current_model": current_model}
+
+
 def mnrl(epochs: int = 1, *, negatives: object = FIRST_STAGE, temperature: float = 0.05, **options) -> list[Round]:
     """Multiple-negatives ranking: cross-entropy with in-batch negatives and those of the first stage, one round.
 

@@ -173,7 +173,7 @@ INTERRUPTED = {
     "history row a list": ("rounds/01/round.json", write("[]")),
     "history row too deep": ("rounds/01/round.json", write(DEEP)),
     "history row of another round": ("rounds/01/round.json", update(round=2)),
-    "history row without measure": ("rounds/01/round.json", without("nDCG@10")),
+    "history row without steps": ("rounds/01/round.json", without("steps")),
     "history row without loss": ("rounds/01/round.json", without("training_loss")),
     "training of garbage": ("rounds/01/trained.json", garbage),
     "training without its loss": ("rounds/01/trained.json", without("loss")),

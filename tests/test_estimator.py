@@ -18,7 +18,10 @@ import torch
 from ir_measures import RR, nDCG
 
 from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round, bm25, recipes
+from pt_dance.mining import NearDuplicate, RankRange
+from pt_dance.training.inputs import TrainingInput
 from pt_dance.training.run_folder import RunFolder
+from pt_dance.training.validation import documents_to_queries, validate
 from small_collection import standard_library
 
 FAST = dict(batch_size=32, learning_rate=0.02)
@@ -240,15 +243,220 @@ def test_repr_is_short_and_attributes_are_found(collection, tmp_path):
     assert attributes["num_results"] == 77 and attributes["corpus"] is collection.corpus
 
 
-def test_fitting_needs_the_documents(collection, fitted, tmp_path):
+def test_what_was_saved_is_loaded_whole_and_never_changed(collection, fitted, tmp_path):
     fitted[0].save(tmp_path / "saved")
     assert DanceRetriever.load(tmp_path / "saved").corpus == fitted[0].corpus
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "saved", tmp_path / "elsewhere" / "moved")
     loaded = DanceRetriever.load(tmp_path / "elsewhere" / "moved")
-    assert len(loaded(collection.dev)) > 0
-    with pytest.raises(ValueError, match="corpus="):
-        loaded.fit(collection.train, collection.qrels)
+    assert loaded.corpus is None
+    before = contents(loaded.path)
+    expected = loaded(collection.dev)
+    for given in (loaded, DanceRetriever.load(fitted[0].path), make(collection, loaded.path)):
+        with pytest.raises(ValueError, match=r"does not change.*loaded\.encoder"):
+            given.fit(collection.train, collection.qrels)
+    with pytest.raises(ValueError, match="round=0 is not in"):
+        loaded.retriever(round=0)
+    assert loaded.initial_encoder is None
+    assert before == contents(loaded.path)
+    pd.testing.assert_frame_equal(loaded(collection.dev), expected)
+    again = DanceRetriever(loaded.encoder, collection.corpus, tmp_path / "on", recipe=loaded.recipe[:1], verbose=False)
+    assert again.fit(collection.train, collection.qrels).encoder != loaded.encoder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_load_restores_measure_and_recipe(collection, fitted, tmp_path):
+    loaded = DanceRetriever.load(fitted[0].path)
+    assert list(map(str, loaded.measure)) == ["nDCG@10", "RR@10"]
+    assert loaded.recipe == fitted[0].recipe
+    recipe = [
+        Round(
+            negatives=[(collection.bm25 % 30, 2.0), recipes.current_model], rank_range=(1, 9), batch_size=np.int64(32),
+            loss=[("contrastive", 1.0, {"temperature": 0.1})], filters=[RankRange(1, 20), NearDuplicate(0.7)],
+        )
+    ]  # fmt: skip
+    dance = make(collection, tmp_path / "run", recipe=recipe).fit(collection.train, collection.qrels)
+    dance.save(tmp_path / "saved")
+    (found,) = DanceRetriever.load(tmp_path / "saved").recipe
+    assert replace(found, negatives=None) == replace(recipe[0], negatives=None)
+    (lost, weight), kept = found.negatives
+    assert kept is recipes.current_model and weight == 2.0 and repr(lost) == repr(collection.bm25 % 30)
+    with pytest.raises(ValueError, match="not stored"):
+        lost(collection.dev)
+
+
+@pytest.mark.parametrize("name", ["num_results", "measure", "seed", "patience", "keep", "initial_encoder", "history"])
+def test_attributes_are_live_or_cannot_be_set(collection, tmp_path, name):
+    values = {"num_results": 3, "measure": "RR@5", "seed": 7, "patience": 1, "keep": "best"}
+    set_after, given = make(collection, tmp_path / "a"), make(collection, tmp_path / "b")
+    if name not in values:
+        with pytest.raises(AttributeError):
+            setattr(set_after, name, None)
+        return
+    len(set_after(collection.dev.head(2)))  # used before, so that whatever is kept from then on would show
+    setattr(set_after, name, values[name])
+    given = make(collection, tmp_path / "b", **{name: values[name]})
+    results = []
+    for dance in (set_after, given):
+        fit(collection, dance)
+        results.append(dance(collection.dev))
+    pd.testing.assert_frame_equal(*results)
+    measures = [column for column in set_after.history if "@" in column]
+    pd.testing.assert_frame_equal(set_after.history[measures], given.history[measures])
+
+
+def test_a_grid_over_num_results_gives_each_its_own(collection, fitted):
+    dance = fitted[0]
+    table = pt.GridScan(dance, {dance: {"num_results": [1, 10]}}, collection.dev, collection.qrels, ["recall_10"])
+    assert table["recall_10"][0] < table["recall_10"][1]
+    dance.num_results = 1000
+
+
+def test_what_is_mined_and_kept_does_not_depend_on_num_results(collection, tmp_path):
+    runs = []
+    for results in (1, 1000):
+        recipe = recipes.ance(2, warm_up=0, depth=25, **FAST)
+        runs.append(make(collection, tmp_path / str(results), recipe=recipe, num_results=results))
+        runs[-1].fit(collection.train, collection.qrels, collection.dev, collection.qrels)
+    assert RunFolder(runs[0].path).read_frame(1, "negatives")[0]["rank"].max() == 24
+    few, many = (weights(run.retriever(round=2).index.encoder) for run in runs)
+    assert all(torch.equal(few[name], many[name]) for name in few)
+    assert runs[0].history["nDCG@10"].tolist() == runs[1].history["nDCG@10"].tolist()
+    assert runs[0].encoder.fingerprint == runs[1].encoder.fingerprint
+    assert len(runs[0](collection.dev.head(1))) == 1
+
+
+def test_training_that_only_hurts_leaves_the_untrained_encoder_and_says_so(collection, tmp_path, recwarn):
+    wrong = collection.qrels.assign(docno=collection.qrels["docno"].sample(frac=1, random_state=1).tolist())
+    recipe = [Round(batch_size=32, learning_rate=50.0, negatives=None)] * 3
+    dance = make(collection, tmp_path / "run", recipe=recipe, patience=2, keep="best")
+    dance.fit(collection.train, wrong, collection.dev, collection.qrels)
+    history = dance.history
+    assert history["round"].tolist() == [0, 1, 2] and history["nDCG@10"].idxmax() == 0
+    assert dance.encoder.fingerprint == collection.encoder.fingerprint
+    said = [str(warning.message) for warning in recwarn if "worse" in str(warning.message)]
+    before, after = history["nDCG@10"][0], history["nDCG@10"][1:].max()
+    assert len(said) == 1 and f"was {before:.4f} before and {after:.4f} after" in said[0]
+    assert (dance.path / "rounds" / "00" / "index").exists() and not (dance.path / "rounds" / "01" / "index").exists()
+    measured = pt.Experiment([dance], collection.dev, collection.qrels, [nDCG @ 10])["nDCG@10"][0]
+    assert measured == pytest.approx(history["nDCG@10"][0])
+
+
+def test_only_the_measure_changes_and_nothing_is_trained_anew(collection, fitted, tmp_path):
+    shutil.copytree(fitted[0].path, tmp_path / "run")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    again = make(
+        collection, tmp_path / "run", recipe=fitted[0].recipe, measure=[RR @ 5], num_results=7, patience=3, keep="best"
+    )
+    fit(collection, again)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+    of_rounds = [again.retriever(100, round=number) for number in range(4)]
+    expected = pt.Experiment(of_rounds, collection.dev, collection.qrels, [RR @ 5])["RR@5"]
+    assert again.history["RR@5"].tolist() == pytest.approx(expected.tolist())
+    assert again.history["nDCG@10"].tolist() == fitted[0].history["nDCG@10"].tolist()
+
+
+def test_a_measure_that_cannot_be_computed_is_named_before_any_work(collection, tmp_path):
+    class Broken(pt.Transformer):
+        def transform(self, inp):
+            raise AssertionError("mined before the measure was tried")
+
+    dance = make(collection, tmp_path / "run", measure="Accuracy@1", recipe=[Round(negatives=Broken())])
+    with pytest.raises(ValueError, match="measure=Accuracy@1 cannot be computed here"):
+        fit(collection, dance)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_call_that_trained_nothing_does_not_hold_its_folder(collection, tmp_path):
+    few = collection.train.head(40)
+    with pytest.raises(ValueError, match="nothing to learn from in round 1"):
+        make(collection, tmp_path / "run", recipe=[Round(negatives=None, batch_size=1)]).fit(few, collection.qrels)
+    dance = make(collection, tmp_path / "run", recipe=[Round(negatives=None, **FAST)], seed=5)
+    assert len(dance.fit(few, collection.qrels).history) == 2
+    with pytest.raises(ValueError, match="seed was 5, is 6"):
+        make(collection, tmp_path / "run", recipe=dance.recipe, seed=6).fit(few, collection.qrels)
+
+
+def test_nothing_to_learn_from_is_an_error_whatever_the_loss(collection, tmp_path):
+    positives = collection.train.merge(collection.qrels[["qid", "docno"]], on="qid").assign(score=1.0, rank=0)
+    teacher = collection.corpus.text_loader() >> pt.apply.doc_score(lambda row: float(len(row["text"]) % 7))
+    cases = {
+        "pairwise": (positives, {}), "margin_mse": (positives, {"teacher": teacher}),
+        "contrastive": (collection.train, {"batch_size": 1}), "samtone": (collection.train, {"batch_size": 1}),
+    }  # fmt: skip
+    for loss, (topics, options) in cases.items():
+        dance = make(collection, tmp_path / loss, recipe=[Round(loss=loss, **options)])
+        with pytest.raises(ValueError, match="nothing to learn from in round 1: none of its"):
+            dance.fit(topics, collection.qrels)
+        assert not list((tmp_path / loss).rglob("trained.json"))
+
+
+def test_a_last_batch_that_is_dropped_and_was_the_only_one_is_refused_before_any_work(collection, tmp_path):
+    arguments = {"dataloader_drop_last": True}
+    dance = make(collection, tmp_path / "run", recipe=[Round(batch_size=1000, training_arguments=arguments)])
+    with pytest.raises(ValueError, match="fewer than batch_size=1000"):
+        fit(collection, dance)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"eval_strategy": "steps"}, {"load_best_model_at_end": True}, {"neftune_noise_alpha": 5}, {"max_steps": 3},
+        {"optim": "no such"}, {"learning_rate": 1.0}, {"logging_steps": 0}, {"save_only_model": True},
+    ],
+)  # fmt: skip
+def test_training_arguments_that_cannot_work_are_refused_when_the_round_is_made(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))) as error:
+        Round(training_arguments=arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_fit_behind_a_rewriter_learns_from_the_users_words(collection, tmp_path):
+    def expand(frame):  # what RM3 leaves: Terrier's query language in query, the user's words in query_0
+        frame = pt.model.push_queries(frame)
+        weighted = frame["query_0"].map(lambda query: " ".join(f"{word[:4]}^0.3" for word in query.split()))
+        return frame.assign(query="applypipeline:off " + weighted)
+
+    first = collection.bm25 % 10
+    rewritten = first >> pt.apply.generic(expand)
+    fits = {}
+    for name, stage in (("plain", first), ("rewritten", rewritten)):
+        dance = make(collection, tmp_path / name, recipe=recipes.ance(1, **FAST))
+        (stage >> dance).fit(collection.train, collection.qrels, collection.dev, collection.qrels)
+        fits[name] = dance
+    assert fits["plain"].encoder.fingerprint == fits["rewritten"].encoder.fingerprint
+    assert fits["plain"].history["nDCG@10"].tolist() == fits["rewritten"].history["nDCG@10"].tolist()
+    assert fits["plain"].history["d→q nDCG@10"].tolist() == fits["rewritten"].history["d→q nDCG@10"].tolist()
+
+
+def test_grades_count_in_both_directions(collection, tmp_path):
+    dance = make(collection, tmp_path / "run")
+    index = dance.index
+    own = collection.qrels[collection.qrels["qid"].isin(collection.dev["qid"])].drop_duplicates("docno")
+    others = own.assign(qid=own["qid"].shift(1, fill_value=own["qid"].iloc[-1]), label=1)
+    qrels = pd.concat([own.assign(label=3), others]).drop_duplicates(["qid", "docno"])
+    _, backwards = documents_to_queries(index, collection.dev, qrels, 10)
+    given = {(row.qid, row.docno): row.label for row in qrels.itertuples()}
+    found = {(row.docno, row.qid): row.label for row in backwards.itertuples()}
+    assert {pair: found[pair] for pair in given} == given and set(given.values()) == {1, 3}
+    graded, flat = (
+        validate(index.retriever(10), TrainingInput(collection.dev, frame, None, None, None), [nDCG @ 10])
+        for frame in (qrels, qrels.assign(label=1))
+    )
+    assert graded["d→q nDCG@10"] != flat["d→q nDCG@10"]
+
+
+def test_a_run_by_a_relative_path_is_found_from_elsewhere(collection, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dance = make(collection, "run").fit(collection.train.head(40), collection.qrels)
+    monkeypatch.chdir("/")
+    assert dance.path == tmp_path / "run" and len(dance(collection.dev.head(1)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert make(collection, "~/run").path == tmp_path / "run"
 
 
 def test_damaged_metadata_is_named(fitted, tmp_path):

@@ -175,7 +175,7 @@ def test_accumulation_decay_and_scheduler_reach_the_trainer(small, tmp_path, wat
     micro_steps = 4 * TOPICS // BATCH
     assert watch.micro_steps == micro_steps
     steps = micro_steps // 2
-    assert len(watch.rates) == steps == dance.history["steps"].iloc[0]
+    assert len(watch.rates) == steps == dance.history["steps"].iloc[1]
     warm = steps // 4
     expected = [
         step / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / (steps - warm))) / 2
@@ -201,7 +201,7 @@ def test_accumulated_gradients_are_those_of_both_batches(small, tmp_path, watch)
             losses.ContrastiveLoss, "loss_of", lambda loss, batch: seen.append(batch) or original(loss, batch)
         )
         dance = small.fit(tmp_path / "run", encoder, recipe)
-    assert dance.history["steps"].iloc[0] == 1 and len(seen) == 4
+    assert dance.history["steps"].iloc[1] == 1 and len(seen) == 4
     model = encoder.copy().model.train()
     for batch in seen:
         rows = batch.rows.rows
@@ -238,7 +238,7 @@ def test_bfloat16_trains_under_autocast(small, tmp_path, monkeypatch):
     dance = small.fit(tmp_path / "bf16", encoder, small.mnrl(training_arguments={"bf16": True}))
     assert seen == {(torch.float32, torch.bfloat16)}
     assert {tensor.dtype for tensor in weights(dance.encoder).values() if tensor.is_floating_point()} == {torch.float32}
-    assert dance.history["training_loss"].iloc[0] > 0 and changed(weights(encoder), weights(dance.encoder))
+    assert dance.history["training_loss"].iloc[1] > 0 and changed(weights(encoder), weights(dance.encoder))
     seen.clear()
     small.fit(tmp_path / "fp32", encoder, small.mnrl())
     assert seen == {(torch.float32, torch.float32)}
@@ -261,7 +261,7 @@ def test_a_logger_of_ones_own_is_reached_by_its_name(small, tmp_path, monkeypatc
     dance = small.fit(tmp_path / "run", DualEncoder(small.bert), small.mnrl(training_arguments=arguments))
     rows = [tuple(map(float, row)) for row in csv.reader(file.open(newline=""))]
     assert [step for step, _, _ in rows] == [1, 2, 3, 4]
-    assert np.mean([loss for _, loss, _ in rows]) == pytest.approx(dance.history["training_loss"].iloc[0], rel=1e-3)
+    assert np.mean([loss for _, loss, _ in rows]) == pytest.approx(dance.history["training_loss"].iloc[1], rel=1e-3)
     file.unlink()
     small.fit(tmp_path / "silent", DualEncoder(small.bert), small.mnrl())
     assert not file.exists()

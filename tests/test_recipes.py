@@ -93,9 +93,9 @@ def test_recipe_beats_the_untrained_encoder(medquad, teacher, tmp_path, name):
 
 def test_ance_as_published_learns_from_pairs(medquad, tmp_path):
     dance, _ = medquad.fit(tmp_path / "run", recipes.ance(2, warm_up=2, **FAST), encoder=medquad.encoder)
-    assert dance.history["loss"].tolist() == ["pairwise"] * 3
+    assert dance.history["loss"].tolist()[1:] == ["pairwise"] * 3
     assert dance.encoder.similarity == "dot" and medquad.encoder.similarity == "cosine"
-    assert dance.history["training_loss"].iloc[1] != dance.history["training_loss"].iloc[2]
+    assert dance.history["training_loss"].iloc[2] != dance.history["training_loss"].iloc[3]
 
 
 def test_a_loss_of_ones_own(medquad, tmp_path):
@@ -106,14 +106,14 @@ def test_a_loss_of_ones_own(medquad, tmp_path):
             return super().loss_of(batch) + batch.queries.square().mean()
 
     dance, _ = medquad.fit(tmp_path / "run", [Round(loss=Own, epochs=2, **FAST)])
-    assert dance.history[["name", "loss"]].iloc[0].tolist() == ["Own", "Own"]
-    assert dance.history["nDCG@10"].iloc[0] > medquad.untrained["cosine"] + 0.005
+    assert dance.history[["name", "loss"]].iloc[1].tolist() == ["Own", "Own"]
+    assert dance.history["nDCG@10"].iloc[1] > medquad.untrained["cosine"] + 0.005
 
 
 def test_a_sum_of_losses_is_called_by_its_parts(medquad, tmp_path):
     parts = [("contrastive", 1.0), ("samtone", 0.5, {"temperature": 0.1})]
     dance, _ = medquad.fit(tmp_path / "run", [Round(loss=parts, **FAST)])
-    assert dance.history["loss"].tolist() == ["1 contrastive + 0.5 samtone"]
+    assert dance.history["loss"].tolist()[1:] == ["1 contrastive + 0.5 samtone"]
 
 
 def test_the_temperatures_of_a_combination_are_told_apart(teacher):
@@ -200,4 +200,4 @@ def test_training_arguments_reach_the_trainer(medquad, tmp_path):
     arguments = {"gradient_accumulation_steps": 2, "weight_decay": 0.01}
     recipe = recipes.mnrl(training_arguments=arguments, scheduler="cosine", **FAST)
     dance, _ = medquad.fit(tmp_path / "run", recipe)
-    assert dance.history["steps"].iloc[0] == pytest.approx(len(medquad.train) / 64, abs=2)
+    assert dance.history["steps"].iloc[1] == pytest.approx(len(medquad.train) / 64, abs=2)

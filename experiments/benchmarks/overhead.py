@@ -145,7 +145,9 @@ class Training:
 
     def __init__(self, folder: Path) -> None:
         from pt_dance import Corpus, DualEncoder, Round
-        from pt_dance.training.examples import EpochBatchSampler, build_examples
+        from pt_dance.training.batches import RoundBatches
+        from pt_dance.training.examples import build_examples
+        from pt_dance.training.schedule import plan
         from pt_dance.training.trainer import training_arguments
 
         case = json.loads((folder / "case.json").read_text())
@@ -171,15 +173,10 @@ class Training:
             seed=self.seed,
             qids=pd.Series(case["qids"]),
         )
-        sampler = EpochBatchSampler(self.examples, self.round.batch_size, False, self.seed)
-        self.steps_of_epoch = len(sampler)
-        self.batches: list[list[int]] = []
-        for epoch in range(self.round.epochs):
-            sampler.set_epoch(epoch)
-            self.batches += list(sampler)
-        self.arguments = training_arguments(
-            self.encoder, self.examples, self.round, folder / "run", seed=self.seed, verbose=False
-        )
+        (self.span,) = plan([self.round], [self.examples.pairs], [self.seed])
+        self.steps_of_epoch = self.span.per_pass
+        self.batches = list(RoundBatches(self.examples, self.span, self.round.batch_size, False))
+        self.arguments = training_arguments(self.encoder, self.examples, self.round, self.span, folder / "run")
         self.setup = {"load_seconds": loaded - started, "rows_seconds": time.perf_counter() - loaded}
 
     def reset(self) -> None:
@@ -215,7 +212,7 @@ def train_ours(training: Training) -> Turn:
     try:
         with tempfile.TemporaryDirectory() as folder:
             turn = Turn()
-            trained = train(training.encoder, examples, training.round, folder, seed=training.seed, verbose=False)
+            trained = train(training.encoder, examples, training.round, training.span, folder)
     finally:
         transformers.trainer.DEFAULT_CALLBACKS.remove(clock)
         examples.dataset.set_transform(of_rows)

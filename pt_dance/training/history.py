@@ -12,6 +12,31 @@ UNTRAINED = {
 }  # fmt: skip
 
 
+def training_row(number: int, round_, trained: dict, mined: dict, mined_queries: dict, seconds: dict) -> dict:
+    """Return the part of a round's row that is known when it is trained.
+
+    Args:
+        number: of the round.
+        round_: ``Round`` as it was trained.
+        trained: ``loss`` and ``steps``.
+        mined: the report on document negatives, empty where there are none.
+        mined_queries: the report on query negatives.
+        seconds: what "mine" and "train" took.
+    """
+    return {
+        "round": number,
+        "name": round_.name or round_.loss_name,
+        "loss": round_.loss_name,
+        "training_loss": trained["loss"],
+        "steps": trained["steps"],
+        "negatives_per_query": mined.get("per_source", 0.0),
+        "new_negatives": mined.get("new"),
+        "queries_short_of_negatives": mined.get("short", 0),
+        "query_negatives_per_document": mined_queries.get("per_source", 0.0),
+        **{f"{step}_seconds": value for step, value in seconds.items()},
+    }
+
+
 def best_round(history: Sequence[dict], measure: object) -> int:
     """Return the number of the round with the highest value of a validation measure, the later one of equal ones.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from pt_dance.mining import Readings, positive_pairs
+from pt_dance.storage.queries import users_queries
 from pt_dance.storage.texts import lone_surrogate
+from pt_dance.training.examples import build_examples
 
 
 @dataclass
@@ -16,26 +21,41 @@ class TrainingInput:
     """Checked topics and qrels.
 
     Attributes:
-        topics: ``qid``, ``query`` and whatever other query columns came along, one row a query.
+        topics: ``qid``, ``query`` (the user's words) and whatever other query columns came along, one row a query.
         qrels: ``qid``, ``docno``, ``label`` of these topics.
+        pairs: all known-relevant pairs, see :func:`pt_dance.mining.positive_pairs`.
+        readings: what the encoder reads of queries and documents, which decides what is the same.
         first_stage: the result frame that came in, or None where plain topics came in.
     """
 
     topics: pd.DataFrame
     qrels: pd.DataFrame
+    pairs: pd.DataFrame
+    readings: Readings
     first_stage: pd.DataFrame | None
+
+    def count_pairs(self, corpus, turns: Sequence[pd.Series]) -> list[int]:
+        """Return how many (query, positive) pairs there are to train on for each selection of topics."""
+        counts: list[int] = []
+        for number, qids in enumerate(turns):
+            if number and qids.equals(turns[number - 1]):
+                counts.append(counts[-1])
+                continue
+            counts.append(build_examples(self.topics, self.pairs, corpus, qids=qids, reads=self.readings).pairs)
+        return counts
 
 
 def check_training_input(
-    topics_or_res: pd.DataFrame, qrels: pd.DataFrame, *, corpus, context, what: str
+    topics_or_res: pd.DataFrame, qrels: pd.DataFrame, *, corpus, reads, context, what: str
 ) -> TrainingInput:
-    """Checks the frames given to ``fit``; each problem is one plain sentence.
+    """Check the frames given to ``fit``; each problem is one plain sentence.
 
     Args:
         topics_or_res: a query frame (``qid``, ``query``) or a result frame (``qid``, ``query``, ``docno``, ...).
         qrels: ``qid``, ``docno``, ``label``.
         corpus: ``Corpus`` that every relevant document and every result must be in; for validation, at least one
             relevant document, since it may well be measured on a part of a collection.
+        reads: ``DualEncoder`` whose reading decides which queries and documents are the same.
         context: the transformer that validates, named in errors.
         what: "training" or "validation".
 
@@ -71,9 +91,10 @@ def check_training_input(
     else:
         _check_ids(topics_or_res, ("qid",), f"{what} topics")
     _check_ids(qrels, ("qid", "docno"), f"{what} qrels")
-    topics = topics_or_res
-    if is_results:
-        topics = topics[[c for c in topics.columns if c in ("qid", "query") or c.startswith("query_")]]
+    topics = topics_or_res.assign(query=users_queries(topics_or_res))
+    kept = [c for c in topics.columns if (not is_results or c in ("qid", "query") or c.startswith("query_"))]
+    # what the rewriters left, and vectors of whatever encoder, belong to other texts than those that are learnt from
+    topics = topics[[c for c in kept if not re.fullmatch(r"query_(\d+|vec)", c)]]
     check_query_texts(topics, f"{what} topic")
     _check_one_text_per_qid(topics, what)
     # a retriever with several threads gives its queries back in any order, which must not change the training
@@ -96,10 +117,12 @@ def check_training_input(
             f"{relevant.iloc[0]!r}; check that both come from the same collection"
         )
     judged = judged.sort_values(["qid", "docno"], kind="stable").reset_index(drop=True)
-    if not is_results:
-        return TrainingInput(topics, judged, None)
-    order = ["qid", "rank", "docno"] if "rank" in columns else ["qid", "docno"]
-    return TrainingInput(topics, judged, topics_or_res.sort_values(order, kind="stable").reset_index(drop=True))
+    readings = Readings.of(reads, corpus)
+    first_stage = None
+    if is_results:
+        order = ["qid", "rank", "docno"] if "rank" in columns else ["qid", "docno"]
+        first_stage = topics_or_res.sort_values(order, kind="stable").reset_index(drop=True)
+    return TrainingInput(topics, judged, positive_pairs(topics, judged, readings), readings, first_stage)
 
 
 def _check_columns_once(frame: pd.DataFrame, name: str) -> None:
@@ -173,7 +196,7 @@ def _check_one_text_per_qid(topics: pd.DataFrame, what: str) -> None:
 
 
 def check_query_texts(topics: pd.DataFrame, name: str = "query", *, blank: bool = False) -> None:
-    """Raises a plain error naming the first qid whose text cannot be encoded.
+    """Raise a plain error naming the first qid whose text cannot be encoded.
 
     Args:
         topics: ``qid`` and ``query``; a query may have several rows.
@@ -201,7 +224,7 @@ def check_query_texts(topics: pd.DataFrame, name: str = "query", *, blank: bool 
 
 
 def check_in_corpus(docnos: pd.Series, corpus, what: str) -> None:
-    """Raises ValueError naming a docno that the corpus does not hold."""
+    """Raise ValueError naming a docno that the corpus does not hold."""
     distinct = docnos.drop_duplicates()
     rows = corpus.rows(distinct.tolist())
     if (rows < 0).any():

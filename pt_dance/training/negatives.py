@@ -48,7 +48,8 @@ def mine(
         return None
     options = dict(
         depth=round_.depth, negatives=round_.negatives_per_query, sampling=round_.sampling,
-        rank_range=round_.rank_range, filters=round_.filters, seed=seed, qids=qids, verbose=verbose,
+        rank_range=round_.rank_range, filters=round_.filters, seed=seed, qids=qids, reads=training.readings,
+        verbose=verbose,
     )  # fmt: skip
     results = max(round_.depth, _RESULTS)
     if what == "negatives":

@@ -9,11 +9,13 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
-# What is reported of a round's row beside its validation measures.
+# The entries of a round's row that count negatives, that are reported by their names, and that are not; the others are
+# validation measures.
 _COUNTS = (
     "negatives_per_query", "new_negatives", "queries_short_of_negatives", "query_negatives_per_document",
-    "mine_seconds", "train_seconds", "refresh_seconds", "validate_seconds",
 )  # fmt: skip
+_PLAIN = ("round", "mine_seconds", "train_seconds", "refresh_seconds", "validate_seconds")
+_NOT_REPORTED = ("name", "loss", "training_loss", "steps")
 
 
 class Reports:
@@ -21,17 +23,17 @@ class Reports:
 
     Args:
         folder: folder of the run; TensorBoard's files go to its sub-folder ``logs`` unless the environment says where.
-        names: what ``report_to`` says in all rounds: a name, a list of names, "all", "none" or None.
+        recipe: the ``Round``s of the fit, whose training arguments name loggers (``report_to``).
 
     Raises:
         ValueError: if there is no logger of a name, or it is not installed.
     """
 
-    def __init__(self, folder: Path, names: Iterable[object]):
+    def __init__(self, folder: Path, recipe: Iterable):
         self._folder = folder
         self._loggers: dict[str, _Relay] = {}
         self._waiting: list[tuple[int, dict[str, float]]] = []
-        for logger in (logger for name in names for logger in _classes(name)):
+        for logger in (logger for round_ in recipe for logger in _classes(round_)):
             if logger.__name__ not in self._loggers:
                 try:
                     self._loggers[logger.__name__] = _Relay(logger(), folder)
@@ -39,29 +41,32 @@ class Reports:
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                     raise ValueError(f"report_to: {logger.__name__} cannot be used: {reason}") from None
 
-    def of_round(self, names: object, steps_before: int) -> list[TrainerCallback]:
+    def of_round(self, round_, steps_before: int) -> list[TrainerCallback]:
         """Return the callbacks that hand one round's training to its loggers.
 
         Args:
-            names: what ``report_to`` says in this round.
+            round_: ``Round`` to be trained.
             steps_before: by how much the fit's steps are ahead of those that the trainer counts.
         """
-        relays = [self._loggers[logger.__name__] for logger in _classes(names)]
+        relays = [self._loggers[logger.__name__] for logger in _classes(round_)]
         for relay in relays:
             relay.steps_before = steps_before
         return relays
 
-    def add_round(self, row: dict, measures: Iterable[str], step: int) -> None:
+    def add_round(self, row: dict, step: int) -> None:
         """Report a round's validation measures and counts.
 
         Args:
             row: the round's row of the history.
-            measures: names of the validation measures in it.
             step: steps of the fit when the round ended.
         """
-        logs = {f"eval_{name}": row[name] for name in measures if name in row}
-        logs |= {f"mining/{name}": row[name] for name in _COUNTS if isinstance(row.get(name), (int, float))}
-        self._waiting.append((step, {"round": row["round"], **logs}))
+        logs: dict[str, float] = {}
+        for name, value in row.items():
+            if name in _COUNTS:
+                logs[f"mining/{name}"] = value
+            elif name not in _NOT_REPORTED:
+                logs[name if name in _PLAIN else f"eval_{name}"] = value
+        self._waiting.append((step, {name: value for name, value in logs.items() if value is not None}))
         begun = [relay for relay in self._loggers.values() if relay.begun]
         if begun or not self._loggers:
             for relay in begun:
@@ -117,7 +122,8 @@ class _Relay(TrainerCallback):
         return self.begun[0], state
 
 
-def _classes(names: object) -> list[type[TrainerCallback]]:
+def _classes(round_) -> list[type[TrainerCallback]]:
+    names = round_.training_arguments.get("report_to")
     names = [names] if isinstance(names, str) else names
     names = [name for name in names or [] if name != "none"]
     return get_reporting_integration_callbacks("all" if "all" in names else names)

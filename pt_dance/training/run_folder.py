@@ -20,6 +20,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pt_dance.corpus.corpus import Corpus
+from pt_dance.encoder.dual_encoder import DualEncoder
+from pt_dance.index.dense_index import DenseIndex
 from pt_dance.storage import folders
 from pt_dance.storage.folders import publish_file, remove_folder, write_json
 from pt_dance.training import checkpoints
@@ -50,6 +53,11 @@ class RunFolder:
                 raise FileExistsError(
                     f"the folder {str(self.path)!r} exists and is no pt_dance run; give a new path, or empty the folder"
                 )
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the folder is one that ``save`` wrote: the outcome of a fit, without the fit."""
+        return (self.path / META).exists() and not (self.path / SETTINGS).exists()
 
     def round(self, number: int) -> Path:
         """Return the folder of a round, 0 for the encoder as it came."""
@@ -135,6 +143,73 @@ class RunFolder:
     def finish_training(self, number: int, loss: float, steps: int, fingerprint: str) -> None:
         """Mark the training of a round, whose encoder is written, as done."""
         write_json(self.round(number) / "trained.json", {"loss": loss, "steps": steps, "fingerprint": fingerprint})
+
+    def encoder(self, number: int, given: DualEncoder) -> DualEncoder:
+        """Return the encoder that a round's training gave.
+
+        Args:
+            number: of the round.
+            given: the encoder that the run began with, whose device and verbosity are taken.
+
+        Raises:
+            ValueError: if its weights are not those that were written.
+        """
+        folder = self.round(number) / "encoder"
+        encoder = DualEncoder.load(folder, device=str(given.device), verbose=given.verbose)
+        trained = self.trained(number)
+        if trained is not None and trained["fingerprint"] != encoder.fingerprint:
+            raise ValueError(f"{str(folder)!r} is damaged: its weights are not those that round {number} gave")
+        return encoder
+
+    def index(self, number: int, encoder: DualEncoder, corpus, *, verbose: bool) -> DenseIndex:
+        """Return the index of a round, in a folder of its own; made where it is not there yet.
+
+        Args:
+            number: of the round.
+            encoder: its encoder.
+            corpus: ``Corpus`` to index; None where the index is there.
+            verbose: shows progress.
+
+        Raises:
+            ValueError: if the index was made from another corpus, or is damaged.
+        """
+        path = self.round(number) / "index"
+        index = DenseIndex(path, encoder, verbose=verbose)
+        if not index.built():
+            if path.exists():
+                index.open()  # says which of its files is damaged
+            return index.index(corpus)
+        known = index.open().meta.get("corpus")
+        if corpus is not None and known != corpus.fingerprint:
+            raise ValueError(
+                f"the index {str(path)!r} was made from another corpus than {str(corpus.path)!r}; give that one, "
+                "or another path for this run"
+            )
+        return index
+
+    def has(self, number: int) -> bool:
+        """Return whether a round's encoder can be had from here: that of round 0 is the one that was given."""
+        return not self.is_saved and (number == 0 or self.trained(number) is not None)
+
+    def corpus_of(self, source: object, *, verbose: bool) -> Corpus | None:
+        """Return a corpus as it is, or that in the run's folder, made of ``source`` where it is not there yet.
+
+        Args:
+            source: a ``Corpus``, None, or whatever ``Corpus.build`` takes.
+            verbose: shows progress.
+
+        Raises:
+            FileExistsError: if the folder holds a corpus of other documents.
+        """
+        if source is None or isinstance(source, Corpus):
+            return source
+        is_new = not self.path.exists()
+        try:
+            return Corpus.build(source, self.path / "corpus", verbose=verbose)
+        except BaseException:
+            if is_new and self.path.exists() and not any(self.path.iterdir()):
+                self.path.rmdir()
+            raise
 
     def drop_indexes(self, keep: set[int]) -> None:
         """Remove the indexes of all rounds but these, to save disk; they can be made again from the encoders."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
-from pt_dance.mining import describe_source
+import pandas as pd
+import pyterrier as pt
+
+from pt_dance.mining import NearDuplicate, PositiveMargin, RankRange, TeacherScore, describe_source
 from pt_dance.mining.sources import without_addresses
 from pt_dance.storage.digests import frame_id, text_id
 from pt_dance.training.inputs import TrainingInput
 from pt_dance.training.teacher import teacher_identity
+
+_FILTERS = {filter_.__name__: filter_ for filter_ in (NearDuplicate, PositiveMargin, RankRange, TeacherScore)}
 
 
 def fit_settings(
@@ -44,6 +49,85 @@ def fit_settings(
         for option in fields(round_):
             settings[f"round {number} {option.name}"] = _plain(option.name, getattr(round_, option.name))
     return settings
+
+
+class NotStored(pt.Transformer):
+    """Stands in a recipe that was read back for a pipeline or function that could not be written down.
+
+    Args:
+        description: what it was.
+    """
+
+    def __init__(self, description: str):
+        self.description = description
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Refuse: what stood here has to be given anew."""
+        raise ValueError(
+            f"{self.description} of the saved recipe was not stored with it; give it anew, as in "
+            "dataclasses.replace(round, negatives=...)"
+        )
+
+    def __repr__(self) -> str:
+        """Return what it was."""
+        return self.description
+
+
+def storable(round_, functions: Mapping[str, object]) -> dict[str, object]:
+    """Return a round's options as JSON values; :func:`restored` is the way back.
+
+    Args:
+        round_: ``Round``.
+        functions: functions that are known by their names.
+    """
+    return {option.name: _stored(getattr(round_, option.name), functions) for option in fields(round_)}
+
+
+def restored(options: Mapping[str, object], functions: Mapping[str, object]) -> dict[str, object]:
+    """Return the options of a round from what :func:`storable` gave.
+
+    Pipelines, functions and losses of the user's own come back as :class:`NotStored`. Nothing is imported or run but
+    the filters of :mod:`pt_dance.mining`.
+
+    Args:
+        options: by their names.
+        functions: functions that are known by their names.
+
+    Raises:
+        ValueError: if the values are damaged.
+    """
+    try:
+        return {name: _restored(value, functions) for name, value in options.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"the saved recipe is damaged ({type(error).__name__}: {error})") from None
+
+
+def _stored(value: object, functions: Mapping[str, object]) -> object:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {"dict": {str(key): _stored(entry, functions) for key, entry in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_stored(entry, functions) for entry in value]}
+    if type(value) in _FILTERS.values():
+        options = {option.name: _stored(getattr(value, option.name), functions) for option in fields(value)}
+        return {"filter": type(value).__name__, "options": options}
+    name = next((name for name, function in functions.items() if function is value), None)
+    return {"not stored": _plain("negatives", value)} if name is None else {"function": name}
+
+
+def _restored(value, functions: Mapping[str, object]):
+    if not isinstance(value, dict):
+        return value
+    if "dict" in value:
+        return {key: _restored(entry, functions) for key, entry in value["dict"].items()}
+    for kind in (list, tuple):
+        if kind.__name__ in value:
+            return kind(_restored(entry, functions) for entry in value[kind.__name__])
+    if "filter" in value:
+        options = {name: _restored(entry, functions) for name, entry in value["options"].items()}
+        return _FILTERS[value["filter"]](**options)
+    return functions[value["function"]] if "function" in value else NotStored(value["not stored"])
 
 
 def _plain(name: str, value: object) -> object:
