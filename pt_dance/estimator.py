@@ -402,8 +402,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def load(cls, path: str | Path, *, corpus: Corpus | None = None, **kwargs) -> DanceRetriever:
         """Open a fitted run, or a folder that :meth:`save` wrote; it gives the same results as the one that was saved.
 
-        What was saved is only read: to train on, give ``loaded.encoder`` and perhaps ``loaded.recipe`` to a new
-        retriever. Pipelines and functions of one's own in the recipe are not stored; they are there by name only.
+        What was saved is only read: to train on, give ``loaded.encoder`` to a new retriever. Pipelines and functions
+        of one's own in ``recipe`` are there by name only; with a loss of one's own it is None.
 
         Args:
             path: the folder.
@@ -422,9 +422,10 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             with contextlib.suppress(FileNotFoundError):  # passages whose whole documents are gone
                 corpus = open_corpus(path / meta["corpus"])
         options = {"num_results": meta["num_results"], "seed": meta["seed"], "verbose": False}
-        if "measure" in meta:  # versions before 0.2 did not keep it, nor the recipe
-            options |= {"measure": meta["measure"], "recipe": [Round(**restored(r, SOURCES)) for r in meta["recipe"]]}
+        options |= {"measure": meta["measure"]} if "measure" in meta else {}  # new in 0.2, like the recipe
         loaded = cls(DualEncoder.load(started / "encoder"), corpus, path, **(options | kwargs))
+        if "recipe" not in kwargs:
+            loaded.recipe = restored(meta.get("recipe"), Round, SOURCES)
         loaded._is_loaded = True
         return loaded
 
@@ -437,7 +438,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             "num_results": self.num_results,
             "seed": self.seed,
             "measure": [str(measure) for measure in self._measures],
-            "recipe": [storable(round_, SOURCES) for round_ in self.recipe],
+            "recipe": storable(self.recipe, SOURCES),
             "corpus": corpus,
             "round": self._round,
             "history": self._history,

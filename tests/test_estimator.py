@@ -17,7 +17,7 @@ import pytest
 import torch
 from ir_measures import RR, nDCG
 
-from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round, bm25, recipes
+from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round, bm25, losses, recipes
 from pt_dance.mining import NearDuplicate, RankRange
 from pt_dance.training.inputs import TrainingInput
 from pt_dance.training.run_folder import RunFolder
@@ -286,6 +286,12 @@ def test_load_restores_measure_and_recipe(collection, fitted, tmp_path):
     assert kept is recipes.current_model and weight == 2.0 and repr(lost) == repr(collection.bm25 % 30)
     with pytest.raises(ValueError, match="not stored"):
         lost(collection.dev)
+
+    class Own(losses.ContrastiveLoss):
+        pass
+
+    own = make(collection, tmp_path / "own", recipe=[Round(loss=Own, **FAST)]).fit(collection.train, collection.qrels)
+    assert DanceRetriever.load(own.path).recipe is None and len(DanceRetriever.load(own.path)(collection.dev.head(1)))
 
 
 @pytest.mark.parametrize("name", ["num_results", "measure", "seed", "patience", "keep", "initial_encoder", "history"])

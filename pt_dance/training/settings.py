@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 import pandas as pd
@@ -73,33 +73,52 @@ class NotStored(pt.Transformer):
         return self.description
 
 
-def storable(round_, functions: Mapping[str, object]) -> dict[str, object]:
-    """Return a round's options as JSON values; :func:`restored` is the way back.
+def storable(recipe: Sequence | None, functions: Mapping[str, object]) -> list[dict] | None:
+    """Return a recipe as JSON values; :func:`restored` is the way back.
 
     Args:
-        round_: ``Round``.
+        recipe: its ``Round``s; None gives None.
         functions: functions that are known by their names.
     """
-    return {option.name: _stored(getattr(round_, option.name), functions) for option in fields(round_)}
+    if recipe is None:
+        return None
+    return [
+        {option.name: _stored(getattr(round_, option.name), functions) for option in fields(round_)}
+        for round_ in recipe
+    ]
 
 
-def restored(options: Mapping[str, object], functions: Mapping[str, object]) -> dict[str, object]:
-    """Return the options of a round from what :func:`storable` gave.
+def restored(stored: Sequence[dict] | None, make: Callable, functions: Mapping[str, object]) -> list | None:
+    """Return the rounds that :func:`storable` wrote down.
 
-    Pipelines, functions and losses of the user's own come back as :class:`NotStored`. Nothing is imported or run but
-    the filters of :mod:`pt_dance.mining`.
+    Pipelines and functions of the user's own come back as :class:`NotStored`. Nothing is imported or run but the
+    filters of :mod:`pt_dance.mining`.
 
     Args:
-        options: by their names.
+        stored: what was written.
+        make: ``Round``.
         functions: functions that are known by their names.
+
+    Returns:
+        The rounds; None where none were written, or one has a loss of the user's own.
 
     Raises:
-        ValueError: if the values are damaged.
+        ValueError: if what was written is damaged.
     """
+    if stored is None:
+        return None
     try:
-        return {name: _restored(value, functions) for name, value in options.items()}
+        options = [{name: _restored(value, functions) for name, value in round_.items()} for round_ in stored]
+        if any(_holds_not_stored(round_.get("loss")) for round_ in options):
+            return None
+        return [make(**round_) for round_ in options]
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the saved recipe is damaged ({type(error).__name__}: {error})") from None
+
+
+def _holds_not_stored(value: object) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else []
+    return isinstance(value, NotStored) or any(_holds_not_stored(part) for part in parts)
 
 
 def _stored(value: object, functions: Mapping[str, object]) -> object:
