@@ -132,7 +132,7 @@ def test_text_loader(corpus):
     assert list(empty.columns) == list(everything.columns) and len(empty) == 0
     with pytest.raises(KeyError, match="'x9' is not in the corpus"):
         corpus.text_loader()(pd.DataFrame({"docno": ["x9"]}))
-    with pytest.raises(ValueError, match="no field 'body': it has"):
+    with pytest.raises(ValueError, match="fields='body' must name fields"):
         corpus.text_loader("body")
     assert str((corpus.text_loader("text") % 3).compile()).startswith("(RankCutoff(3) >> ")
     assert corpus.text_loader("text") == corpus.text_loader(["text"]) != corpus.text_loader()

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
@@ -114,6 +115,74 @@ def test_windows_line_ends_and_blank_lines(beir):
     assert [doc["docno"] for doc in dataset.get_corpus_iter(verbose=False)] == ["d1", "2", "NA"]
     assert dataset.get_qrels("train").values.tolist() == [["q1", "d1", 1], ["q1", "NA", 0], ["2", "NA", 2]]
     assert dataset.get_topics("train")["qid"].tolist() == ["q1", "2"]
+
+
+def test_byte_order_marks_and_whole_numbers_with_a_point(beir):
+    for path in (beir / "corpus.jsonl", beir / "queries.jsonl", beir / "qrels" / "train.tsv"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    path = beir / "qrels" / "train.tsv"
+    path.write_bytes(path.read_bytes().replace(b"\t1\n", b"\t1.0\r\n").replace(b"\t2\n", b"\t2.000\n"))
+    dataset = BeirFolder(beir)
+    qrels = dataset.get_qrels("train")
+    assert qrels.values.tolist() == [["q1", "d1", 1], ["q1", "NA", 0], ["2", "NA", 2]]
+    assert qrels["label"].dtype == "int64"
+    assert [doc["docno"] for doc in dataset.get_corpus_iter(verbose=False)] == ["d1", "2", "NA"]
+    assert dataset.get_topics("train")["qid"].tolist() == ["q1", "2"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_documents_from_and_to_a_place(beir, packed):
+    lines = (beir / "corpus.jsonl").read_bytes().replace(b"\n", b"\n\n", 1)
+    if packed:
+        (beir / "corpus.jsonl").unlink()
+        (beir / "corpus.jsonl.gz").write_bytes(gzip.compress(lines))
+    dataset, docnos = BeirFolder(beir), ["d1", "2", "NA"]
+    for start, count in ((0, None), (1, None), (0, 2), (1, 1), (2, 9), (0, 0), (3, None), (np.int64(1), np.int32(2))):
+        found = [d["docno"] for d in dataset.get_corpus_iter(verbose=False, start=start, count=count)]
+        assert found == docnos[start:][:count]
+    for options in ({"start": -1}, {"count": 1.5}, {"count": "2"}):
+        with pytest.raises(ValueError, match="must be a whole number"):
+            dataset.get_corpus_iter(verbose=False, **options)
+
+
+def test_texts_are_loaded_by_docno(beir, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    frame = pd.DataFrame({"qid": ["1", "1"], "docno": ["NA", "d1"], "text": "old"})
+    dataset = BeirFolder(beir)
+    loaded = pt.text.get_text(dataset, "text")(frame)
+    assert loaded["text"].tolist() == ["Café “au lait”\u2028next line", "Bees make honey."] and list(loaded) == list(
+        frame
+    )
+    both = dataset.text_loader()(frame)
+    assert both["title"].tolist() == ["", "Bees"] and both["text"].tolist() == loaded["text"].tolist()
+    with pytest.raises(ValueError, match="'year' must name fields of the documents: they have 'title', 'text'"):
+        dataset.text_loader("year")
+    with pytest.raises(KeyError, match="'9' is not in the corpus"):
+        dataset.text_loader()(pd.DataFrame({"docno": ["9"]}))
+    # Kept as long as the content is the same, whatever its folder's state.
+    kept = {path.stat().st_ino for path in (tmp_path / "home").rglob("corpus.arrow")}
+    assert len(kept) == 1
+    BeirFolder(beir).text_loader()
+    assert {path.stat().st_ino for path in (tmp_path / "home").rglob("corpus.arrow")} == kept
+    for path in (tmp_path / "home").rglob("corpus.arrow"):
+        path.write_bytes(b"cut")
+    assert BeirFolder(beir).text_loader()(frame)["text"].tolist() == loaded["text"].tolist()
+    (beir / "corpus.jsonl").write_bytes(jsonl([dict(DOCUMENTS[0], text="Other."), *DOCUMENTS[1:]]))
+    assert BeirFolder(beir).text_loader("text")(frame)["text"].tolist()[1] == "Other."
+
+
+def test_a_folder_is_found_after_the_process_went_elsewhere(beir, monkeypatch):
+    monkeypatch.chdir(beir.parent)
+    monkeypatch.setenv("HOME", str(beir.parent))
+    datasets = [
+        BeirFolder("small"),
+        BeirFolder("~/small"),
+        pt.get_dataset("dance:small"),
+        pt.get_dataset("dance:~/small"),
+    ]
+    monkeypatch.chdir("/")
+    for dataset in datasets:
+        assert dataset.folder == beir and len(dataset.get_qrels("train")) == 3
 
 
 @pytest.mark.parametrize(
@@ -367,6 +436,20 @@ def test_two_threads_make_one_collection(tmp_path):
         folders = list(pool.map(lambda _: _cached({"pyterrier": None}, tmp_path, verbose=False), range(2)))
     assert folders[0] == folders[1]
     assert list(tmp_path.iterdir()) == [folders[0]]
+
+
+@pytest.mark.parametrize("damaged", ["corpus.jsonl", "qrels/train.tsv", "about.json"])
+def test_a_collection_that_is_not_as_it_was_written_is_made_again(tmp_path, damaged):
+    folder = _cached({"pyterrier": None}, tmp_path, verbose=False)
+    content = (folder / damaged).read_bytes()
+    (folder / damaged).write_bytes(content.replace(b"e", b"f", 1))
+    if damaged == "about.json":
+        (folder / damaged).unlink()
+    assert _cached({"pyterrier": None}, tmp_path, verbose=False) == folder
+    assert (folder / damaged).read_bytes() == content and list(tmp_path.iterdir()) == [folder]
+    kept = (folder / damaged).stat().st_ino
+    _cached({"pyterrier": None}, tmp_path, verbose=False)
+    assert (folder / damaged).stat().st_ino == kept
 
 
 def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):

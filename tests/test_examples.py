@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyterrier as pt
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,7 @@ from pt_dance import Corpus
 from pt_dance.mining import positive_pairs
 from pt_dance.training.batches import batches_of_pass
 from pt_dance.training.examples import build_examples, columns_of
+from pt_dance.training.teacher import TeacherScores
 from pt_dance.training.token_cache import TokenCache
 
 DOCUMENTS = 30
@@ -148,3 +150,25 @@ def test_no_column_takes_the_tokens_of_another_for_its_own(passages):
     features, _ = SentenceTransformerTrainer.collect_features(None, inputs)
     assert len(features) == len(columns) == 1 + 13 * passages + 12
     assert all(set(feature) == {"input_ids", "attention_mask"} for feature in features)
+
+
+def test_teachers_that_differ_in_their_function_only_keep_their_scores_apart(corpus, tmp_path, monkeypatch):
+    topics = pd.DataFrame({"qid": ["1", "2"], "query": ["a", "b"]})
+    pairs = pd.DataFrame({"qid": ["1", "2"], "docno": ["d1", "d2"]})
+    asked = []
+
+    def scores(factor, path):
+        def score(row):
+            asked.append(factor)
+            return factor * float(row["docno"][1:])
+
+        teacher = TeacherScores(pt.apply.doc_score(score), path)
+        return build_examples(topics, pairs, corpus, teacher=teacher).rows.teacher_positive.tolist()
+
+    monkeypatch.chdir(tmp_path)
+    assert scores(2, "teacher.sqlite") == [2, 4] and scores(3, tmp_path / "teacher.sqlite") == [3, 6]
+    assert scores(2, "teacher.sqlite") == [2, 4]
+    assert asked == [2, 2, 3, 3]
+    kept = TeacherScores(pt.apply.doc_score(len), "teacher.sqlite")
+    monkeypatch.chdir("/")
+    assert kept.path == tmp_path / "teacher.sqlite"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pyterrier as pt
@@ -10,7 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pt_dance import Corpus, mining
-from pt_dance.mining import NearDuplicate, PositiveMargin, RankRange, TeacherScore, mine_documents, mine_queries
+from pt_dance.mining import (
+    NearDuplicate,
+    PositiveMargin,
+    RankRange,
+    TeacherScore,
+    mine_documents,
+    mine_queries,
+    reduce_results,
+)
 
 TOPICS = pd.DataFrame({"qid": ["a", "b", "c"], "query": ["red fox", "blue sky", "red fox"]})
 QRELS = pd.DataFrame(
@@ -256,3 +268,66 @@ def test_query_negatives_from_a_pipeline_with_documents_as_queries(tmp_path):
     assert list(zip(mined["docno"], mined["qid"], strict=False)) == [("d1", "b"), ("d3", "a")]
     with pytest.raises(ValueError, match="corpus="):
         mine_queries(Fixed(found), TOPICS, pairs)
+
+
+def test_reduced_results_give_the_same_negatives_in_a_fraction_of_the_memory():
+    random = np.random.default_rng(0)
+    qids = [f"query {i:05}" for i in range(300)]
+    docnos = np.array([f"document {i:06}" for i in range(5000)], dtype=object)
+    frame = pd.DataFrame(
+        {
+            "qid": np.repeat(np.array(qids, dtype=object), 100),
+            "query": np.repeat(np.array([f"the words of {qid}" for qid in qids], dtype=object), 100),
+            "docno": docnos[random.integers(0, 5000, 30_000)],
+            "score": random.normal(size=30_000).astype(np.float32),
+            "rank": np.tile(np.arange(100), 300),
+        }
+    ).drop_duplicates(["qid", "docno"])
+    topics = frame[["qid", "query"]].drop_duplicates()
+    qrels = frame[frame["rank"] == 3][["qid", "docno"]].assign(label=1)
+    small = reduce_results(frame)
+    assert list(small.columns) == ["qid", "docno", "rank", "score"] and len(small) == len(frame)
+    per_row = (small.memory_usage(deep=True).sum() - small["docno"].cat.categories.memory_usage(deep=True)) / len(small)
+    assert per_row < 15 < frame.memory_usage(deep=True).sum() / len(frame) / 5
+    for columns in (list(frame), ["qid", "query", "docno", "score"], ["qid", "query", "docno", "rank"]):
+        given = frame[columns]
+        mined, again = (mine_documents(f, topics, qrels, depth=50) for f in (given, reduce_results(given)))
+        pd.testing.assert_frame_equal(mined, again)
+    assert len(mined) > 5000
+
+
+def test_pipelines_are_told_apart_by_their_functions():
+    def stage(number):
+        return pt.apply.doc_score(lambda row: number) >> pt.apply.generic(lambda frame: [x + 0 for x in frame])
+
+    same, other = (mining.describe_source(stage(number)) for number in (1, 2))
+    assert mining.describe_source(stage(1)) == same != other
+    assert mining.describe_source(pt.apply.generic(lambda frame: [x + 1 for x in frame])) != mining.describe_source(
+        pt.apply.generic(lambda frame: [x + 2 for x in frame])
+    )
+
+
+def test_descriptions_are_the_same_in_every_process():
+    script = """if True:
+        import pyterrier as pt
+        from pt_dance.mining import describe_source
+        def make(words):
+            return lambda dense: dense % len(words)
+        words = {"a", "b", "c", "d", "e"}
+        print(describe_source(make(words)))
+        print(describe_source(pt.apply.doc_score(make(words)) >> pt.rewrite.reset()))
+    """
+    said = set()
+    for seed in "12":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
+        said.add(done.stdout)
+    assert len(said) == 1 and "<lambda>#" in done.stdout and "0x" not in done.stdout
+
+
+def test_weights_of_sources_may_be_numbers_of_numpy():
+    weighted = [(results(), np.float32(2)), (results(), np.int64(1))]
+    plain = [(results(), 2), (results(), 1)]
+    mined, again = (mine_documents(source, TOPICS, QRELS, depth=40, negatives=6) for source in (weighted, plain))
+    pd.testing.assert_frame_equal(mined, again)

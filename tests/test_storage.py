@@ -180,3 +180,4 @@ def test_digests_do_not_depend_on_how_the_content_came(tmp_path):
     assert file_digest(tmp_path / "file") == new_digest(b"abc").hexdigest()
     frame = pd.DataFrame({"qid": ["1", "2"], "label": [1, 2]})
     assert frame_id(frame) == frame_id(frame.copy()) != frame_id(frame[::-1])
+    assert frame_id(frame.astype({"qid": "category"})) == frame_id(frame)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ class CorpusTextLoader(pt.Transformer):
     Args:
         corpus: Where the texts are.
         fields: ``text``, a field of the corpus, a list of them, or ``*`` for all.
+        columns: Which column of the corpus each field is; None for those of the corpus under their own names.
         verbose: Whether to show a progress bar.
 
     Raises:
@@ -27,15 +28,23 @@ class CorpusTextLoader(pt.Transformer):
 
     schematic = {"label": "Corpus texts", "help_url": None}
 
-    def __init__(self, corpus: Corpus, fields: str | Sequence[str] = "*", *, verbose: bool = False) -> None:
-        known = [name for name in corpus.dataset.column_names if name != "docno"]
-        names = known if fields == "*" else [fields] if isinstance(fields, str) else list(fields)
-        unknown = [name for name in names if name not in known]
+    def __init__(
+        self,
+        corpus: Corpus,
+        fields: str | Sequence[str] = "*",
+        *,
+        columns: Mapping[str, str] | None = None,
+        verbose: bool = False,
+    ) -> None:
+        if columns is None:
+            columns = {name: name for name in corpus.dataset.column_names if name != "docno"}
+        names = list(columns) if fields == "*" else [fields] if isinstance(fields, str) else list(fields)
+        unknown = [name for name in names if name not in columns]
         if unknown or not names:
             raise ValueError(
-                f"the corpus {corpus.path} has no field {unknown[0] if unknown else ''!r}: it has {known}."
+                f"fields={fields!r} must name fields of the documents: they have {', '.join(map(repr, columns))}"
             )
-        self.corpus, self.fields, self.verbose = corpus, fields, verbose
+        self.corpus, self.fields, self.columns, self.verbose = corpus, fields, columns, verbose
         self._names = names
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
@@ -56,7 +65,7 @@ class CorpusTextLoader(pt.Transformer):
         columns = {}
         for name in pt.tqdm(self._names, desc=f"{self.corpus.path.name} texts", disable=not self.verbose, delay=1):
             values = np.empty(len(distinct), dtype=object)
-            values[:] = self.corpus.field_at(name, distinct)
+            values[:] = self.corpus.field_at(self.columns[name], distinct)
             columns[name] = pd.Series(values[inverse], index=inp.index, dtype="str" if not len(inp) else None)
         return inp.assign(**columns)
 
@@ -67,10 +76,13 @@ class CorpusTextLoader(pt.Transformer):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CorpusTextLoader):
             return NotImplemented
-        return (self.corpus, self._names) == (other.corpus, other._names)
+        return self._key() == other._key()
 
     def __hash__(self) -> int:
-        return hash((CorpusTextLoader, self.corpus, tuple(self._names)))
+        return hash((CorpusTextLoader, self._key()))
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.corpus, tuple((name, self.columns[name]) for name in self._names)
 
     def __repr__(self) -> str:
         return f"{self.corpus!r}.text_loader({self.fields!r})"

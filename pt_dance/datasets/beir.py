@@ -5,12 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyterrier as pt
+
+from pt_dance.corpus.corpus import Corpus
+from pt_dance.corpus.text_loader import CorpusTextLoader
+from pt_dance.storage import options
+from pt_dance.storage.digests import file_digest
 
 _QRELS_HEADER = ["query-id", "corpus-id", "score"]
 _USUAL_ORDER = {"train": 0, "dev": 1, "test": 2}
@@ -34,7 +40,7 @@ class BeirFolder(pt.datasets.Dataset):
     """
 
     def __init__(self, folder: str | Path):
-        self._folder = Path(folder)
+        self._folder = options.path_of(folder, "folder")
         self._file("corpus.jsonl")
 
     @property
@@ -55,22 +61,52 @@ class BeirFolder(pt.datasets.Dataset):
         names = [path.stem for path in (self.folder / "qrels").glob("*.tsv")]
         return sorted(names, key=lambda name: (_USUAL_ORDER.get(name, len(_USUAL_ORDER)), name))
 
-    def get_corpus_iter(self, *, verbose: bool = True) -> Iterator[dict[str, Any]]:
+    def get_corpus_iter(
+        self, *, verbose: bool = True, start: int = 0, count: int | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Stream the documents in the order of the file.
 
         Args:
-            verbose: Show a progress bar.
+            verbose: Whether to show a progress bar.
+            start: Number of the first document, from 0; the lines before it are read but not looked at.
+            count: How many documents; None for all that follow.
 
         Returns:
             An iterator of dicts with ``docno``, ``title`` ("" where a document has none), ``text`` and whatever other
             fields the file has.
 
         Raises:
-            ValueError: While iterating, if a line is no JSON object, or its ``_id`` or ``text`` is missing or of
-                another type; the message names file and line.
+            ValueError: If ``start`` or ``count`` makes no sense; while iterating, if a line is no JSON object, or its
+                ``_id`` or ``text`` is missing or of another type; the message names file and line.
         """
-        path = self._file("corpus.jsonl")
-        return iter(pt.tqdm(_documents(path), desc=f"{self._name} documents", unit="d", disable=not verbose))
+        start, count = options.whole("start", start, 0), options.whole("count", count, 0, or_none=True)
+        documents = _documents(self._file("corpus.jsonl"), start, None if count is None else start + count)
+        bar = pt.tqdm(documents, desc=f"{self._name} documents", total=count, unit="d", disable=not verbose)
+        return iter(bar)
+
+    def text_loader(self, fields: str | Sequence[str] = "*", *, verbose: bool = False) -> pt.Transformer:
+        """Return a transformer that adds the documents' texts by docno, for ``pt.text.get_text(dataset, "text")``.
+
+        The first call writes the documents to a :class:`pt_dance.Corpus` below PyTerrier's home; later ones use it as
+        long as the file's content is the same.
+
+        Args:
+            fields: ``text``, ``title``, a list of them, or ``*`` for both.
+            verbose: Whether to show progress bars.
+
+        Raises:
+            ValueError: If there is no such field.
+            OSError: If the disk is full or cannot be written to.
+        """
+        file = self._file("corpus.jsonl")
+        path = Path(pt.io.pyterrier_home()) / "pt_dance" / f"{self._name}-{file_digest(file)[:16]}"
+        try:
+            corpus = Corpus(path)
+        except (FileNotFoundError, ValueError):
+            # Under another name, since a corpus's own text has the title in it.
+            parts = ({"docno": d["docno"], "title": d["title"], "body": d["text"]} for d in _documents(file))
+            corpus = Corpus.build(parts, path, fields=["title", "body"], overwrite=True, verbose=verbose)
+        return CorpusTextLoader(corpus, fields, columns={"title": "title", "text": "body"}, verbose=verbose)
 
     def get_topics(self, variant: str | None = None) -> pd.DataFrame:
         """Return the queries.
@@ -147,8 +183,8 @@ class BeirFolder(pt.datasets.Dataset):
         return self.splits if component in ("topics", "qrels") else None
 
 
-def _documents(path: Path) -> Iterator[dict[str, Any]]:
-    for number, record in _json_lines(path):
+def _documents(path: Path, start: int = 0, end: int | None = None) -> Iterator[dict[str, Any]]:
+    for number, record in islice(_json_lines(path, start), None if end is None else end - start):
         docno = _identifier(record, path, number)
         title = "" if record.get("title") is None else _text(record, "title", path, number)
         text = _text(record, "text", path, number)
@@ -156,13 +192,16 @@ def _documents(path: Path) -> Iterator[dict[str, Any]]:
         yield {**record, "docno": docno, "title": title, "text": text}
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) of the lines that are not blank."""
+def _json_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of the lines that are not blank, without the first ``start`` of them."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         number = 0
         try:
             for number, line in enumerate(file, start=1):
                 if line.isspace():
+                    continue
+                if start > 0:
+                    start -= 1
                     continue
                 try:
                     record = json.loads(line)
@@ -201,7 +240,7 @@ def _read_qrels(path: Path) -> pd.DataFrame:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                values = line.decode("utf-8").rstrip("\r\n").split("\t")
+                values = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not valid UTF-8 ({error}); correct this line.") from error
             if number == 1:
@@ -220,7 +259,7 @@ def _read_qrels(path: Path) -> pd.DataFrame:
                 )
             qid, docno, score = values
             try:
-                label = int(score)
+                label = int(score) if "." not in score else _whole(float(score))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: the score must be a whole number, not {score!r}.") from error
             if labels.setdefault((qid, docno), label) != label:
@@ -235,3 +274,9 @@ def _read_qrels(path: Path) -> pd.DataFrame:
             "label": pd.Series(list(labels.values()), dtype="int64"),
         }
     )
+
+
+def _whole(score: float) -> int:
+    if not score.is_integer():
+        raise ValueError("no whole number")
+    return int(score)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from pyterrier.datasets import Dataset, DatasetProvider
 
 from pt_dance.datasets.beir import BeirFolder
 from pt_dance.datasets.pydocs import PyDocs
+from pt_dance.storage import options
 
 
 class DanceDatasetProvider(DatasetProvider):
@@ -29,14 +29,14 @@ class DanceDatasetProvider(DatasetProvider):
         """
         if name == "pydocs":
             return PyDocs()
-        folder = Path(name).expanduser()
+        folder = options.path_of(name, "the data set's folder")
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"There is no data set 'dance:{name}': after 'dance:' goes either 'pydocs' or the path of a folder in "
-                "BEIR layout, and no folder of that name was found."
+                f"there is no data set 'dance:{name}': after 'dance:' goes either 'pydocs' or the path of a folder in "
+                "BEIR layout, and no folder of that name was found"
             )
         return BeirFolder(folder)
 
     def list_dataset_names(self) -> Iterable[str]:
-        """Return the names known beforehand; folders are known only to who has them."""
+        """Return the names that are the same everywhere; folders have the names of their paths."""
         return ["pydocs"]

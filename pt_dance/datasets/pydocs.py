@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -17,7 +18,8 @@ import pyterrier as pt
 
 from pt_dance.datasets._docstrings import STANDARD_LIBRARY, Docstring, module_files, read_docstrings, split_docstring
 from pt_dance.datasets.beir import BeirFolder
-from pt_dance.storage.folders import publish_folder
+from pt_dance.storage.digests import file_digest, text_id
+from pt_dance.storage.folders import publish_folder, read_json, replace_folder, write_json
 
 PACKAGES = {
     STANDARD_LIBRARY: None,
@@ -36,6 +38,9 @@ PACKAGES = {
 # Changes whenever the rules here or in _docstrings.py do, so that a collection made by other rules is not taken for
 # one made by these.
 _RULES = 1
+
+_SPLITS = ("train", "dev", "test")
+_FILES = ("corpus.jsonl", "queries.jsonl", *(f"qrels/{split}.tsv" for split in _SPLITS))
 
 _ONE_BUILD = threading.Lock()
 
@@ -71,7 +76,7 @@ class PyDocs(BeirFolder):
     @property
     def splits(self) -> list[str]:
         """The names of the splits."""
-        return ["train", "dev", "test"]
+        return list(_SPLITS)
 
     @property
     def _name(self) -> str:
@@ -143,13 +148,21 @@ def _split_of(name: str) -> str:
 def _cached(packages: dict[str, str | None], home: Path, *, verbose: bool) -> Path:
     """Return the folder of the collection for the installed versions of the packages, making it if need be."""
     versions = _versions(packages)
-    key = hashlib.sha256(json.dumps([_RULES, versions], sort_keys=True).encode()).hexdigest()[:16]
-    final = home / f"pydocs-{key}"
+    final = home / f"pydocs-{text_id(json.dumps([_RULES, versions], sort_keys=True))}"
     # Python's parser is not safe to use from several threads at once ("recursion depth mismatch", 3.11).
     with _ONE_BUILD:
-        if not final.is_dir():
+        if not _is_as_written(final):
             _make(versions, final, verbose=verbose)
     return final
+
+
+def _is_as_written(folder: Path) -> bool:
+    """Whether a folder holds the collection that was written to it, with the very same content."""
+    try:
+        digests = read_json(folder / "about.json")["digests"]
+        return all(file_digest(folder / name) == digests[name] for name in _FILES)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _make(versions: dict[str, str], final: Path, *, verbose: bool) -> None:
@@ -159,11 +172,13 @@ def _make(versions: dict[str, str], final: Path, *, verbose: bool) -> None:
     try:
         _build(versions, building, verbose=verbose)
         building.chmod(0o755)
-        try:
-            publish_folder(building, final)
-        except OSError:
-            if not final.is_dir():  # else another process was quicker; what it made is the same
-                raise
+        # Another process may have been quicker; what it made is the same.
+        if not _is_as_written(final):
+            if final.exists():
+                replace_folder(building, final)
+            else:
+                with contextlib.suppress(FileExistsError):
+                    publish_folder(building, final)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -183,7 +198,7 @@ def _versions(packages: dict[str, str | None]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             # Sources without an installation: nothing but the files themselves tells one state from another.
             states = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files]
-            versions[package] = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
+            versions[package] = text_id(json.dumps(states))
     return versions
 
 
@@ -206,7 +221,7 @@ def _build(versions: dict[str, str], folder: Path, *, verbose: bool) -> None:
     _write_lines(folder / "queries.jsonl", ({"_id": query["qid"], "text": query["query"]} for query in queries))
     splits = {q["qid"]: q["split"] for q in queries}
     (folder / "qrels").mkdir()
-    for split in ("train", "dev", "test"):
+    for split in _SPLITS:
         lines = ["query-id\tcorpus-id\tscore"]
         lines += [f"{qid}\t{docno}\t1" for qid, docno in qrels if splits[qid] == split]
         (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -217,8 +232,9 @@ def _build(versions: dict[str, str], folder: Path, *, verbose: bool) -> None:
         "unreadable": sorted(unreadable),
         "documents": len(documents),
         "queries": len(queries),
+        "digests": {name: file_digest(folder / name) for name in _FILES},
     }
-    (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "about.json", about)
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 Everything here works on data frames and NumPy arrays; a negative source is a PyTerrier pipeline.
 """
 
-from pt_dance.mining.candidates import share_of
+from pt_dance.mining.candidates import reduce_results, share_of
 from pt_dance.mining.documents import mine_documents
 from pt_dance.mining.filters import MiningContext, NearDuplicate, PositiveMargin, RankRange, TeacherScore
 from pt_dance.mining.judgements import positive_pairs
@@ -23,6 +23,7 @@ __all__ = [
     "mine_queries",
     "needs_dense",
     "positive_pairs",
+    "reduce_results",
     "resolve_source",
     "share_of",
 ]

@@ -67,6 +67,24 @@ def share_of(qids: pd.Series, share: float, *, turn: int, seed: int) -> pd.Serie
     return order.iloc[np.sort((turn * size + np.arange(size)) % len(qids))]
 
 
+def reduce_results(results: pd.DataFrame) -> pd.DataFrame:
+    """Return what mining needs of a result frame, in some 16 bytes a row instead of hundreds.
+
+    Args:
+        results: Ranked documents of queries: ``qid``, ``docno``, and ``rank`` or ``score``.
+
+    Returns:
+        A new frame: ``qid`` and ``docno`` as categories, ``rank`` (int32) and ``score`` (float32, or as it came where
+        there are no ranks and it decides the order), as far as they are there; the rows in their order.
+    """
+    columns = {name: pd.Categorical(results[name]) for name in ("qid", "docno")}
+    if "rank" in results.columns:
+        columns["rank"] = results["rank"].to_numpy(dtype=np.int32)
+    if "score" in results.columns:
+        columns["score"] = results["score"].to_numpy(dtype=np.float32 if "rank" in columns else np.float64)
+    return pd.DataFrame(columns)
+
+
 def ranked(results: pd.DataFrame, source_column: str, candidate_column: str) -> pd.DataFrame:
     """The columns mining needs, each candidate once, with ``rank`` 0, 1, 2 ... for each source as in the results."""
     frame = pd.DataFrame({c: results[c].to_numpy(dtype=object) for c in (source_column, candidate_column)})

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any, TypeGuard
 
 import pandas as pd
 import pyterrier as pt
 
+from pt_dance.storage import options
+from pt_dance.storage.digests import text_id
+
 FIRST_STAGE = "first_stage"
 
 
 def _pairs(source: object) -> list[tuple[object, float]]:
-    if isinstance(source, (list, tuple)) and not (len(source) == 2 and isinstance(source[1], (int, float))):
+    if isinstance(source, (list, tuple)) and not (len(source) == 2 and options.is_number(source[1])):
         if not source:
             raise ValueError("a list of negative sources must hold at least one source")
         return [pair for entry in source for pair in _pairs(entry)]
@@ -105,22 +109,42 @@ def describe_source(source: object) -> str:
         return f"results of {source['qid'].nunique()} queries"
     if _is_function(source):
         return _describe_function(source)
-    return without_addresses(repr(source))
+    return without_addresses(repr(source)) + "".join(_functions_of(source))
+
+
+def _functions_of(stage: object) -> Iterator[str]:
+    """Yield the functions that a pipeline's stages hold, such as those of ``pt.apply``, which a repr does not show."""
+    for name, value in sorted(getattr(stage, "__dict__", {}).items()):
+        if isinstance(value, (FunctionType, MethodType, partial)):
+            yield f" {name}={_describe_function(value)}"
+    for inner in getattr(stage, "_transformers", ()):
+        yield from _functions_of(inner)
 
 
 def _describe_function(function: Any) -> str:
     code = getattr(function, "__code__", None)
     if code is None:
         return without_addresses(repr(function))
-    constants = [c for c in code.co_consts if isinstance(c, (str, bytes, int, float, tuple, type(None)))]
-    parts = [code.co_code.hex(), repr(code.co_names), repr(constants), repr(function.__defaults__)]
+    parts = [*_code(code), repr(function.__defaults__)]
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         value = cell.cell_contents
+        if isinstance(value, (set, frozenset)):  # whose order differs in every process
+            value = sorted(map(repr, value))
         parts.append(f"{name}={_describe_function(value) if _is_function(value) else repr(value)}")
-    digest = hashlib.sha256(without_addresses("\n".join(parts)).encode()).hexdigest()[:8]
+    digest = text_id(without_addresses("\n".join(parts)), 8)
     return f"{function.__name__}#{digest}"
 
 
+def _code(code: CodeType) -> Iterator[str]:
+    """Yield what a function does, its inner functions among it."""
+    yield code.co_code.hex()
+    yield repr(code.co_names)
+    yield repr([c for c in code.co_consts if isinstance(c, (str, bytes, int, float, tuple, type(None)))])
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code(constant)
+
+
 def without_addresses(text: str) -> str:
-    """The text without the addresses of objects, which say nothing about them and differ in every process."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    """Return the text without the addresses of objects, which say nothing about them and differ in every process."""
+    return re.sub(r"(?: at )?\b0x[0-9a-fA-F]+", "", text)

@@ -58,5 +58,10 @@ def text_id(text: str, digits: int = 16) -> str:
 
 def frame_id(frame: pd.DataFrame) -> str:
     """Return 16 hexadecimal digits (SHA-256) over the values of a frame as strings, in its order."""
-    hashed: Any = pd.util.hash_pandas_object(frame.astype(str), index=False).to_numpy()
+    # The hash of a category is that of its value, so that a frame of categories needs no strings for its rows.
+    strings = {
+        name: column if isinstance(column.dtype, pd.CategoricalDtype) else column.astype(str)
+        for name, column in frame.items()
+    }
+    hashed: Any = pd.util.hash_pandas_object(pd.DataFrame(strings), index=False).to_numpy()
     return hashlib.sha256(hashed.tobytes()).hexdigest()[:16]

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyterrier as pt
-import xxhash
 
 from pt_dance.losses.rows import TrainingRows
+from pt_dance.mining.sources import describe_source
+from pt_dance.storage import options
+from pt_dance.storage.digests import texts_digest
 
 _BLOCK = 4096
 
@@ -30,7 +32,7 @@ class TeacherScores:
 
     def __init__(self, teacher: pt.Transformer, path: str | Path, *, verbose: bool = False):
         self.teacher = teacher
-        self.path = Path(path)
+        self.path = options.path_of(path)
         self.verbose = verbose
         self._identity = teacher_identity(teacher).encode()
 
@@ -130,19 +132,17 @@ class TeacherScores:
         return scores
 
     def _key(self, query: str, text: str) -> bytes:
-        digest = xxhash.xxh3_128(self._identity)
-        for part in (query, text):
-            encoded = part.encode("utf-8", "surrogatepass")
-            digest.update(len(encoded).to_bytes(8, "little"))
-            digest.update(encoded)
-        return digest.digest()
+        return texts_digest(query, text, start=self._identity)
 
 
 def teacher_identity(teacher: pt.Transformer) -> str:
-    """What tells one teacher's scores from another's: its weights where it has a ``fingerprint``, else its repr."""
+    """Return what tells one teacher's scores from another's.
+
+    That is its weights where it has a ``fingerprint``, stage by stage; else its repr and the code of its functions.
+    """
     fingerprint = getattr(teacher, "fingerprint", None)
     if fingerprint is not None:
         return f"{type(teacher).__name__}:{fingerprint}"
     if isinstance(teacher, pt.Transformer) and hasattr(teacher, "_transformers"):
         return " >> ".join(teacher_identity(stage) for stage in teacher._transformers)
-    return repr(teacher)
+    return describe_source(teacher)
