@@ -22,6 +22,7 @@ from pt_dance.training.teacher import TeacherScores
 from pt_dance.training.token_cache import TokenCache
 
 DOCUMENTS = 30
+ASKED = []  # by teachers; not in a closure, whose values would tell one from another
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +156,11 @@ def test_no_column_takes_the_tokens_of_another_for_its_own(passages):
 def test_teachers_that_differ_in_their_function_only_keep_their_scores_apart(corpus, tmp_path, monkeypatch):
     topics = pd.DataFrame({"qid": ["1", "2"], "query": ["a", "b"]})
     pairs = pd.DataFrame({"qid": ["1", "2"], "docno": ["d1", "d2"]})
-    asked = []
+    ASKED.clear()
 
     def scores(factor, path):
         def score(row):
-            asked.append(factor)
+            ASKED.append(factor)
             return factor * float(row["docno"][1:])
 
         teacher = TeacherScores(pt.apply.doc_score(score), path)
@@ -168,7 +169,7 @@ def test_teachers_that_differ_in_their_function_only_keep_their_scores_apart(cor
     monkeypatch.chdir(tmp_path)
     assert scores(2, "teacher.sqlite") == [2, 4] and scores(3, tmp_path / "teacher.sqlite") == [3, 6]
     assert scores(2, "teacher.sqlite") == [2, 4]
-    assert asked == [2, 2, 3, 3]
+    assert ASKED == [2, 2, 3, 3]
     kept = TeacherScores(pt.apply.doc_score(len), "teacher.sqlite")
     monkeypatch.chdir("/")
     assert kept.path == tmp_path / "teacher.sqlite"
