@@ -394,7 +394,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         with new_folder(path, "the retriever") as building:
             folder = building / "rounds" / f"{self._round:02d}"
             (folder / "encoder").mkdir(parents=True)
-            encoder._write(folder / "encoder")
+            encoder.write(folder / "encoder")
             shutil.copytree(index.index_path, folder / "index")
             self._write_meta(building)
 

@@ -18,7 +18,6 @@ from ir_measures import nDCG
 from safetensors.torch import load_file, save_file
 
 from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, recipes
-from pt_dance.encoder.files import EncoderFiles
 from small_collection import standard_library
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
@@ -275,7 +274,7 @@ def test_a_damaged_checkpoint_is_named(run, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         shutil.copytree(run.interrupted, tmp_path / "run")
-        patch.setattr(EncoderFiles, "save", full_disk)
+        patch.setattr(DualEncoder, "save", full_disk)
         run.fit(tmp_path / "run")
     checkpoint = tmp_path / "run" / "rounds" / "02" / "checkpoints" / "checkpoint-2"
     state = checkpoint / "optimizer.pt"

@@ -169,7 +169,7 @@ def test_ends_with_normalize_iff_cosine(bert, bert_path):
     assert len(bare) == 2
     with pytest.raises(ValueError, match="'manhattan'"):
         DualEncoder(SentenceTransformer(modules=[tower[0], tower[1]], similarity_fn_name="manhattan"))
-    with pytest.raises(ValueError, match="'cosine' or 'dot'"):
+    with pytest.raises(ValueError, match="similarity='euclidean' is unknown"):
         bert.with_similarity("euclidean")
 
 
@@ -303,7 +303,7 @@ def test_settings_are_saved_and_may_be_overridden(bert_path, tmp_path):
 
 
 def test_package_is_the_encoder_as_it_is_now(small, tmp_path):
-    with pytest.raises(ValueError, match="Say where"):
+    with pytest.raises(ValueError, match="say where"):
         small.build_package()
     small.save(tmp_path / "m")
     with torch.no_grad():
@@ -387,11 +387,11 @@ def test_damaged_folders_give_one_plain_sentence(bert_path, tmp_path, damage):
 
 
 def test_bad_arguments(tmp_path, static, small, bert_path):
-    with pytest.raises(FileNotFoundError, match="There is no model folder"):
+    with pytest.raises(FileNotFoundError, match="there is no model folder"):
         DualEncoder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no such model could be had"):
         DualEncoder("nobody/nothing-of-this-name")
-    with pytest.raises(FileNotFoundError, match="There is no encoder folder"):
+    with pytest.raises(FileNotFoundError, match="there is no encoder folder"):
         DualEncoder.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"neither modules\.json nor config\.json"):
         DualEncoder(tmp_path)
@@ -399,7 +399,7 @@ def test_bad_arguments(tmp_path, static, small, bert_path):
     with pytest.raises(ValueError, match="is a file"):
         DualEncoder(tmp_path / "file")
     for model in (None, 3, ["a"], ""):
-        with pytest.raises(TypeError, match="A model is given as"):
+        with pytest.raises(TypeError, match="a model is given as"):
             DualEncoder(model)
     for options, match in (
         ({"batch_size": 0}, "batch_size"),
@@ -418,7 +418,7 @@ def test_bad_arguments(tmp_path, static, small, bert_path):
     with pytest.raises(ValueError, match=r"pt_meta\.json is not valid JSON"):
         DualEncoder.load(tmp_path / "m")
     (tmp_path / "m" / "pt_meta.json").write_text('{"type": "dense_index"}')
-    with pytest.raises(ValueError, match="not an encoder"):
+    with pytest.raises(ValueError, match=r"is no encoder: its pt_meta\.json says type 'dense_index'"):
         DualEncoder.load(tmp_path / "m")
 
 

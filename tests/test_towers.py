@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Router, StaticEmbedding
 
-from pt_dance import DualEncoder
+from pt_dance import Corpus, DualEncoder
 from pt_dance.encoder.wordpiece import SPECIAL, train_wordpiece
 from small_models import small_bert
 
@@ -115,14 +115,14 @@ def test_static_streams_and_checks_its_texts():
         yield "iron and blood"
 
     assert DualEncoder.static(stream(), dim=2, vocab_size=50).dim == 2
-    with pytest.raises(ValueError, match="There are no texts"):
+    with pytest.raises(ValueError, match="there are no texts"):
         DualEncoder.static(iter([]))
     with pytest.raises(ValueError, match="not one word in the 2 texts"):
         DualEncoder.static(["", " \n"])
     with pytest.raises(TypeError, match="not as one str"):
         DualEncoder.static("one text")
     for bad in (None, float("nan"), 3):
-        with pytest.raises(TypeError, match="Text number 1 is"):
+        with pytest.raises(TypeError, match="text number 1 is"):
             DualEncoder.static(["fine", bad])
 
     def broken():
@@ -174,7 +174,7 @@ def test_static_from_a_transformer(bert_path, tmp_path):
     assert_same_as_sentence_transformers(reduced, SentenceTransformer(str(tmp_path / "m")))
     with pytest.raises(ValueError, match="only 32 dimensions"):
         DualEncoder.static_from(bert_path, dim=33)
-    with pytest.raises(ValueError, match="dim must be a positive"):
+    with pytest.raises(ValueError, match=r"dim=.* must be a whole number of at least 1"):
         DualEncoder.static_from(bert_path, dim=0)
     with pytest.raises(ValueError, match="begins with Router"):
         DualEncoder.static_from(DualEncoder.two_towers(bert_path, bert_path))
@@ -300,7 +300,7 @@ def test_towers_of_towers_and_similarities(bert_path, other_path, static):
     assert np.allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), pair.encode_docs(TEXTS), atol=1e-6)
     with pytest.raises(ValueError, match="say similarity"):
         DualEncoder.two_towers(static, static.with_similarity("dot"))
-    with pytest.raises(ValueError, match="must be 'cosine' or 'dot'"):
+    with pytest.raises(ValueError, match="similarity='l2' is unknown; choose one of 'cosine', 'dot'"):
         DualEncoder.two_towers(static, static, similarity="l2")
     assert DualEncoder.two_towers(static, static.with_similarity("dot"), similarity="dot").similarity == "dot"
     # A Router made elsewhere, whose towers normalise for themselves.
@@ -315,12 +315,125 @@ def test_towers_of_towers_and_similarities(bert_path, other_path, static):
 
 def test_towers_that_do_not_fit(bert_path, static, tmp_path_factory):
     narrow = DualEncoder.static(TEXTS * 2, dim=5)
-    for projection in (None, 4):
-        with pytest.raises(ValueError, match="have 32 dimensions and the document tower's 5"):
-            DualEncoder.two_towers(bert_path, narrow, projection)
+    with pytest.raises(ValueError, match="have 32 dimensions and the document tower's 5; give shared_projection"):
+        DualEncoder.two_towers(bert_path, narrow)
     with pytest.raises(ValueError, match="takes 7 dimensions, the towers give 32"):
         DualEncoder.two_towers(bert_path, static, Dense(7, 3))
     for projection in (0, 1.5, "8", True):
-        with pytest.raises(ValueError, match="shared_projection must be"):
+        with pytest.raises(ValueError, match=r"shared_projection=.* must be a whole number"):
             DualEncoder.two_towers(bert_path, static, projection)
     assert isinstance(static.model[0], StaticEmbedding)
+
+
+def test_unlike_towers_meet_in_a_shared_projection(bert_path, tmp_path):
+    narrow = DualEncoder.static(TEXTS * 2, dim=5)
+    made = DualEncoder.two_towers(bert_path, narrow, 4, similarity="dot")
+    assert made.dim == 4 and made.encode_queries(TEXTS).shape == made.encode_docs(TEXTS).shape == (len(TEXTS), 4)
+    shared, own = made.model[1], made.model[0].sub_modules["document"][-1]
+    assert (shared.in_features, own.in_features, own.out_features) == (32, 5, 32)
+    # Its own layer keeps the narrow tower's dot products: the shared one alone decides what is lost.
+    raw = narrow.with_similarity("dot").encode_docs(TEXTS)
+    wide = raw @ own.linear.weight.detach().numpy().T
+    assert np.abs(wide @ wide.T - raw @ raw.T).max() < 1e-4
+    assert np.abs(made.encode_docs(TEXTS) - wide @ shared.linear.weight.detach().numpy().T).max() < 1e-5
+    loaded = DualEncoder.load(made.save(tmp_path / "m").path)
+    assert loaded.fingerprint == made.fingerprint
+    assert (
+        np.abs(SentenceTransformer(str(tmp_path / "m")).encode_document(TEXTS) - made.encode_docs(TEXTS)).max() < 1e-6
+    )
+    given = DualEncoder.two_towers(bert_path, narrow, Dense(32, 3), similarity="dot")
+    assert given.dim == 3
+
+
+def test_static_reads_documents(tmp_path):
+    expected = DualEncoder.static(TEXTS * 2, dim=8, vocab_size=150).fingerprint
+    docs = [{"docno": f"d{i}", "body": text, "text": "x"} for i, text in enumerate(TEXTS * 2)]
+
+    class Data:
+        def get_corpus_iter(self):
+            return iter(docs)
+
+    for source in (docs, iter(docs), pd.DataFrame(docs), Data()):
+        encoder = DualEncoder.static(source, dim=np.int64(8), vocab_size=np.int32(150), text_field="body")
+        assert encoder.fingerprint == expected and encoder.text_field == "body"
+    corpus = Corpus.build([{"docno": d["docno"], "text": d["body"]} for d in docs], tmp_path / "c", verbose=False)
+    assert DualEncoder.static(corpus, dim=8, vocab_size=150).fingerprint == expected
+    with pytest.raises(ValueError, match="document 'd0' has no field 'title'"):
+        DualEncoder.static(docs, text_field="title")
+    with pytest.raises(ValueError, match="no column 'title'"):
+        DualEncoder.static(pd.DataFrame(docs), text_field="title")
+    with pytest.raises(TypeError, match="not as one str"):
+        DualEncoder.static("one text")
+
+
+# -- ANCE's head -------------------------------------------------------------------------------------------------------
+
+
+def layer_normed(vectors, dense, norm):
+    out = vectors @ dense.linear.weight.detach().numpy().T + dense.linear.bias.detach().numpy()
+    out = (out - out.mean(1, keepdims=True)) / np.sqrt(out.var(1, keepdims=True) + norm.norm.eps)
+    return out * norm.norm.weight.detach().numpy() + norm.norm.bias.detach().numpy()
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "normal"])
+def test_layernorm_head_of_one_tower(bert_path, init, tmp_path):
+    encoder = DualEncoder(bert_path)
+    state = torch.random.get_rng_state()
+    made = encoder.with_head("layernorm", dim=np.int64(48), init=init)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert made.dim == 48 and made.similarity == "dot" and encoder.dim == 32 and encoder.similarity == "cosine"
+    assert [type(module).__name__ for module in made.model] == ["Transformer", "Pooling", "Dense", "LayerNorm"]
+    raw = encoder.with_similarity("dot").encode_docs(TEXTS)
+    vectors = made.encode_docs(TEXTS)
+    assert np.abs(vectors - layer_normed(raw, made.model[2], made.model[3])).max() < 1e-4
+    weight = made.model[2].linear.weight.detach()
+    if init == "orthogonal":
+        assert (weight.T @ weight - torch.eye(32)).abs().max() < 1e-5
+    else:
+        assert abs(float(weight.std()) - 0.02) < 2e-3
+    # LayerNorm leaves lengths of sqrt(dim), so that dot products rank as cosines do.
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 48**0.5).max() < 1e-2
+    assert made.fingerprint == encoder.with_head(dim=48, init=init).fingerprint
+    assert made.fingerprint != encoder.with_head(dim=48, init=init, seed=1).fingerprint
+    made.save(tmp_path / "m")
+    plain = SentenceTransformer(str(tmp_path / "m"))
+    assert plain.similarity_fn_name == "dot"
+    assert np.abs(plain.encode_document(TEXTS) - vectors).max() < 1e-6
+    loaded = DualEncoder(tmp_path / "m")
+    assert loaded.fingerprint == made.fingerprint and np.array_equal(loaded.encode_docs(TEXTS), vectors)
+    with torch.no_grad():
+        next(made.model.parameters()).add_(1)
+    assert encoder.fingerprint == DualEncoder(bert_path).fingerprint, "the copy shares weights"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_layernorm_head_of_two_towers(bert_path, other_path, shared, tmp_path):
+    pair = DualEncoder.two_towers(bert_path, other_path)
+    made = pair.with_head("layernorm", dim=24, shared=shared)
+    raw = pair.with_similarity("dot")
+    towers = made.model[0].sub_modules
+    heads = {task: (list(made.model)[1:] if shared else list(part)[-2:]) for task, part in towers.items()}
+    assert len(made.model) == (3 if shared else 1) and made.dim == 24
+    assert (heads["query"][0] is heads["document"][0]) is shared
+    for task, encode in (("query", "encode_queries"), ("document", "encode_docs")):
+        expected = layer_normed(getattr(raw, encode)(TEXTS), *heads[task])
+        assert np.abs(getattr(made, encode)(TEXTS) - expected).max() < 1e-4
+    loaded = DualEncoder.load(made.save(tmp_path / "m").path)
+    assert loaded.fingerprint == made.fingerprint and loaded.has_two_towers
+    plain = SentenceTransformer(str(tmp_path / "m"))
+    assert np.abs(plain.encode_query(TEXTS) - made.encode_queries(TEXTS)).max() < 1e-6
+    assert np.abs(plain.encode_document(TEXTS) - made.encode_docs(TEXTS)).max() < 1e-6
+
+
+def test_bad_heads(bert_path):
+    encoder = DualEncoder(bert_path)
+    for options, match in (
+        ({"head": "mlp"}, "head='mlp' is unknown"),
+        ({"dim": 0}, "dim=0 must be a whole number"),
+        ({"init": "ones"}, "init='ones' is unknown"),
+        ({"seed": -1}, "seed=-1 must be"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            encoder.with_head(**options)
+    with pytest.raises(ValueError, match="the towers share a projection"):
+        DualEncoder.two_towers(bert_path, bert_path, 8).with_head(shared=False)

@@ -20,7 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Router
 from torch import nn
 
 from pt_dance.encoder.precision import ONEDNN, onednn_is_there, with_onednn
-from pt_dance.encoder.reading import Reader, TransformerReader, reader_for
+from pt_dance.encoder.reading import Reader, TransformerReader, prompt_for, reader_for
 from pt_dance.storage.texts import lone_surrogate
 
 READ_AT_ONCE = 1024
@@ -87,6 +87,28 @@ def forward(model: SentenceTransformer, features: dict[str, Any], task: str, bfl
     if model.truncate_dim is not None:
         vectors = vectors[..., : model.truncate_dim]
     return vectors.float()
+
+
+def dim_of(model: SentenceTransformer) -> int:
+    """Return the length of a model's vectors; where it does not say, a text is encoded."""
+    dim = model.get_embedding_dimension()
+    if dim is None:
+        with evaluating(model), torch.no_grad():
+            dim = encode_with_gradients(model, ["dimension"], "document", 1).shape[1]
+    return int(dim)
+
+
+def encode_with_gradients(model: SentenceTransformer, texts: list[str], task: str, size: int) -> torch.Tensor:
+    """Encode texts as sentence-transformers would, ``size`` at a time, in the mode the model is in.
+
+    Returns:
+        Tensor (len(texts), dim) on the model's device.
+    """
+    if not texts:
+        return torch.empty((0, dim_of(model)), device=model.device)
+    prompt = prompt_for(model, task)
+    blocks = (texts[start : start + size] for start in range(0, len(texts), size))
+    return torch.cat([forward(model, model.preprocess(block, prompt=prompt, task=task), task) for block in blocks])
 
 
 def encode(
@@ -220,17 +242,17 @@ def checked(texts: Iterable[str], task: str) -> list[str]:
         ValueError: If a text is no valid Unicode; names its position.
     """
     if isinstance(texts, (str, bytes)):
-        raise TypeError(f"Texts are given as a list of strings, not as one {type(texts).__name__}.")
+        raise TypeError(f"texts are given as a list of strings, not as one {type(texts).__name__}")
     kind = "query" if task == "query" else "document"
     texts = list(texts)
     for position, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(
-                f"The text of {kind} number {position} is {text!r}, not a string; give it a text or drop it."
+                f"the text of {kind} number {position} is {text!r}, not a string; give it a text or drop it"
             )
         if (place := lone_surrogate(text)) is not None:
             raise ValueError(
-                f"The text of {kind} number {position} is no valid Unicode (a lone surrogate at character {place}); "
-                "clean it or drop it."
+                f"the text of {kind} number {position} is no valid Unicode (a lone surrogate at character {place}); "
+                "clean it or drop it"
             )
     return texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,42 +15,41 @@ import pyterrier as pt
 import torch
 from pyterrier_dr import BiEncoder, SimFn
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Router, StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
 
-from pt_dance.encoder import batches as _encoding
-from pt_dance.encoder import models
-from pt_dance.encoder import precision as _precision
-from pt_dance.encoder.builders import EncoderBuilders
-from pt_dance.encoder.files import EncoderFiles
-from pt_dance.encoder.fingerprint import fingerprint as _fingerprint
-from pt_dance.encoder.reading import prompt_for, reading_digests
+from pt_dance.encoder import batches, models, opening, towers
+from pt_dance.encoder.fingerprint import fingerprint
+from pt_dance.encoder.precision import PRECISIONS, Choice, choose, say_if_slow
 from pt_dance.encoder.stages import HANDED_OVER, DocEncoder, QueryEncoder, TextScorer
-from pt_dance.storage.options import choice, whole
+from pt_dance.storage import options
+from pt_dance.storage.folders import write_json
+from pt_dance.storage.writing import new_folder
 
 DTYPES = ("float32", "bfloat16", "auto")
 
 
-class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
+class DualEncoder(BiEncoder, pt.Artifact):
     """A sentence-transformers model that encodes queries and documents into one vector space.
 
     Used in a pipeline it encodes what it is given, as every :class:`pyterrier_dr.BiEncoder` does: queries get a
-    ``query_vec``, documents a ``doc_vec``, and rows with both a score. :meth:`query_encoder`, :meth:`doc_encoder` and
-    :meth:`scorer` are these three on their own.
-
-    Prompts, and the tower of a two-tower model, are those that sentence-transformers' ``encode_query`` and
-    ``encode_document`` would choose. Its folder is a plain sentence-transformers folder.
+    ``query_vec``, documents a ``doc_vec``, and rows with both a score. Prompts, and the tower of a two-tower model, are
+    those that sentence-transformers' ``encode_query`` and ``encode_document`` would choose. Its folder is a plain
+    sentence-transformers folder.
 
     Args:
-        model: A folder, a name on the Hugging Face hub, or a ``SentenceTransformer``. One in memory is not changed,
-            but its weights are shared: training this encoder trains them.
+        model: A folder, a name on the Hugging Face hub, or a ``SentenceTransformer``. One in memory is not changed, but
+            its weights are shared: training this encoder trains them. Half precision is opened as float32 (in memory,
+            as a copy). Published models are opened as they were meant, see :mod:`pt_dance.encoder.published`.
         batch_size: Texts in one forward pass of :meth:`encode_queries_torch` and :meth:`encode_docs_torch`. Encoding
             without gradients chooses its batches itself.
         text_field: Column with the documents' text.
         verbose: Whether to show progress.
         device: Where the model runs; sentence-transformers' choice when ``None``.
         dtype: How texts are encoded without gradients: ``"float32"``; ``"bfloat16"``, under autocast; or ``"auto"``,
-            bfloat16 where a product of the model's own shape is faster by a fifth; see :attr:`precision`.
+            bfloat16 where products of the model's own shapes are faster by a fifth; see :attr:`precision`.
         max_length: Texts are cut after so many tokens; the model's own limit when ``None``.
+        pooling: ``"cls"`` or ``"mean"``, for a plain transformers checkpoint; a warning says where it is assumed.
+        similarity: ``"cosine"`` or ``"dot"``; what the model says when ``None``, see :meth:`with_similarity`.
 
     Raises:
         TypeError: If ``model`` is none of the above.
@@ -73,34 +73,114 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         device: str | None = None,
         dtype: str = "float32",
         max_length: int | None = None,
+        pooling: str | None = None,
+        similarity: str | None = None,
     ):
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive number of texts, not {batch_size!r}.")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-        if not isinstance(text_field, str) or not text_field:
-            raise ValueError(f"text_field must be the name of a column, not {text_field!r}.")
-        opened = models.open_model(model, None if device is None else str(device))
-        pt.Artifact.__init__(self, self.NO_PATH if isinstance(model, SentenceTransformer) else Path(model).expanduser())
-        self.model = models.with_ending(opened, models.similarity_of(opened), device)
-        if max_length is not None:
-            models.set_max_length(self.model, max_length)
-        self.name = models.name_of(model)
-        self.text_field = text_field
+        self._batch_size = options.whole("batch_size", batch_size)
+        self.text_field = options.column("text_field", text_field)
+        self.dtype = options.choice("dtype", dtype, DTYPES)
+        self.max_length = options.whole("max_length", max_length, or_none=True)
+        device = None if device is None else str(device)
+        opened = towers.open_published(model, device, pooling, similarity)
+        pt.Artifact.__init__(self, opening.folder_given(model) or self.NO_PATH)
+        self.model = models.with_ending(opened, similarity or models.similarity_of(opened), device)
+        if self.max_length is not None:
+            models.set_max_length(self.model, self.max_length)
+        self.name = opening.name_of(model)
         self.verbose = verbose
-        self.dtype = dtype
-        self.max_length = max_length
-        self._choice: _precision.Choice | None = None
-        self._batch_size = batch_size
+        self._choice: Choice | None = None
 
-    # -- what it is ----------------------------------------------------------------------------------------------
+    @classmethod
+    def static(
+        cls,
+        texts: Any,
+        dim: int = 256,
+        vocab_size: int = 30000,
+        *,
+        seed: int = 42,
+        normalize: bool = True,
+        **kwargs: Any,
+    ) -> DualEncoder:
+        """Build a static tower from nothing: a WordPiece tokenizer trained on ``texts``, and random token embeddings.
+
+        A text's vector is the mean of its tokens' embeddings, which begin as random directions, as long as the token's
+        inverse document frequency, so that it begins to rank about as tf-idf does. Always the same from the same texts.
+
+        Args:
+            texts: Any iterable of texts, or documents whose field ``text_field`` is read: a :class:`pt_dance.Corpus`,
+                whatever has ``get_corpus_iter()``, a DataFrame, or dicts. Read once, in bounded memory.
+            dim: Length of the vectors.
+            vocab_size: Tokens in the vocabulary at most.
+            seed: Fixes the embeddings.
+            normalize: Whether vectors are scaled to length one (cosine similarity) or not (dot product).
+            **kwargs: Options of :class:`DualEncoder`.
+
+        Raises:
+            TypeError: If ``texts`` is one string, or a text is none; names its position.
+            ValueError: If there are no texts, or no words in them, or an option is out of range.
+        """
+        texts = towers.texts_of(texts, kwargs.get("text_field", "text"))
+        encoder = cls(towers.static(texts, dim, vocab_size, seed, normalize), **kwargs)
+        encoder.name = "static"
+        return encoder
+
+    @classmethod
+    def static_from(
+        cls, model: str | os.PathLike | SentenceTransformer | DualEncoder, dim: int | None = None, **kwargs: Any
+    ) -> DualEncoder:
+        """Build a static tower from another model's token embeddings and tokenizer.
+
+        Args:
+            model: A model that begins with a transformer or a static tower; it is not changed.
+            dim: Length of the vectors: the principal components of the embeddings; all of them when ``None``.
+            **kwargs: Options of :class:`DualEncoder`.
+
+        Raises:
+            ValueError: If the model has no token embeddings or no fast tokenizer, or fewer dimensions than ``dim``.
+        """
+        encoder = cls(towers.static_from(opening.model_of(model), dim), **kwargs)
+        encoder.name = f"static from {opening.name_of(model)}"
+        return encoder
+
+    @classmethod
+    def two_towers(
+        cls,
+        query_model: str | os.PathLike | SentenceTransformer | DualEncoder,
+        doc_model: str | os.PathLike | SentenceTransformer | DualEncoder,
+        shared_projection: int | Dense | None = None,
+        *,
+        similarity: str | None = None,
+        seed: int = 42,
+        **kwargs: Any,
+    ) -> DualEncoder:
+        """Build one tower for queries and one for documents: ADE, or ADE-SPL with a shared projection.
+
+        Source: Moiseev et al., SamToNe (Findings of ACL 2023), section 3. The towers are copies, also of one model
+        given twice, and keep their own maximum lengths.
+
+        Args:
+            query_model: Model of the query tower.
+            doc_model: Model of the document tower. With a shared projection its vectors may be longer or shorter than
+                the query tower's: the shorter ones first go through a linear layer of their own.
+            shared_projection: Output dimension of a linear layer (no bias, no activation) that both towers go through,
+                or that layer itself; none when ``None``.
+            similarity: ``"cosine"`` or ``"dot"``; that of both models when ``None``.
+            seed: Fixes the projection's first weights.
+            **kwargs: Options of :class:`DualEncoder`; ``max_length`` applies to both towers.
+
+        Raises:
+            ValueError: If the towers' vectors differ in length without a shared projection, or their similarities
+                differ and none is given.
+        """
+        queries, documents = opening.model_of(query_model), opening.model_of(doc_model)
+        encoder = cls(towers.two_towers(queries, documents, shared_projection, similarity, seed), **kwargs)
+        names = [opening.name_of(model) for model in (query_model, doc_model)]
+        encoder.name = " + ".join(dict.fromkeys(names)) + (" (two towers)" if names[0] == names[1] else "")
+        return encoder
 
     @property
     def batch_size(self) -> int:
-        """How many texts a pipeline had better hand over at once, which is what ``encoder >> index`` reads it for.
-
-        The number given to ``__init__`` applies to encoding with gradients; here it is only a lower bound.
-        """
+        """How many texts ``encoder >> index`` hands over at once: at least the number given to ``__init__``."""
         return max(HANDED_OVER, self._batch_size)
 
     @property
@@ -108,18 +188,12 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         """``"cosine"`` or ``"dot"``; either way, the plain dot product of the vectors is the score."""
         return self.model.similarity_fn_name
 
-    @property
-    def sim_fn(self) -> SimFn:
-        """pyterrier_dr's name for how these vectors are compared: always the dot product."""
-        return SimFn.dot
+    sim_fn = SimFn.dot  # how pyterrier_dr compares these vectors, whatever the similarity
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the weights and all else that changes the vectors; computed anew every time.
-
-        32 hexadecimal digits (xxh3, 128 bits) over weights, modules, prompts, tokenizers and maximum lengths.
-        """
-        return _fingerprint(self.model)
+        """Identifies all that changes the vectors, in 32 hexadecimal digits (xxh3, 128 bits); computed every time."""
+        return fingerprint(self.model)
 
     @property
     def model_name(self) -> str:
@@ -129,11 +203,7 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
     @property
     def dim(self) -> int:
         """Length of the vectors."""
-        dim = self.model.get_embedding_dimension()
-        if dim is None:
-            with _encoding.evaluating(self.model), torch.no_grad():
-                dim = int(self.encode_docs_torch(["dimension"]).shape[1])
-        return dim
+        return batches.dim_of(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -141,31 +211,31 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         return self.model.device
 
     @property
+    def pooling(self) -> str | None:
+        """How the tokens of the (first) tower become a vector, e.g. ``"cls"``; ``None`` for a static tower."""
+        return models.pooling_of(self.model)
+
+    @property
     def has_two_towers(self) -> bool:
         """Whether queries and documents are read by different modules."""
-        first = self.model[0]
-        return isinstance(first, Router) and {"query", "document"} <= set(first.sub_modules)
+        return isinstance(self.model[0], Router) and {"query", "document"} <= set(self.model[0].sub_modules)
 
     @property
     def is_static(self) -> bool:
         """Whether every tower is a table of token embeddings."""
-        first = self.model[0]
-        towers = [part[0] for part in first.sub_modules.values()] if isinstance(first, Router) else [first]
-        return all(isinstance(tower, StaticEmbedding) for tower in towers)
+        return all(isinstance(tower, StaticEmbedding) for tower in models.input_modules(self.model))
 
     @property
     def precision(self) -> str:
         """How texts are encoded without gradients: ``"float32"``, ``"float32-onednn"`` or ``"bfloat16"``.
 
-        Chosen when it is first asked for or needed, by a timed product of the model's own shape (some 50 ms), and kept
-        by copies. ``"float32-onednn"`` multiplies with oneDNN where PyTorch's own choice is slower: the same up to
-        float32 rounding. An index notes it, and uses it for what is appended, for queries and in later sessions.
+        Chosen when it is first needed, by timed products of the model's own shapes (some 50 ms), and kept by copies.
+        ``"float32-onednn"`` multiplies with oneDNN where PyTorch's own choice is slower: the same up to rounding. An
+        index notes it, and uses it for what is appended, for queries and in later sessions.
         """
         if self._choice is None:
-            self._choice = _precision.choose(self.model, self.dtype)
+            self._choice = choose(self.model, self.dtype)
         return self._choice.precision
-
-    # -- encoding ------------------------------------------------------------------------------------------------
 
     def encode_queries(
         self, texts: Sequence[str], batch_size: int | None = None, *, precision: str | None = None
@@ -190,34 +260,25 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
     ) -> np.ndarray:
         """Encode documents, with the prompt and tower of ``SentenceTransformer.encode_document``.
 
-        Args:
-            texts: The documents.
-            batch_size: Texts in a batch at most; by tokens alone when ``None``.
-            precision: That of an index these vectors belong to; the encoder's :attr:`precision` when ``None``.
-
-        Returns:
-            Array (len(texts), dim), float32. It does not depend on the batch size.
-
-        Raises:
-            TypeError: If a text is no string; names its position.
+        Arguments, result and errors are those of :meth:`encode_queries`.
         """
         return self._encode(texts, "document", batch_size, self.verbose, precision)
 
     def _encode(
         self, texts: Sequence[str], task: str, batch_size: int | None, verbose: bool, precision: str | None = None
     ) -> np.ndarray:
-        texts = _encoding.checked(texts, task)
-        batch_size = whole("batch_size", batch_size, or_none=True)
-        choice("precision", precision, _precision.PRECISIONS, or_none=True)
+        texts = batches.checked(texts, task)
+        batch_size = options.whole("batch_size", batch_size, or_none=True)
+        options.choice("precision", precision, PRECISIONS, or_none=True)
         dim = self.dim
         if not texts:
             return np.empty((0, dim), np.float32)
         if precision is None:
             precision = self.precision
-            _precision.say_if_slow(self._choice, len(texts))
+            say_if_slow(self._choice, len(texts))
         unit = "query" if task == "query" else "doc"
         with pt.tqdm(total=len(texts), desc=f"Encoding {unit}s", unit=unit, disable=not verbose) as bar:
-            return _encoding.encode(
+            return batches.encode(
                 self.model, texts, task, dim=dim, most=batch_size, precision=precision, progress=bar.update
             )
 
@@ -234,71 +295,33 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         return self._encode_torch(texts, "query", batch_size)
 
     def encode_docs_torch(self, texts: Sequence[str], batch_size: int | None = None) -> torch.Tensor:
-        """Encode documents for training: gradients are kept, and the model stays in the mode it is in.
-
-        Args:
-            texts: The documents.
-            batch_size: Texts in one forward pass; that of the encoder when ``None``.
-
-        Returns:
-            Tensor (len(texts), dim) on the model's device.
-        """
+        """Encode documents for training; arguments and result are those of :meth:`encode_queries_torch`."""
         return self._encode_torch(texts, "document", batch_size)
 
     def _encode_torch(self, texts: Sequence[str], task: str, batch_size: int | None) -> torch.Tensor:
-        texts, size = _encoding.checked(texts, task), batch_size or self._batch_size
-        if not texts:
-            return torch.empty((0, self.dim), device=self.device)
-        prompt = prompt_for(self.model, task)
-        return torch.cat(
-            [
-                _encoding.forward(
-                    self.model, self.model.preprocess(texts[i : i + size], prompt=prompt, task=task), task
-                )
-                for i in range(0, len(texts), size)
-            ]
-        )
-
-    def reading_digests(self, texts: Sequence[str], task: str = "document") -> np.ndarray:
-        """Return what tells the texts that the encoder can tell apart from one another: a hash of what it reads.
-
-        That is their tokens: after lower-casing, unknown words and cutting at the maximum length, as the tokenizer
-        does these; of static towers, whose vectors are means, without their order. Texts with equal hashes get equal
-        vectors.
-
-        Args:
-            texts: Queries or documents.
-            task: "query" or "document".
-
-        Returns:
-            uint64 (len(texts),).
-        """
-        return reading_digests(self.model, _encoding.checked(texts, task), task)
-
-    # -- in pipelines --------------------------------------------------------------------------------------------
+        size = batch_size or self._batch_size
+        return batches.encode_with_gradients(self.model, batches.checked(texts, task), task, size)
 
     def query_encoder(self, verbose: bool | None = None, batch_size: int | None = None) -> QueryEncoder:
-        """A transformer that adds a column ``query_vec``; every distinct query is encoded once."""
+        """Return a transformer that adds ``query_vec``; every distinct query is encoded once."""
         return QueryEncoder(self, verbose=verbose, batch_size=batch_size)
 
     def doc_encoder(self, verbose: bool | None = None, batch_size: int | None = None) -> DocEncoder:
-        """A transformer that adds a column ``doc_vec``; every distinct text is encoded once."""
+        """Return a transformer that adds ``doc_vec``; every distinct text is encoded once."""
         return DocEncoder(self, verbose=verbose, batch_size=batch_size)
 
     def text_scorer(
         self, verbose: bool | None = None, batch_size: int | None = None, sim_fn: SimFn | None = None
     ) -> TextScorer:
-        """A transformer that scores each row's document for its query; every distinct text is encoded once."""
+        """Return a transformer that scores each row's document for its query; every distinct text is encoded once."""
         return TextScorer(self, verbose=verbose, batch_size=batch_size, sim_fn=sim_fn)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Encode queries, encode documents or score rows, as the columns suggest.
 
         Args:
-            inp: Queries (``query``), documents (the text column), or rows with both.
-
-        Returns:
-            The same rows with ``query_vec``, ``doc_vec``, or ``score`` and ``rank``.
+            inp: Queries (``query``), documents (the text column), or rows with both. They come back with ``query_vec``,
+                ``doc_vec``, or ``score`` and ``rank``.
         """
         text = self.text_field
         with pt.validate.any(inp, context=self) as v:
@@ -312,18 +335,101 @@ class DualEncoder(EncoderBuilders, EncoderFiles, BiEncoder, pt.Artifact):
         # Outside inspection exactly one mode is set; inspection asks with frames that match none.
         return getattr(self, v.mode)()(inp) if v.mode else inp
 
-    # -- identity ------------------------------------------------------------------------------------------------
-
     def copy(self) -> DualEncoder:
-        """A deep copy, with weights of its own."""
+        """Return a deep copy, with weights of its own."""
         return copy.deepcopy(self)
 
     def with_similarity(self, similarity: str) -> DualEncoder:
-        """A deep copy that compares vectors by ``"cosine"`` or ``"dot"``; only the normalisation differs."""
-        made = self.copy()
-        made.model = models.with_ending(made.model, similarity)
-        made.path = self.NO_PATH
+        """Return a deep copy that compares vectors by ``"cosine"`` or ``"dot"``; only the normalisation differs.
+
+        A model that was trained for cosine ranks much worse by dot products, which the lengths of its vectors decide
+        that nobody trained. Where a loss asks for dot products, use :meth:`with_head`, which keeps lengths alike.
+        """
+        return self._with(models.with_ending(self.copy().model, similarity))
+
+    def with_head(
+        self, head: str = "layernorm", dim: int = 768, *, shared: bool = True, init: str = "orthogonal", seed: int = 42
+    ) -> DualEncoder:
+        """Return a deep copy that ends in ANCE's head: a linear layer and LayerNorm, compared by dot product.
+
+        LayerNorm keeps the vectors' lengths nearly alike, so that dot products rank as cosines do, and training can
+        still move them. Source: the releases of ANCE (``RobertaDot_NLL_LN``) and DANCE.
+
+        Args:
+            head: ``"layernorm"``.
+            dim: Length of the vectors.
+            shared: Whether two towers go through the same head, or each through a copy of its own.
+            init: First weights of the linear layer: ``"orthogonal"`` keeps the vectors' angles as well as ``dim``
+                numbers can; ``"normal"`` draws from N(0, .02²), as the releases do. Its bias begins as 0.
+            seed: Fixes these weights.
+        """
+        return self._with(towers.with_head(self.copy().model, head, dim, shared, init, seed))
+
+    def _with(self, model: SentenceTransformer) -> DualEncoder:
+        made = copy.copy(self)
+        made.model, made.path = model, self.NO_PATH
         return made
+
+    def save(self, path: str | os.PathLike) -> DualEncoder:
+        """Write a sentence-transformers folder (safetensors); it is written beside and renamed when complete.
+
+        Returns:
+            The encoder itself, whose ``path`` is now that folder.
+
+        Raises:
+            FileExistsError: If there is something at ``path`` already.
+            OSError: If the disk is full or cannot be written to.
+        """
+        path = options.path_of(path)
+        if path.exists():
+            raise FileExistsError(f"{path} exists already; give a new folder")
+        with new_folder(path, "the encoder") as building:
+            self.write(building)
+        self.path = path
+        return self
+
+    def write(self, folder: Path) -> None:
+        """Write the files of :meth:`save` to an empty folder, as a part of something larger."""
+        models.write(self.model, folder)
+        settings = {"batch_size": self._batch_size, "text_field": self.text_field, "dtype": self.dtype}
+        note = {"type": self.ARTIFACT_TYPE, "format": self.ARTIFACT_FORMAT, "package_hint": self.ARTIFACT_PACKAGE_HINT}
+        note |= {"name": self.name, "fingerprint": self.fingerprint, "similarity": self.similarity}
+        write_json(folder / "pt_meta.json", note | {"settings": settings | {"max_length": self.max_length}})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, **kwargs: Any) -> DualEncoder:
+        """Open a folder; options that are not given are those it was saved with.
+
+        Args:
+            path: A folder written by :meth:`save`, or any sentence-transformers folder.
+            **kwargs: Options of :class:`DualEncoder`.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            ValueError: If it holds no model that can be read.
+        """
+        path = options.path_of(path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"there is no encoder folder {path}")
+        meta = opening.read_note(path, cls.ARTIFACT_TYPE)
+        saved = meta.get("settings", {})
+        settings = {name: saved[name] for name in ("batch_size", "text_field", "dtype") if name in saved}
+        encoder = cls(path, **(settings | kwargs))
+        if isinstance(meta.get("name"), str):
+            encoder.name = meta["name"]
+        if "max_length" not in kwargs:
+            encoder.max_length = saved.get("max_length")  # the saved tokenizer cuts there already
+        return encoder
+
+    def build_package(self, package_path: str | None = None, **kwargs: Any) -> str:
+        """Package the encoder as it is now, saved or not; see :meth:`pyterrier.Artifact.build_package`."""
+        if package_path is None:
+            if not isinstance(self.path, Path):
+                raise ValueError("say where to write the package: this encoder has not been saved to a folder")
+            package_path = f"{self.path}.tar.lz4"
+        with tempfile.TemporaryDirectory() as folder:
+            self.write(Path(folder))
+            return pt.Artifact(folder).build_package(package_path, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

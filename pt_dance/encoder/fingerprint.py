@@ -69,7 +69,7 @@ def _add_module(digest: xxhash.xxh3_128, name: str, module: Any) -> None:
         digest.update(_canonical(module.get_config_dict()))
     digest.update(_canonical({"max_length": getattr(module, "max_seq_length", None)}))
     config = getattr(module, "config", None)
-    if hasattr(config, "to_dict"):
+    if config is not None and hasattr(config, "to_dict"):
         digest.update(_canonical(_without_volatile(config.to_dict())))
     if getattr(module, "tokenizer", None) is not None:
         _add_tokenizer(digest, module.tokenizer)

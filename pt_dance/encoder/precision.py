@@ -62,10 +62,12 @@ def choose(model: SentenceTransformer, dtype: str) -> Choice:
     return Choice(best, speedup)
 
 
-def say_if_slow(choice: Choice, count: int) -> None:
+def say_if_slow(choice: Choice | None, count: int) -> None:
     """Say once in a process that bfloat16 would be at least twice as fast, where there are enough texts to care."""
     global _said
-    if not _said and count >= _MANY and choice.precision != BFLOAT16 and choice.bfloat16_speedup >= 2:
+    if _said or choice is None or count < _MANY:
+        return
+    if choice.precision != BFLOAT16 and choice.bfloat16_speedup >= 2:
         _said = True
         warnings.warn(
             f"products in bfloat16 are {choice.bfloat16_speedup:.1f} times as fast here: DualEncoder(..., "

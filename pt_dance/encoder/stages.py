@@ -35,7 +35,7 @@ def texts_of(frame: pd.DataFrame, column: str, key: str) -> tuple[list[str], np.
     for row, text in enumerate(frame[column].tolist()):
         if not isinstance(text, str):
             named = f"{key} {frame[key].iloc[row]!r}" if key in frame.columns else f"row number {row}"
-            raise ValueError(f"The {column} of {named} is {text!r}, not a string; give it a text or drop the row.")
+            raise ValueError(f"the {column} of {named} is {text!r}, not a string; give it a text or drop the row")
         rows[row] = distinct.setdefault(text, len(distinct))
     return list(distinct), rows
 
@@ -147,7 +147,7 @@ class TextScorer(_Encoding, BiScorer):
         if self.sim_fn != SimFn.dot:
             raise ValueError(
                 f"sim_fn must be {SimFn.dot}, not {self.sim_fn!r}: the encoder's vectors are made for the dot product. "
-                "Use encoder.with_similarity(...) for another similarity."
+                "Use encoder.with_similarity(...) for another similarity"
             )
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
@@ -172,8 +172,8 @@ class TextScorer(_Encoding, BiScorer):
         docs, doc_of = self._vectors(inp, "doc_vec", self.text_field, "docno")
         if len(inp) and queries.shape[1] != docs.shape[1]:
             raise ValueError(
-                f"The queries' vectors have {queries.shape[1]} dimensions and the documents' {docs.shape[1]}; "
-                "drop the column that another encoder made."
+                f"the queries' vectors have {queries.shape[1]} dimensions and the documents' {docs.shape[1]}; "
+                "drop the column that another encoder made"
             )
         scores = np.empty(len(inp), np.float32)
         for start in range(0, len(inp), _ROWS_AT_ONCE):

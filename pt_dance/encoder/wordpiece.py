@@ -39,7 +39,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, n
     if vocab_size < len(SPECIAL) + 2:
         raise ValueError(
             f"vocab_size must be at least {len(SPECIAL) + 2} ({len(SPECIAL)} special tokens and a letter), "
-            f"not {vocab_size}."
+            f"not {vocab_size}"
         )
     normalizer = normalizers.BertNormalizer(lowercase=True)
     words, documents, n_texts = _count_words(texts, normalizer)
@@ -81,13 +81,13 @@ def _inverse_frequencies(tokenizer: Tokenizer, documents: Counter[str], n_texts:
 def _count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> tuple[Counter[str], Counter[str], int]:
     """How often each word occurs, in how many texts, and how many texts there are."""
     if isinstance(texts, (str, bytes)):
-        raise TypeError(f"Texts are given as an iterable of strings, not as one {type(texts).__name__}.")
+        raise TypeError(f"texts are given as an iterable of strings, not as one {type(texts).__name__}")
     words: Counter[str] = Counter()
     documents: Counter[str] = Counter()
     position = -1
     for position, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"Text number {position} is {text!r}, not a string; give it a text or drop it.")
+            raise TypeError(f"text number {position} is {text!r}, not a string; give it a text or drop it")
         if text.isascii():
             found = _ASCII_WORDS.findall(text.lower())
         else:
@@ -97,9 +97,9 @@ def _count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> tu
         words.update(found)
         documents.update(set(found))
     if position < 0:
-        raise ValueError("There are no texts to train a tokenizer on; give at least one.")
+        raise ValueError("there are no texts to train a tokenizer on; give at least one")
     if not words:
-        raise ValueError(f"There is not one word in the {position + 1} texts to train a tokenizer on.")
+        raise ValueError(f"there is not one word in the {position + 1} texts to train a tokenizer on")
     return words, documents, position + 1
 
 
