@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Router, St
 from pt_dance.encoder import batches, models, opening, towers
 from pt_dance.encoder.fingerprint import fingerprint
 from pt_dance.encoder.precision import PRECISIONS, Choice, choose, say_if_slow
+from pt_dance.encoder.reading import reading_digests
 from pt_dance.encoder.stages import HANDED_OVER, DocEncoder, QueryEncoder, TextScorer
 from pt_dance.storage import options
 from pt_dance.storage.folders import write_json
@@ -31,10 +32,9 @@ DTYPES = ("float32", "bfloat16", "auto")
 class DualEncoder(BiEncoder, pt.Artifact):
     """A sentence-transformers model that encodes queries and documents into one vector space.
 
-    Used in a pipeline it encodes what it is given, as every :class:`pyterrier_dr.BiEncoder` does: queries get a
-    ``query_vec``, documents a ``doc_vec``, and rows with both a score. Prompts, and the tower of a two-tower model, are
-    those that sentence-transformers' ``encode_query`` and ``encode_document`` would choose. Its folder is a plain
-    sentence-transformers folder.
+    In a pipeline queries get a ``query_vec``, documents a ``doc_vec``, and rows with both a score. Prompts and towers
+    are those that sentence-transformers' ``encode_query`` and ``encode_document`` would choose, and its folder is a
+    plain sentence-transformers folder.
 
     Args:
         model: A folder, a name on the Hugging Face hub, or a ``SentenceTransformer``. One in memory is not changed, but
@@ -117,7 +117,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
 
         Raises:
             TypeError: If ``texts`` is one string, or a text is none; names its position.
-            ValueError: If there are no texts, or no words in them, or an option is out of range.
+            ValueError: If there are no texts, or no words in them.
         """
         texts = towers.texts_of(texts, kwargs.get("text_field", "text"))
         encoder = cls(towers.static(texts, dim, vocab_size, seed, normalize), **kwargs)
@@ -197,7 +197,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
 
     @property
     def model_name(self) -> str:
-        """What pyterrier_dr compares encoders by: here, the :attr:`fingerprint`."""
+        """What pyterrier_dr compares encoders by."""
         return f"DualEncoder:{self.fingerprint}"
 
     @property
@@ -248,7 +248,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
             precision: That of an index these vectors belong to; the encoder's :attr:`precision` when ``None``.
 
         Returns:
-            Array (len(texts), dim), float32. It does not depend on the batch size.
+            Array (len(texts), dim), float32.
 
         Raises:
             TypeError: If a text is no string; names its position.
@@ -301,6 +301,17 @@ class DualEncoder(BiEncoder, pt.Artifact):
     def _encode_torch(self, texts: Sequence[str], task: str, batch_size: int | None) -> torch.Tensor:
         size = batch_size or self._batch_size
         return batches.encode_with_gradients(self.model, batches.checked(texts, task), task, size)
+
+    def reading_digests(self, texts: Sequence[str], task: str = "document") -> np.ndarray:
+        """Return a hash of what the encoder reads of each text, uint64 (len(texts),): equal ones get equal vectors.
+
+        That is its tokens, after lower-casing, unknown words and cutting; of static towers without their order.
+
+        Args:
+            texts: Queries or documents.
+            task: "query" or "document".
+        """
+        return reading_digests(self.model, batches.checked(texts, task), task)
 
     def query_encoder(self, verbose: bool | None = None, batch_size: int | None = None) -> QueryEncoder:
         """Return a transformer that adds ``query_vec``; every distinct query is encoded once."""
@@ -372,9 +383,6 @@ class DualEncoder(BiEncoder, pt.Artifact):
 
     def save(self, path: str | os.PathLike) -> DualEncoder:
         """Write a sentence-transformers folder (safetensors); it is written beside and renamed when complete.
-
-        Returns:
-            The encoder itself, whose ``path`` is now that folder.
 
         Raises:
             FileExistsError: If there is something at ``path`` already.
