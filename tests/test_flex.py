@@ -15,7 +15,7 @@ from pyterrier_dr import FlexIndex
 
 from pt_dance import DenseIndex, DualEncoder
 
-WORDS = "apple river stone cloud piano tiger lemon bridge candle forest".split()
+WORDS = ["apple", "river", "stone", "cloud", "piano", "tiger", "lemon", "bridge", "candle", "forest"]
 DOCUMENTS = [
     {"docno": f"d{i:03}", "text": f"{WORDS[i % 10]} {WORDS[i * 7 // 10 % 10]} {WORDS[(3 * i + 1) % 10]} w{i % 23}"}
     for i in range(120)
