@@ -12,7 +12,9 @@ import pytest
 import torch
 import transformers.trainer
 from sentence_transformers import SentenceTransformer
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, losses, recipes
@@ -267,22 +269,80 @@ def test_a_logger_of_ones_own_is_reached_by_its_name(small, tmp_path, monkeypatc
     assert not file.exists()
 
 
+def events(folder):
+    """The scalars of a run by their tags: (step, value) in the order in which they were written."""
+    found = {}
+    files = sorted(folder.rglob("events.out.tfevents.*"))
+    for file in files:
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.HasField("tensor") and value.tensor.float_val:
+                    found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
+    return files, found
+
+
+@pytest.mark.parametrize("carry", [True, False])
+def test_tensorboard_gets_one_run_with_steps_that_go_on_over_rounds(small, tmp_path, monkeypatch, carry):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    arguments = {"report_to": ["tensorboard"], "logging_steps": 1}
+    round_ = Round(
+        negatives=current_model, depth=20, negatives_per_query=5, carry_optimizer=carry, batch_size=BATCH,
+        learning_rate=1e-3, training_arguments=arguments,
+    )  # fmt: skip
+    encoder = DualEncoder.static(small.texts, dim=16, vocab_size=500)
+    dance = DanceRetriever(encoder, small.corpus, tmp_path / "run", recipe=[round_] * 3, verbose=False)
+    dance.fit(small.topics, small.qrels, small.topics.head(20), small.qrels)
+    files, found = events(tmp_path / "run" / "logs")
+    assert len(files) == 1 and not list((tmp_path / "run" / "rounds").rglob("events.*"))
+    history, each = dance.history, TOPICS // BATCH
+    assert [step for step, _ in found["train/loss"]] == list(range(1, 3 * each + 1))
+    for number in (1, 2, 3):
+        losses_of_round = [value for step, value in found["train/loss"] if (number - 1) * each < step <= number * each]
+        assert np.mean(losses_of_round) == pytest.approx(history["training_loss"][number], rel=1e-3)
+    steps = [0, each, 2 * each, 3 * each]
+    for tag, column in (("eval/nDCG@10", "nDCG@10"), ("train/mining/negatives_per_query", "negatives_per_query")):
+        values = history[column] if column == "nDCG@10" else history[column][1:]
+        assert [step for step, _ in found[tag]] == steps[4 - len(values) :], found.keys()
+        assert [value for _, value in found[tag]] == pytest.approx(values.tolist())
+    assert [value for _, value in found["train/mining/new_negatives"]] == pytest.approx(history["new_negatives"][2:])
+    rates = [value for _, value in found["train/learning_rate"]]
+    assert rates.count(0.0) == (1 if carry else 3), "a schedule of a round's own begins anew, a shared one goes on"
+
+
+def test_a_fit_that_goes_on_writes_on_into_the_same_folder(small, tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    recipe = small.mnrl(rounds=2, training_arguments={"report_to": "tensorboard", "logging_steps": 1})
+    encoder = DualEncoder.static(small.texts, dim=16, vocab_size=500)
+
+    finish = RunFolder.finish
+
+    def killed(run, number, row):
+        if number == 2:
+            raise KeyboardInterrupt
+        finish(run, number, row)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "finish", killed)
+        small.fit(tmp_path / "run", encoder, recipe)
+    small.fit(tmp_path / "run", encoder, recipe)
+    _, found = events(tmp_path / "run" / "logs")
+    each = TOPICS // BATCH
+    assert [step for step, _ in found["train/loss"]] == list(range(1, 2 * each + 1))
+
+
 def test_an_unknown_logger_gives_one_plain_error(small, tmp_path):
     with pytest.raises(ValueError, match="surely_not") as error:
         small.fit(tmp_path / "run", DualEncoder(small.bert), small.mnrl(training_arguments={"report_to": "surely_not"}))
     assert "\n" not in str(error.value)
 
 
-def test_a_logger_that_is_not_installed_gives_one_plain_error(small, tmp_path):
-    from transformers.integrations import is_tensorboard_available
-
-    if is_tensorboard_available():
-        pytest.skip("TensorBoard is installed")
-    with pytest.raises((RuntimeError, ValueError), match=r"(?i)tensorboard") as error:
+def test_a_logger_that_is_not_installed_gives_one_plain_error_before_any_work(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
+    with pytest.raises(ValueError, match=r"report_to: TensorBoardCallback cannot be used.*install") as error:
         small.fit(
             tmp_path / "run", DualEncoder(small.bert), small.mnrl(training_arguments={"report_to": "tensorboard"})
         )
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
