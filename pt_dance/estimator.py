@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyterrier as pt
@@ -57,6 +58,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     ARTIFACT_FORMAT = "dance"
     ARTIFACT_PACKAGE_HINT = "pt_dance"
     schematic = {"label": "DanceRetriever", "help_url": None}
+
+    path: Path
+    _index: DenseIndex | None
 
     def __init__(
         self,
@@ -252,7 +256,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     ) -> None:
         self._run.begin(fit_settings(self.initial_encoder, self.corpus, self.seed, self.recipe, training, validation))
         if not (self._run.round(0) / "encoder").exists():
-            self.initial_encoder.save(self._run.round(0) / "encoder")
+            self._given.save(self._run.round(0) / "encoder")
         measured = [] if validation is None else [str(measure) for measure in self._measures]
         history: list[dict] = []
         steps = 0
@@ -353,8 +357,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         folder = self._run.round(number) / "encoder"
         if not folder.exists():
             encoder.save(folder)
-        self._run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint)
-        return self._run.trained(number)
+        return self._run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint)
 
     def _refresh_and_validate(self, number: int, validation: TrainingInput | None) -> dict:
         """Return the last part of a round's row: its measures, and what they took."""
@@ -425,7 +428,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         options |= {"measure": meta["measure"]} if "measure" in meta else {}  # new in 0.2, like the recipe
         loaded = cls(DualEncoder.load(started / "encoder"), corpus, path, **(options | kwargs))
         if "recipe" not in kwargs:
-            loaded.recipe = restored(meta.get("recipe"), Round, SOURCES)
+            recipe: Any = restored(meta.get("recipe"), Round, SOURCES)
+            loaded.recipe = recipe
         loaded._is_loaded = True
         return loaded
 

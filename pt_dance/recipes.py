@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import pyterrier as pt
 from torch import nn
@@ -66,7 +67,7 @@ class Round:
     """
 
     loss: str | Sequence = "contrastive"
-    loss_options: Mapping[str, object] = field(default_factory=dict)
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
     negatives: object = FIRST_STAGE
     query_negatives: object = None
     depth: int = 200
@@ -195,7 +196,7 @@ def ance(rounds: int = 3, *, loss: str = "pairwise", warm_up: int = 1, epochs: i
     """
     whole("rounds", rounds, 0)
     whole("warm_up", warm_up, 0)
-    given = dict(loss=loss)
+    given: dict[str, Any] = dict(loss=loss)
     if loss == "pairwise":
         given |= dict(similarity="dot", loss_options={"temperature": 1.0})
     warm = [Round(**_merge(given | dict(name="warm-up", epochs=warm_up), options))] if warm_up else []
@@ -380,11 +381,11 @@ def check_recipe(recipe: object) -> list[Round]:
     return list(rounds)
 
 
-def _named(loss: object) -> str:
+def _named(loss: Any) -> str:
     return loss if isinstance(loss, str) else loss.__name__
 
 
-def _merge(given: dict, options: Mapping[str, object], *, known: bool = True) -> dict:
+def _merge(given: dict, options: Mapping[str, Any], *, known: bool = True) -> dict:
     """Options of the caller win; their loss options are added to the recipe's own."""
     names = {f.name for f in fields(Round)}
     unknown = sorted(set(options) - names) if known else []

@@ -68,7 +68,7 @@ def _add_module(digest: xxhash.xxh3_128, name: str, module: Any) -> None:
     if hasattr(module, "get_config_dict"):
         digest.update(_canonical(module.get_config_dict()))
     digest.update(_canonical({"max_length": getattr(module, "max_seq_length", None)}))
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         digest.update(_canonical(_without_volatile(config.to_dict())))
     if getattr(module, "tokenizer", None) is not None:

@@ -44,7 +44,7 @@ def newest(folder: Path) -> Path | None:
 
 def step_of(checkpoint: Path) -> int:
     """Return after how many steps a checkpoint was written."""
-    return int(_NAME.fullmatch(checkpoint.name).group(1))
+    return int(_NAME.sub(r"\1", checkpoint.name))
 
 
 def check(checkpoint: Path) -> dict[str, float]:

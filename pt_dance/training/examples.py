@@ -6,6 +6,7 @@ read from the corpus when a batch is made, so memory grows with the number of ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,7 +194,7 @@ def _drawn(
     """Negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) without any mined."""
     if mined is None or per_row == 0:
         return np.empty((len(row_source), 0), dtype=np.int32)
-    numbers = {
+    numbers: dict[str, Callable[[pd.Series], np.ndarray]] = {
         "qid": lambda ids: query_of_qid.loc[ids].to_numpy(),
         "docno": document_of,
     }

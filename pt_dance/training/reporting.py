@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
@@ -87,12 +88,13 @@ class _Relay(TrainerCallback):
         self.logger = logger
         self.folder = folder
         self.steps_before = 0
-        self.begun: tuple | None = None
+        # What the logger was told when it began, empty before.
+        self.begun: tuple[Any, ...] = ()
         if getattr(logger, "logging_dir", "") is None:  # TensorBoard's, where the environment does not say another
             logger.logging_dir = str(folder / "logs")
 
     def on_train_begin(self, args, state, control, **kwargs):
-        is_first = self.begun is None
+        is_first = not self.begun
         self.begun = (self._of_run(args), copy.copy(state), control)
         if is_first:
             self.logger.on_train_begin(*self._told(state), control, **kwargs)
@@ -107,9 +109,9 @@ class _Relay(TrainerCallback):
         self.logger.on_log(args, state, control, logs=dict(logs))
 
     def close(self) -> None:
-        if self.begun is not None:
+        if self.begun:
             self.logger.on_train_end(*self.begun)
-            self.begun = None
+            self.begun = ()
 
     def _of_run(self, args):
         args = copy.copy(args)

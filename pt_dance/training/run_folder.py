@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -135,14 +136,17 @@ class RunFolder:
         """
         path = self.round(number) / "trained.json"
         trained = read_json(path)
-        for key, kind in {"loss": (int, float), "steps": int, "fingerprint": str}.items():
+        kinds: dict[str, Any] = {"loss": (int, float), "steps": int, "fingerprint": str}
+        for key, kind in kinds.items():
             if trained is not None and not isinstance(trained.get(key), kind):
                 raise ValueError(f"{str(path)!r} is damaged: {key!r} is {trained.get(key)!r}; {_ADVICE}")
         return trained
 
-    def finish_training(self, number: int, loss: float, steps: int, fingerprint: str) -> None:
-        """Mark the training of a round, whose encoder is written, as done."""
-        write_json(self.round(number) / "trained.json", {"loss": loss, "steps": steps, "fingerprint": fingerprint})
+    def finish_training(self, number: int, loss: float, steps: int, fingerprint: str) -> dict:
+        """Mark the training of a round, whose encoder is written, as done; return what :meth:`trained` will."""
+        trained = {"loss": loss, "steps": steps, "fingerprint": fingerprint}
+        write_json(self.round(number) / "trained.json", trained)
+        return trained
 
     def encoder(self, number: int, given: DualEncoder) -> DualEncoder:
         """Return the encoder that a round's training gave.
@@ -264,7 +268,7 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
-def read_meta(path: Path, artifact: type) -> dict:
+def read_meta(path: Path, artifact: Any) -> dict:
     """Return the metadata of a fitted run.
 
     Raises:

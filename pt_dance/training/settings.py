@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 import pandas as pd
 import pyterrier as pt
@@ -121,7 +122,7 @@ def _holds_not_stored(value: object) -> bool:
     return isinstance(value, NotStored) or any(_holds_not_stored(part) for part in parts)
 
 
-def _stored(value: object, functions: Mapping[str, object]) -> object:
+def _stored(value: Any, functions: Mapping[str, object]) -> object:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
@@ -149,7 +150,7 @@ def _restored(value, functions: Mapping[str, object]):
     return functions[value["function"]] if "function" in value else NotStored(value["not stored"])
 
 
-def _plain(name: str, value: object) -> object:
+def _plain(name: str, value: Any) -> object:
     if name in ("negatives", "query_negatives"):
         value = describe_source(value)
     elif name == "teacher" and value is not None:

@@ -113,7 +113,7 @@ class TeacherScores:
         return np.array([known[key] for key in keys], dtype=np.float32)
 
     def _ask(self, frame: pd.DataFrame) -> np.ndarray:
-        answer = self.teacher(frame)
+        answer: pd.DataFrame = self.teacher(frame)
         if "score" not in answer.columns or len(answer) != len(frame):
             raise ValueError(
                 f"the teacher {self.teacher!r} must give a column 'score' and every row back; it gave {len(answer)} "

@@ -95,7 +95,8 @@ def documents_to_queries(index, topics: pd.DataFrame, qrels: pd.DataFrame, k: in
     docnos = pairs["docno"].drop_duplicates().tolist()
     qids = topics["qid"].to_numpy(dtype=object)
     queries = index.encoder.encode_queries(topics["query"].tolist(), precision=index.precision)
-    scores, rows = nearest_queries(*index.stored_vectors(docnos), queries, k)
+    vectors, owner = index.stored_vectors(docnos)
+    scores, rows = nearest_queries(vectors, owner, queries, k)
     found = pd.DataFrame(
         {
             "qid": np.repeat(np.array(docnos, dtype=object), rows.shape[1]),
