@@ -162,8 +162,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
             query_model: Model of the query tower.
             doc_model: Model of the document tower. With a shared projection its vectors may be longer or shorter than
                 the query tower's: the shorter ones first go through a linear layer of their own.
-            shared_projection: Output dimension of a linear layer (no bias, no activation) that both towers go through,
-                or that layer itself; none when ``None``.
+            shared_projection: Output dimension of a linear layer (no bias) that both towers go through, or that layer.
             similarity: ``"cosine"`` or ``"dot"``; that of both models when ``None``.
             seed: Fixes the projection's first weights.
             **kwargs: Options of :class:`DualEncoder`; ``max_length`` applies to both towers.
@@ -230,8 +229,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         """How texts are encoded without gradients: ``"float32"``, ``"float32-onednn"`` or ``"bfloat16"``.
 
         Chosen when it is first needed, by timed products of the model's own shapes (some 50 ms), and kept by copies.
-        ``"float32-onednn"`` multiplies with oneDNN where PyTorch's own choice is slower: the same up to rounding. An
-        index notes it, and uses it for what is appended, for queries and in later sessions.
+        ``"float32-onednn"`` multiplies with oneDNN where PyTorch's own choice is slower. An index keeps to it.
         """
         if self._choice is None:
             self._choice = choose(self.model, self.dtype)
@@ -306,10 +304,6 @@ class DualEncoder(BiEncoder, pt.Artifact):
         """Return a hash of what the encoder reads of each text, uint64 (len(texts),): equal ones get equal vectors.
 
         That is its tokens, after lower-casing, unknown words and cutting; of static towers without their order.
-
-        Args:
-            texts: Queries or documents.
-            task: "query" or "document".
         """
         return reading_digests(self.model, batches.checked(texts, task), task)
 
@@ -331,8 +325,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         """Encode queries, encode documents or score rows, as the columns suggest.
 
         Args:
-            inp: Queries (``query``), documents (the text column), or rows with both. They come back with ``query_vec``,
-                ``doc_vec``, or ``score`` and ``rank``.
+            inp: Rows with ``query``, the text column, or both; they get ``query_vec``, ``doc_vec``, or a score.
         """
         text = self.text_field
         with pt.validate.any(inp, context=self) as v:
@@ -363,8 +356,8 @@ class DualEncoder(BiEncoder, pt.Artifact):
     ) -> DualEncoder:
         """Return a deep copy that ends in ANCE's head: a linear layer and LayerNorm, compared by dot product.
 
-        LayerNorm keeps the vectors' lengths nearly alike, so that dot products rank as cosines do, and training can
-        still move them. Source: the releases of ANCE (``RobertaDot_NLL_LN``) and DANCE.
+        LayerNorm keeps lengths nearly alike, so that dot products rank as cosines do. Source: ANCE's and DANCE's
+        releases (``RobertaDot_NLL_LN``).
 
         Args:
             head: ``"layernorm"``.

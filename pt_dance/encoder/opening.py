@@ -72,7 +72,8 @@ def open_model(
         )
     folder = _folder_of(os.fspath(model))
     check_folder(folder)
-    known = published.find(model)
+    # What DualEncoder.save wrote says all for itself.
+    known = None if (folder / META).is_file() else published.find(model)
     plain = not (folder / "modules.json").is_file()
     if pooling is not None and not plain:
         raise ValueError(
