@@ -15,7 +15,7 @@ import pyterrier as pt
 import pytest
 from pyterrier_dr import FlexIndex
 
-from pt_dance import Corpus, DenseIndex, DualEncoder
+from pt_dance import Corpus, DenseIndex, DualEncoder, PassageCorpus
 from pt_dance.index import indexing as _indexing
 from pt_dance.index.indexing import StreamError
 from pt_dance.storage import folders as _files
@@ -675,3 +675,24 @@ def test_readers_while_a_new_index_takes_its_place(make):
         index.indexer(mode="overwrite").index(DOCUMENTS[:count])
         opened = DenseIndex(index.index_path, verbose=False)
         assert len(opened) == len(opened.open().vectors) == len(list(opened.open().docnos)) == count
+
+
+@pytest.mark.parametrize(("name", "source"), [("index", "corpus"), ("passage_index", "passages")])
+def test_indexes_of_version_0_1_still_open(tmp_path, name, source):
+    fixtures = Path(__file__).parent / "fixtures" / "v0_1"
+    shutil.copytree(fixtures, tmp_path / "v0_1")
+    index = DenseIndex(tmp_path / "v0_1" / name, verbose=False)
+    expected = json.loads((fixtures / f"{name}.json").read_text())
+    found = index.retriever(5).search("apple river")
+    assert index.built() and index.precision is None and found["docno"].tolist() == expected["docno"]
+    assert np.abs(found["score"] - expected["score"]).max() < 1e-6
+    assert isinstance(pt.Artifact.load(str(index.index_path)), DenseIndex)
+    # It is known what it was made of, and it can be added to.
+    before = content(index.index_path)
+    corpus = (Corpus if source == "corpus" else PassageCorpus)(tmp_path / "v0_1" / source)
+    assert len(DenseIndex(index.index_path, index.encoder, verbose=False).index(corpus)) == len(index)
+    assert content(index.index_path) == before
+    more = Corpus.build([{"docno": "new", "text": "apple river"}], tmp_path / "more", verbose=False)
+    index.append(more if source == "corpus" else more.to_passages(tmp_path / "cut", length=4, stride=4, verbose=False))
+    assert index.retriever(1).search("apple river")["docno"].tolist() == ["new"]
+    assert (index.open().vectors[: len(index) - 1] == np.frombuffer(before["vecs.f4"], "<f4").reshape(-1, 4)).all()
