@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ class BatchRows:
     def __init__(
         self, rows: TrainingRows | None, numbers: np.ndarray | None, count: int, local: slice, device: torch.device
     ) -> None:
-        self.rows, self.numbers, self.count, self.local, self.device = rows, numbers, count, local, device
+        self.rows, self.count, self.local, self.device = rows, count, local, device
+        self.numbers: Any = numbers
 
     @cached_property
     def mirrored(self) -> BatchRows:
@@ -83,9 +85,10 @@ class BatchRows:
         Where a document has fewer passages than there are columns, its first one stands for those it has not: that
         changes no maximum.
         """
-        documents = np.concatenate([self.rows.positive[self.numbers, None], self.rows.negatives[self.numbers]], axis=1)
-        count = np.where(documents < 0, 1, self.rows.passages[np.maximum(documents, 0)])
-        passages = embeddings.unflatten(1, (documents.shape[1], self.rows.passages_per_document))
+        rows: Any = self.rows  # passages are only filled where rows say how many there are
+        documents = np.concatenate([rows.positive[self.numbers, None], rows.negatives[self.numbers]], axis=1)
+        count = np.where(documents < 0, 1, rows.passages[np.maximum(documents, 0)])
+        passages = embeddings.unflatten(1, (documents.shape[1], rows.passages_per_document))
         there = torch.from_numpy(np.arange(passages.shape[2]) < count[:, :, None]).to(self.device)
         return torch.where(there[..., None], passages, passages[:, :, :1])
 
@@ -139,8 +142,13 @@ class Batch:
 
     def unit(self) -> Batch:
         """The batch with every embedding divided by its L2 norm; each is computed once for both directions."""
-        names = ("queries", "positives", "negatives", "query_negatives")
-        return replace(self, **{name: self._unit(getattr(self, name)) for name in names})
+        return replace(
+            self,
+            queries=self._unit(self.queries),
+            positives=self._unit(self.positives),
+            negatives=self._unit(self.negatives),
+            query_negatives=self._unit(self.query_negatives),
+        )
 
     def _unit(self, embeddings: Tensor) -> Tensor:
         # Kept under the tensor's id, which stays taken while the dictionary also keeps the tensor itself.

@@ -144,7 +144,7 @@ def _is_list(loss: LossName) -> bool:
     return isinstance(loss, (list, tuple))
 
 
-def _parts(losses: Sequence) -> list[tuple[LossName, float, dict[str, Any]]]:
+def _parts(losses: Any) -> list[tuple[LossName, float, dict[str, Any]]]:
     parts = []
     for part in losses:
         if not isinstance(part, (list, tuple)) or len(part) not in (2, 3) or _is_list(part[0]):
@@ -171,5 +171,5 @@ def _own_options(loss: type[RetrievalLoss]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.name not in ("self", "model", "rows")}
 
 
-def _label(loss: LossName) -> str:
+def _label(loss: Any) -> str:
     return repr(loss) if isinstance(loss, str) else loss.__name__

@@ -86,8 +86,10 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         self.gather_across_devices = bool(gather_across_devices)
         self.uses_gradient_cache = mini_batch_size is not None and not _is_static(model)
 
-    #: Whether the loss has both directions in itself, so that DualLoss would count them twice.
-    two_sided = False
+    @property
+    def two_sided(self) -> bool:
+        """Whether the loss has both directions in itself, so that DualLoss would count them twice."""
+        return False
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The loss of a batch.
@@ -134,7 +136,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
             labels = torch.from_numpy(self._row_numbers(labels))
         self._split(sentence_features)
         if self.uses_gradient_cache:
-            return self.forward_cached(sentence_features, labels)
+            return self.forward_cached(sentence_features, labels)  # type: ignore[operator]
         return self.compute_loss_from_embeddings(self._embed(sentence_features), labels)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
@@ -230,10 +232,11 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
                 "The column label must hold each row's number in the training rows, one whole number a row; "
                 f"it holds {numbers.dtype} of shape {numbers.shape}."
             )
-        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self.rows)):
+        rows: Any = self.rows  # labels are only looked at where there are rows
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(rows)):
             raise ValueError(
                 f"The column label holds row numbers from {numbers.min()} to {numbers.max()}, but there are "
-                f"{len(self.rows)} training rows, numbered from 0."
+                f"{len(rows)} training rows, numbered from 0."
             )
         return numbers
 
@@ -252,8 +255,8 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
             first = get_rank() * size
             if numbers is not None:
                 numbers = all_gather(torch.from_numpy(numbers).to(device)).cpu().numpy()
-        documents, mined = self._split(columns)
-        documents = torch.stack([columns[1], *documents], dim=1)
+        negatives, mined = self._split(columns)
+        documents = torch.stack([columns[1], *negatives], dim=1)
         query_negatives = torch.stack(mined, dim=1) if mined else columns[0][:, None][:, :0]
         known = BatchRows(self.rows, numbers, len(columns[0]), slice(first, first + size), device)
         if self.rows is not None and self.rows.passages_per_document > 1:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pt_dance.losses._batch import Batch
@@ -48,14 +50,17 @@ class SumLoss(WrappedLoss):
 
     def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
         """Refuse rows that one of the losses cannot be computed of."""
-        for loss, weight in zip(self.losses, self.weights, strict=True):
-            if weight:
-                loss.check_rows(rows, mined)
+        for loss, _ in self._weighted():
+            loss.check_rows(rows, mined)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The weighted sum."""
-        terms = zip(self.losses, self.weights, strict=True)
-        return sum(weight * loss.evaluate(batch) for loss, weight in terms if weight)
+        return reduce(torch.add, [weight * loss.evaluate(batch) for loss, weight in self._weighted()])
+
+    def _weighted(self) -> list[tuple[RetrievalLoss, float]]:
+        """Return the losses that count, with their weights."""
+        pairs = zip(self.losses, self.weights, strict=True)
+        return [(loss, weight) for loss, weight in pairs if isinstance(loss, RetrievalLoss) and weight]
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, as sentence-transformers writes them on model cards."""
@@ -65,7 +70,7 @@ class SumLoss(WrappedLoss):
     @property
     def citation(self) -> str:
         """BibTeX of the sources of all losses."""
-        return "".join(dict.fromkeys(loss.citation for loss in self.losses))
+        return "".join(dict.fromkeys(str(loss.citation) for loss in self.losses))
 
 
 def combine(losses: Iterable[tuple[RetrievalLoss, float]]) -> SumLoss:

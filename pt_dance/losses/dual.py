@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pt_dance.losses._batch import Batch
@@ -73,7 +75,7 @@ class DualLoss(WrappedLoss):
             terms.append(self.document_weight * self.loss.evaluate(batch))
         if self.weight:
             terms.append(self.weight * self.loss.evaluate(batch.mirrored()))
-        return sum(terms)
+        return reduce(torch.add, terms)
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, as sentence-transformers writes them on model cards."""
