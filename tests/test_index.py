@@ -588,6 +588,27 @@ def test_bad_options(make, tmp_path, encoder):
     assert names(tmp_path) == []
 
 
+def test_one_string_is_not_a_list(built):
+    index = DenseIndex(built, verbose=False)
+    docno = DOCUMENTS[5]["docno"]
+    for lookup in (index.rows, index.known_rows, index.known_documents, index.stored_vectors):
+        lookup([docno]), lookup(np.array([docno])), lookup(pd.Series([docno]))
+        with pytest.raises(TypeError, match=r"takes a list of docnos, not one string: write \['d"):
+            lookup(docno)
+    assert index.docno([5, 7]).tolist() == [DOCUMENTS[5]["docno"], DOCUMENTS[7]["docno"]]
+    for bad, error in (
+        ("5", TypeError),
+        (["5"], TypeError),
+        ([0.5], TypeError),
+        ([-1], IndexError),
+        ([300], IndexError),
+    ):
+        with pytest.raises(error, match="rows"):
+            index.docno(bad)
+    numbers = {"shard_size": np.int64(64), "vec_dtype": np.str_("float32")}
+    assert DenseIndex(built, verbose=False, **numbers).shard_size == 64
+
+
 META = {"type": "dense_index", "format": "flex", "vec_size": 24, "doc_count": 300}
 
 

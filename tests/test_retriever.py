@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ir_measures import R, nDCG
 
 from pt_dance import Corpus, DenseIndex, DenseRetriever, DualEncoder
@@ -179,6 +181,30 @@ def test_block_by_block(index):
     blocks = list(dense.iter_blocks(topics))
     assert len(blocks) > 1
     pd.testing.assert_frame_equal(pd.concat(blocks, ignore_index=True), dense(topics))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chosen=st.lists(st.integers(1, 250), min_size=1, max_size=3))
+def test_num_results_set_later_is_as_good_as_given(index, chosen):
+    for make in (index.retriever, lambda num_results: index.ann_retriever(num_results, candidates=200)):
+        dense = make(num_results=7)
+        for number in chosen:
+            dense.num_results = number
+        given_at_once = make(num_results=chosen[-1])
+        assert dense == given_at_once and dense.num_results == chosen[-1]
+        pd.testing.assert_frame_equal(dense(TOPICS), given_at_once(TOPICS))
+        assert dense(TOPICS).groupby("qid").size().tolist() == [min(chosen[-1], 200)] * 3
+        with pytest.raises(ValueError, match="num_results=0 must be a whole number"):
+            dense.num_results = 0
+        assert dense.num_results == chosen[-1]
+
+
+def test_a_grid_over_num_results(index):
+    dense = index.retriever(1)
+    qrels = index.retriever(3)(TOPICS).query("rank == 2").assign(label=1)[["qid", "docno", "label"]]
+    grid = {dense: {"num_results": [1, 2, 3, np.int64(10)]}}
+    _, best, settings = pt.GridSearch(dense, grid, TOPICS[["qid", "query"]], qrels, R @ 10, return_type="both")
+    assert best == 1.0 and settings[0][2] in (3, 10)
 
 
 # --- in pipelines

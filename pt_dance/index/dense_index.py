@@ -297,7 +297,7 @@ class DenseIndex(FlexIndex):
         pt.validate.columns(inp, includes=["docid"], context=self)
         rows = inp["docid"].to_numpy().astype(np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
-            raise KeyError(f"docid {rows[(rows < 0) | (rows >= len(self))][0]} is not in the index {self.index_path}.")
+            raise KeyError(f"docid {rows[(rows < 0) | (rows >= len(self))][0]} is not in the index {self.index_path}")
         return rows
 
     # --- searching ----------------------------------------------------------------------------------------------------
@@ -319,10 +319,7 @@ class DenseIndex(FlexIndex):
     def iter_search(
         self, query_vecs: np.ndarray, k: int, *, batch_size: int | None = None
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Search block by block, in bounded memory: yields first query number, scores and rows as :meth:`search`.
-
-        ``batch_size`` is how many documents are multiplied with a block of queries at a time; it changes no result.
-        """
+        """Search block by block, in bounded memory: yields first query number, scores and rows as :meth:`search`."""
         vectors, ranks = self._device_vectors(), self.open().ranks
         block: dict[str, Any] = {} if batch_size is None else {"doc_block": batch_size}
         return iter_exact_search(query_vecs, vectors, k, tie_order=ranks, **block)

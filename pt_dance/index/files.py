@@ -121,7 +121,7 @@ class OpenIndex:
                 continue
             if before == _stamp(path):
                 return
-        raise OSError(f"{path} is being replaced again and again by another process: it could not be opened.")
+        raise OSError(f"{path} is being replaced again and again by another process: it could not be opened")
 
     def _load(self, path: Path) -> None:
         self.path = path
@@ -171,9 +171,9 @@ class OpenIndex:
                 lookup = npids.Lookup(file)
                 count = len(lookup)
             except Exception as err:  # npids lets through whatever its parsing runs into
-                raise ValueError(f"{file} is no docno lookup or damaged ({type(err).__name__}): index again.") from err
+                raise ValueError(f"{file} is no docno lookup or damaged ({type(err).__name__}): index again") from err
             if count != self.meta["doc_count"]:
-                raise ValueError(f"{file} holds {count:,} docnos where {self.meta['doc_count']:,} belong: index again.")
+                raise ValueError(f"{file} holds {count:,} docnos where {self.meta['doc_count']:,} belong: index again")
             self._lookup = lookup
         return self._lookup
 

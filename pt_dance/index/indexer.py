@@ -28,7 +28,7 @@ class DenseIndexer(pt.Indexer):
     def __init__(self, index: DenseIndex, *, mode: str = "create") -> None:
         mode = getattr(mode, "value", mode)
         if mode not in indexing.MODES:
-            raise ValueError(f"mode must be one of {', '.join(map(repr, indexing.MODES))}, not {mode!r}.")
+            raise ValueError(f"mode must be one of {', '.join(map(repr, indexing.MODES))}, not {mode!r}")
         self._index, self.mode = index, mode
 
     def index(self, iter: Any, **_: Any) -> DenseIndex:

@@ -180,7 +180,7 @@ def _writer(
     if base is not None and base.meta["vec_size"] != vec_size:
         raise ValueError(
             f"document {first[0][0]!r} would get a vector of {vec_size} numbers where the index has "
-            f"{base.meta['vec_size']}."
+            f"{base.meta['vec_size']}"
         )
     if documents.length is not None:
         size = row_bytes(vec_dtype, vec_size) + _BYTES_PER_DOCNO

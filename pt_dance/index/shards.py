@@ -52,7 +52,7 @@ class ShardReader:
                 raise StreamError(
                     f"the documents' iterator raised a {type(err).__name__} after {self._position:,} documents "
                     f"({err}); "
-                    "whole shards before it are kept: call again and it goes on from there."
+                    "whole shards before it are kept: call again and it goes on from there"
                 ) from err
             if document is None:
                 break
@@ -76,12 +76,12 @@ class ShardReader:
             if not with_vectors and self.encoder is None:
                 raise ValueError(
                     f"document {docno!r} has no 'doc_vec' and the index has no encoder: give one, DenseIndex(path, "
-                    "encoder), or put one before it, encoder >> index."
+                    "encoder), or put one before it, encoder >> index"
                 )
         if with_vectors != self.with_vectors:
             raise ValueError(
                 f"document {docno!r} has {'a' if with_vectors else 'no'} 'doc_vec', unlike those before it: either all "
-                "have one or none."
+                "have one or none"
             )
         if with_vectors:
             return docno, self._check_vector(docno, document["doc_vec"])
@@ -90,16 +90,16 @@ class ShardReader:
             found = repr(text) if self.text_field in document else f"no such field; it has {sorted(map(str, document))}"
             raise ValueError(
                 f"document {docno!r} has no text in {self.text_field!r} ({found}): give an empty string, leave the "
-                "document out, or name another text_field."
+                "document out, or name another text_field"
             )
         if not isinstance(text, str):
             raise TypeError(
-                f"document {docno!r} has a {type(text).__name__} in {self.text_field!r}: texts must be strings."
+                f"document {docno!r} has a {type(text).__name__} in {self.text_field!r}: texts must be strings"
             )
         if (place := lone_surrogate(text)) is not None:
             raise ValueError(
                 f"document {docno!r} has a text in {self.text_field!r} that is no valid Unicode (a lone surrogate at "
-                f"character {place}): clean it or leave the document out."
+                f"character {place}): clean it or leave the document out"
             )
         return docno, text
 
@@ -107,7 +107,7 @@ class ShardReader:
         vector = np.asarray(vector)
         if vector.ndim != 1 or not len(vector) or vector.dtype.kind not in "fiu":
             raise ValueError(
-                f"document {docno!r} has as its 'doc_vec' no row of numbers but {vector.dtype} of shape {vector.shape}."
+                f"document {docno!r} has as its 'doc_vec' no row of numbers but {vector.dtype} of shape {vector.shape}"
             )
         return vector.astype("<f4")
 
@@ -119,7 +119,7 @@ class ShardReader:
             for docno, vector in shard:
                 if len(vector) != size:
                     raise ValueError(
-                        f"document {docno!r} has a vector of {len(vector)} numbers where the index has {size}."
+                        f"document {docno!r} has a vector of {len(vector)} numbers where the index has {size}"
                     )
             return check_vectors(np.stack(contents), docnos, size, vec_dtype)
         vectors = self.encoder.encode_docs(list(contents), precision=self.precision)

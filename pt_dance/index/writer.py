@@ -83,18 +83,18 @@ def check_vectors(vectors: Any, docnos: Sequence[str], vec_size: int | None, vec
     if vectors.ndim != 2 or len(vectors) != len(docnos) or vectors.dtype.kind not in "fiu":
         raise ValueError(
             f"the encoder gave {vectors.dtype} vectors of shape {vectors.shape} for {len(docnos)} documents, from "
-            f"{docnos[0]!r} on."
+            f"{docnos[0]!r} on"
         )
     if vectors.shape[1] == 0 or (vec_size is not None and vectors.shape[1] != vec_size):
         raise ValueError(
-            f"document {docnos[0]!r} has a vector of {vectors.shape[1]} numbers where the index has {vec_size}."
+            f"document {docnos[0]!r} has a vector of {vectors.shape[1]} numbers where the index has {vec_size}"
         )
     vectors = vectors.astype(np.float32, copy=False)
     bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():
         raise ValueError(
             f"document {docnos[int(bad.argmax())]!r} has NaN or infinity in its vector: look at its text and at "
-            "the encoder's weights."
+            "the encoder's weights"
         )
     bad = np.linalg.norm(vectors.astype(np.float64), axis=1) > MAX_NORM
     if vec_dtype == "float16" and not bad.any():
@@ -103,7 +103,7 @@ def check_vectors(vectors: Any, docnos: Sequence[str], vec_size: int | None, vec
         bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():
         raise ValueError(
-            f"document {docnos[int(bad.argmax())]!r} has numbers in its vector that are too large for {vec_dtype}."
+            f"document {docnos[int(bad.argmax())]!r} has numbers in its vector that are too large for {vec_dtype}"
         )
     return np.ascontiguousarray(vectors, dtype=np.dtype(vec_dtype).newbyteorder("<"))
 

@@ -117,7 +117,7 @@ class AnnRetriever(DenseRetriever):
             ValueError: If ``k`` is out of range or there are no queries.
         """
         if not 1 <= k <= self.num_results or not len(queries):
-            raise ValueError(f"recall needs queries and a k from 1 to num_results ({self.num_results}), not k={k!r}.")
+            raise ValueError(f"recall needs queries and a k from 1 to num_results ({self.num_results}), not k={k!r}")
         pt.validate.query_frame(queries, context=self)
         vectors = self._query_vectors(queries)
         blocks = self.index.open().documents.iter_search(self.index, vectors, k)
@@ -170,10 +170,10 @@ class AnnRetriever(DenseRetriever):
             file = self._folder() / _FILE
             # FAISS trusts what it reads: only the bytes that were written here reach it.
             if file_digest(file) != read_json(file.with_name(_META)).get("digest"):
-                raise ValueError(f"{file} is not what was written there: remove {file.parent}, it is built again.")
+                raise ValueError(f"{file} is not what was written there: remove {file.parent}, it is built again")
             ann = faiss.read_index(str(file))
             if (ann.ntotal, ann.d) != self.index.open().vectors.shape:
-                raise ValueError(f"{file} is of other vectors: remove {file.parent}, it is built again.")
+                raise ValueError(f"{file} is of other vectors: remove {file.parent}, it is built again")
             self._loaded = identity, ann
         return self._loaded[1]
 
@@ -221,11 +221,11 @@ class AnnRetriever(DenseRetriever):
         if count < max(_LEAST_FOR_IVFPQ, lists):
             raise ValueError(
                 f"ivfpq needs at least {max(_LEAST_FOR_IVFPQ, lists)} documents and the index {self.index.index_path} "
-                f"has {count}: use the exact retriever, or hnsw."
+                f"has {count}: use the exact retriever, or hnsw"
             )
         parts = self.build_options["subvectors"] or max(m for m in range(1, dimension // 4 + 2) if dimension % m == 0)
         if dimension % parts:
-            raise ValueError(f"subvectors must divide the vectors' {dimension} numbers, and {parts} does not.")
+            raise ValueError(f"subvectors must divide the vectors' {dimension} numbers, and {parts} does not")
         coarse = faiss.IndexFlatIP(dimension)
         ann = faiss.IndexIVFPQ(coarse, dimension, lists, parts, 8, faiss.METRIC_INNER_PRODUCT)
         ann.cp.seed = 0

@@ -209,12 +209,12 @@ class DenseRetriever(pt.Transformer):
             for position, query in enumerate(queries):
                 if not isinstance(query, str):
                     raise TypeError(
-                        f"query {qids.iloc[position]!r} is {query!r}, no string: give its text or leave it out."
+                        f"query {qids.iloc[position]!r} is {query!r}, no string: give its text or leave it out"
                     )
                 if lone_surrogate(query) is not None:
                     raise ValueError(
                         f"query {qids.iloc[position]!r} is no valid Unicode (it has a lone surrogate): clean it or "
-                        "leave it out."
+                        "leave it out"
                     )
             return queries
         dim = self.index.open().meta["vec_size"]
@@ -225,7 +225,7 @@ class DenseRetriever(pt.Transformer):
                 found = "no numbers" if vector.dtype.kind not in "fiu" else f"shape {vector.shape}"
                 raise ValueError(
                     f"query {qids.iloc[position]!r} has a query_vec with {found} where the index has vectors of {dim} "
-                    "numbers: encode it with the encoder of this index."
+                    "numbers: encode it with the encoder of this index"
                 )
             vectors[position] = vector
         return _checked_lengths(vectors, qids)
@@ -241,7 +241,7 @@ class DenseRetriever(pt.Transformer):
         if vectors.shape != (len(inp), dim):
             raise ValueError(
                 f"the encoder gives vectors of {vectors.shape[-1]} numbers and the index {self.index.index_path} has "
-                f"{dim}: use the encoder it was made with."
+                f"{dim}: use the encoder it was made with"
             )
         return _checked_lengths(vectors, inp["qid"])
 
@@ -252,13 +252,13 @@ class DenseRetriever(pt.Transformer):
             raise ValueError(
                 f"the index {path} has no encoder at hand for queries: open it with DenseIndex({str(path)!r}, "
                 f"encoder), "
-                "or put encoder.query_encoder() before the retriever."
+                "or put encoder.query_encoder() before the retriever"
             )
         if expected is not None and encoder.fingerprint != expected:
             raise ValueError(
                 f"the encoder's weights are not those the index {path} was made with (they were trained since, or it "
                 f"is "
-                "another model): index the documents again, or use the encoder of that time."
+                "another model): index the documents again, or use the encoder of that time"
             )
         return encoder
 
@@ -273,7 +273,7 @@ class DenseRetriever(pt.Transformer):
 
     def __mod__(self, right: int) -> pt.Transformer:
         if isinstance(right, bool) or not isinstance(right, (int, np.integer)) or right < 1:
-            raise ValueError(f"% {right!r} makes no sense: the number of results to keep must be at least 1.")
+            raise ValueError(f"% {right!r} makes no sense: the number of results to keep must be at least 1")
         return super().__mod__(int(right))
 
     def _key(self) -> tuple[Any, ...]:
@@ -302,7 +302,7 @@ def _checked_lengths(vectors: np.ndarray, qids: pd.Series) -> np.ndarray:
     if bad.any():
         raise ValueError(
             f"query {qids.iloc[int(bad.argmax())]!r} has NaN, infinity or numbers beyond float32's dot products in its "
-            "vector: look at its text and the encoder's weights."
+            "vector: look at its text and the encoder's weights"
         )
     return vectors
 
