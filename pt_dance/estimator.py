@@ -16,6 +16,8 @@ import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
 
+from pt_dance.analysis import plot_history, write_report
+from pt_dance.analysis.notebook import run_view
 from pt_dance.corpus.corpus import Corpus
 from pt_dance.corpus.passages import open_corpus
 from pt_dance.encoder.dual_encoder import DualEncoder
@@ -32,6 +34,7 @@ from pt_dance.training.examples import build_examples
 from pt_dance.training.history import UNTRAINED, best_round, describe_round, training_row, warn_if_worse
 from pt_dance.training.inputs import TrainingInput, check_in_corpus, check_query_texts, check_training_input
 from pt_dance.training.options import check_measures, check_one_process, check_options, check_path
+from pt_dance.training.record import read_negatives, write_record
 from pt_dance.training.reporting import Reports
 from pt_dance.training.run_folder import META, RunFolder, read_meta
 from pt_dance.training.schedule import Span, plan
@@ -207,6 +210,24 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             raise ValueError(f"% {right!r} makes no sense: the number of results to keep must be at least 1")
         return super().__mod__(int(right))
 
+    # ------------------------------------------------------------------ what training did
+
+    def negatives(self, round: int, *, texts: bool = True) -> pd.DataFrame:
+        """Return the document negatives that a round mined, see :func:`pt_dance.training.record.read_negatives`."""
+        return read_negatives(self._run, round, self.corpus if texts else None)
+
+    def plot_history(self, measure=None, **options):
+        """Draw ``measure`` (the first where None) round by round, see :func:`pt_dance.analysis.plot_history`."""
+        measures = self._measures[:1] if measure is None else check_measures(measure)
+        return plot_history(self.history, list(map(str, measures)), **options)
+
+    def report(self, path: str | Path, topics: pd.DataFrame, qrels: pd.DataFrame, **options) -> Path:
+        """Write a self-contained page on this run, see :func:`pt_dance.analysis.write_report`."""
+        return write_report(self, path, topics, qrels, **options)
+
+    def _repr_html_(self) -> str:
+        return run_view(self, pt.schematic.draw(self, outer_class="repr_html"))
+
     # ------------------------------------------------------------------ training
 
     def fit(self, topics_or_res_tr, qrels_tr, topics_or_res_va=None, qrels_va=None) -> DanceRetriever:
@@ -257,6 +278,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self._run.begin(fit_settings(self.initial_encoder, self.corpus, self.seed, self.recipe, training, validation))
         if not (self._run.round(0) / "encoder").exists():
             self._given.save(self._run.round(0) / "encoder")
+        write_record(self._run, training.topics, training.pairs)
         measured = [] if validation is None else [str(measure) for measure in self._measures]
         history: list[dict] = []
         steps = 0

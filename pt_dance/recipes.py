@@ -17,8 +17,10 @@ from torch import nn
 from pt_dance import losses
 from pt_dance.mining.candidates import check_options
 from pt_dance.mining.sources import FIRST_STAGE, check_source
+from pt_dance.storage.display import facts
 from pt_dance.storage.options import number, whole
 from pt_dance.training.options import SCHEDULERS, check_training_arguments
+from pt_dance.training.round_table import round_settings
 
 __all__ = [
     "Round", "ance", "check_recipe", "current_model", "dance", "margin_mse", "margin_mse_dual", "margin_mse_mnrl_dual",
@@ -154,6 +156,9 @@ class Round:
     def is_dual(self) -> bool:
         """Whether the loss also ranks queries for documents."""
         return bool(self.loss_options.get("dual"))
+
+    def _repr_html_(self) -> str:
+        return facts(f"Round: {self.name or self.loss_name}", round_settings(self))
 
 
 def current_model(dense):

@@ -31,7 +31,7 @@ class Run(SimpleNamespace):
 
     def __init__(self, path):
         run = RunFolder(path)
-        run.begin({"round 1 negatives": "first_stage", "round 2 negatives": "current_model#1f"})
+        run.begin({"round 1 negatives": "first_stage", "round 2 negatives": "current_model#0123abcd"})
         positives = pd.DataFrame({"qid": ["q1", "q2"], "docno": ["good", "far"], "query": ["fox?", "else?"]})
         run.write_frame(0, "positives", positives, {})
         first = [("q1", "copy", 9.0, 0), ("q1", "far", 1.0, 7), ("q2", "short", 2.0, 3), ("q2", "near", 1.0, 4)]

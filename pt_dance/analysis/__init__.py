@@ -16,6 +16,7 @@ from pt_dance.analysis.figures import (
 )
 from pt_dance.analysis.measures import uniform_sphere
 from pt_dance.analysis.mined import MiningReport, mining
+from pt_dance.analysis.report import write_report
 from pt_dance.analysis.space_report import SpaceReport, describe_sample
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "space",
     "to_svg",
     "uniform_sphere",
+    "write_report",
 ]

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.manifold import TSNE
 
 from pt_dance.analysis.space_report import SpaceReport
@@ -43,6 +43,7 @@ _STYLE = {
     "legend.frameon": False,
     "hatch.linewidth": 0.5,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of systems and rounds are texts, whatever signs they hold
     "svg.hashsalt": "pt_dance",
     "pdf.fonttype": 42,
 }
@@ -96,6 +97,10 @@ def _panels(number: int, width: float, height: float, **options) -> tuple[Figure
     for axis in axes.flat[number:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:number])
+
+
+def _bins(values: int) -> int:
+    return int(np.clip(3 * values ** (1 / 3), 10, 100))
 
 
 def _line(number: int) -> dict[str, object]:
@@ -154,14 +159,15 @@ def plot_tsne(
 
 
 @_styled
-def plot_distances(spaces: SpaceReport | Mapping[str, SpaceReport], *, bins: int = 60) -> Figure:
+def plot_distances(spaces: SpaceReport | Mapping[str, SpaceReport], *, bins: int | None = None) -> Figure:
     """Draw the distances of queries to their relevant document, the best of the pool and another pair's document.
 
     Args:
         spaces: A report, or several of the same sample by name.
-        bins: Of the histograms.
+        bins: Of the histograms; more for a larger sample where None.
     """
     reports = _reports(spaces)
+    bins = bins or _bins(len(next(iter(reports.values())).distributions["pair"]))
     figure, axes = _panels(len(reports), 2.6, 2.4, sharex=True, sharey=True)
     kinds = {
         "relevant document": ("pair", DOCUMENT, "-"),
@@ -182,16 +188,20 @@ def plot_distances(spaces: SpaceReport | Mapping[str, SpaceReport], *, bins: int
 
 @_styled
 def plot_ratios(
-    spaces: SpaceReport | Mapping[str, SpaceReport], *, limits: tuple[float, float] = (-2.0, 4.0), bins: int = 120
+    spaces: SpaceReport | Mapping[str, SpaceReport],
+    *,
+    limits: tuple[float, float] = (-2.0, 4.0),
+    bins: int | None = None,
 ) -> Figure:
     """Draw SamToNe's ratio s(q, q′) / s(q, d) on random pairs: around 1 both towers share one space.
 
     Args:
         spaces: A report, or several of the same sample by name.
         limits: Ends of the axis; the legend says how much lies beyond.
-        bins: Of the histograms.
+        bins: Of the histograms; more for a larger sample where None.
     """
     reports = _reports(spaces)
+    bins = bins or _bins(len(next(iter(reports.values())).distributions["ratio"]))
     figure = _ShownFigure(figsize=(5.2, 3.0), layout="constrained")
     axis = figure.subplots()
     axis.axvspan(0.9, 1.1, color=OTHER, alpha=0.15, linewidth=0)
@@ -222,8 +232,8 @@ def plot_spectra(spaces: SpaceReport | Mapping[str, SpaceReport]) -> Figure:
             axis.plot(np.arange(1, len(shares) + 1), shares, label=f"{name} (rank {rank:.0f})", **_line(number))
         every = np.arange(1, len(shares) + 1)
         axis.plot(every, every / len(every), color="black", linewidth=0.6, label="uniform")
-        axis.set(title=of, xlabel="principal components", xscale="log", xlim=(1, None), ylim=(0, 1.02))
-        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.set(title=of, xlabel="principal components", xscale="log", xlim=(1, len(every)), ylim=(0, 1.02))
+        axis.xaxis.set_major_formatter("{x:.0f}")
         axis.legend(fontsize=7.5)
     axes[0].set_ylabel("share of variance")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1))
@@ -272,9 +282,10 @@ def plot_history(
     """Draw what each round is worth. The axis begins at 0, so that differences look as large as they are.
 
     Args:
-        history: A row a round, with ``round``, ``name`` and the measures, as ``DanceRetriever.history``.
+        history: A row a round, with ``round``, ``name`` and the measures, as ``DanceRetriever.history``. Round 0, the
+            encoder as it came, is drawn as a line, too.
         measures: Columns to draw; baselines are of the first.
-        baselines: Values to draw as lines by name, such as BM25's and the untrained encoder's.
+        baselines: Values to draw as lines by name, such as BM25's.
 
     Raises:
         ValueError: If there is no round, or a measure was not computed.
@@ -285,6 +296,9 @@ def plot_history(
     for measure in measures:
         if measure not in history.columns:
             raise ValueError(f"{measure!r} was not computed; fit with validation topics and this measure")
+    untrained = history.loc[history["round"] == 0, measures[0]].dropna()
+    lines = {"untrained": float(untrained.iloc[0])} if len(untrained) else {}
+    lines |= dict(baselines or {})
     figure = _ShownFigure(figsize=(max(4.2, 1.4 + 0.95 * len(history)), 3.2), layout="constrained")
     axis = figure.subplots()
     places = np.arange(len(history))
@@ -295,7 +309,7 @@ def plot_history(
         axis.plot(places, values, marker=_MARKS[number % len(_MARKS)], label=measure, **_line(number))
         for place, value in zip(places, values, strict=True):
             axis.annotate(f"{value:.3f}", (place, value), (0, 5), textcoords="offset points", ha="center", fontsize=7.5)
-    for number, (name, value) in enumerate((baselines or {}).items(), start=1):
+    for number, (name, value) in enumerate(lines.items(), start=1):
         top = max(top, value)
         axis.axhline(value, color=OTHER, linewidth=1, linestyle=_DASHES[number % len(_DASHES)])
         axis.annotate(

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import HashingVectorizer
 
+from pt_dance.training.record import read_record, source_of
 from pt_dance.training.run_folder import RunFolder
 
 _BLOCK_ROWS = 500
@@ -86,7 +87,7 @@ def mining(
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"{name}={share!r} must be above 0 and at most 1")
     run = RunFolder(dance.path)
-    if (stored := run.read_frame(0, "positives")) is None:
+    if (stored := read_record(run)) is None:
         raise ValueError(f"{str(dance.path)!r} holds no record of training; it was saved without one, or not fitted")
     positives = stored[0]
     qids = np.sort(positives["qid"].unique())
@@ -115,11 +116,6 @@ _COLUMNS = [
     "round", "name", "source", "queries", "negatives", "new", "rank 10 %", "rank 50 %", "rank 90 %", "positive found",
     "positive rank", "above positive", *REASONS,
 ]  # fmt: skip
-
-
-def source_of(run: RunFolder, number: int) -> str:
-    """Name where a round's negatives came from, without the digests that tell functions apart."""
-    return str((run.settings() or {}).get(f"round {number} negatives", "")).split("#")[0]
 
 
 def _of_frame(negatives: pd.DataFrame, about: dict) -> dict[str, float]:
@@ -216,6 +212,10 @@ def _shingles(text: str, size: int) -> list[str]:
     return [" ".join(words[i : i + size]) for i in range(max(len(words) - size + 1, 1))]
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
+
+
 def _with_texts(shown: list[pd.DataFrame], positives: pd.DataFrame, corpus: Any) -> pd.DataFrame:
     columns = ["round", "reason", "qid", "query", "docno", "text", "positive", "positive_text", "value"]
     if not any(map(len, shown)):
@@ -223,5 +223,5 @@ def _with_texts(shown: list[pd.DataFrame], positives: pd.DataFrame, corpus: Any)
     frame = pd.concat([part for part in shown if len(part)], ignore_index=True)
     frame = frame.merge(positives[["qid", "query"]].drop_duplicates("qid"), on="qid")
     for column, docno in (("text", "docno"), ("positive_text", "positive")):
-        frame[column] = [text[:_SHOWN_CHARACTERS] for text in corpus.texts(frame[docno].tolist())]
+        frame[column] = [_cut(text) for text in corpus.texts(frame[docno].tolist())]
     return frame[columns].sort_values(["round", "reason", "value"], ascending=[True, True, False], ignore_index=True)

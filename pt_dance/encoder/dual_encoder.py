@@ -23,6 +23,7 @@ from pt_dance.encoder.precision import PRECISIONS, Choice, choose, say_if_slow
 from pt_dance.encoder.reading import reading_digests
 from pt_dance.encoder.stages import HANDED_OVER, DocEncoder, QueryEncoder, TextScorer
 from pt_dance.storage import options
+from pt_dance.storage.display import facts
 from pt_dance.storage.folders import write_json
 from pt_dance.storage.writing import new_folder
 
@@ -448,3 +449,17 @@ class DualEncoder(BiEncoder, pt.Artifact):
 
     def __repr__(self) -> str:
         return f"DualEncoder({self.name!r})"
+
+    def _repr_html_(self) -> str:
+        kind = "static" if self.is_static else "transformer"
+        about = {
+            "towers": f"two ({kind})" if self.has_two_towers else f"one ({kind})",
+            "dimensions": self.dim,
+            "similarity": self.similarity,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "tokens of a text": self.model.max_seq_length,
+            "device": str(self.device),
+            "encodes in": self.dtype,
+            "fingerprint": self.fingerprint,
+        }
+        return facts(f"DualEncoder: {self.name}", about)

@@ -1,0 +1,38 @@
+"""A run as a notebook shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pt_dance.storage.display import facts, grid
+from pt_dance.training.options import check_measures
+from pt_dance.training.round_table import recipe_table
+
+
+def run_view(dance: Any, schematic: str) -> str:
+    """Return a schematic, what the retriever is, its recipe and its rounds, as HTML.
+
+    Args:
+        dance: A ``DanceRetriever``.
+        schematic: HTML of its schematic.
+    """
+    history = dance.history
+    about = {
+        "state": f"trained, {int((history['round'] > 0).sum())} rounds" if len(history) else "not trained yet",
+        "folder": str(dance.path),
+        "starts from": repr(dance.initial_encoder),
+        "corpus": None if dance.corpus is None else f"{dance.corpus!r}, {len(dance.corpus):,} documents",
+        "results a query": dance.num_results,
+        "seed": dance.seed,
+    }
+    return schematic + facts("DanceRetriever", about, recipe_table(dance.recipe), _rounds(dance))
+
+
+def _rounds(dance: Any) -> str:
+    history = dance.history
+    if not len(history):
+        return ""
+    names = [str(measure) for measure in check_measures(dance.measure)]
+    columns = ["round", "name", "training_loss", *names, "new_negatives", "mine_seconds", "train_seconds"]
+    kept = [column for column in columns if column in history.columns]
+    return grid([column.replace("_", " ") for column in kept], history[kept].to_numpy(dtype=object).tolist())

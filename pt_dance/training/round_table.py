@@ -1,0 +1,57 @@
+"""Rounds as a table that reads like the settings in a paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pt_dance.mining.sources import describe_source
+from pt_dance.storage.display import grid
+
+
+def round_settings(round_: Any) -> dict[str, str]:
+    """Return a round's settings by the names that papers give them; what a round does not use is left out."""
+    settings = {
+        "loss": round_.loss_name + _options(round_.loss_options),
+        "negatives": _source(round_.negatives),
+        "query negatives": _source(round_.query_negatives) if round_.is_dual else None,
+        "drawn from": f"{'uniformly from' if round_.sampling == 'uniform' else 'best of'} the top {round_.depth}"
+        + (f", ranks {round_.rank_range[0]} to {round_.rank_range[1] - 1}" if round_.rank_range else ""),
+        "negatives a query": f"{round_.negatives_per_query}, {round_.negatives_per_row} a row",
+        "query negatives a row": str(round_.query_negatives_per_row) if round_.is_dual else None,
+        "filters": ", ".join(map(repr, round_.filters)) or None,
+        "teacher": None if round_.teacher is None else repr(round_.teacher),
+        "queries": None if round_.share_of_queries == 1 else f"{round_.share_of_queries:.0%} in turn",
+        "length": f"{round_.steps} steps" if round_.steps else f"{round_.epochs} epoch{'s' * (round_.epochs != 1)}",
+        "batch size": str(round_.batch_size),
+        "learning rate": "as suits the encoder" if round_.learning_rate is None else f"{round_.learning_rate:g}",
+        "schedule": f"{round_.scheduler}, warm-up {round_.warmup:.0%}"
+        + (", goes on from the round before" if round_.carry_optimizer else ""),
+        "similarity": round_.similarity,
+        "training arguments": _options(round_.training_arguments).strip(" ()") or None,
+    }
+    if round_.negatives is None:
+        settings |= {"drawn from": None, "negatives a query": None}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def recipe_table(rounds: Sequence[Any]) -> str:
+    """Return a table of rounds as HTML, a column a round."""
+    settings = [round_settings(round_) for round_ in rounds]
+    names = list(dict.fromkeys(name for columns in settings for name in columns))
+    # dictionaries of different rounds keep one order
+    order = list(dict.fromkeys([*max(settings, key=len, default={}), *names]))
+    titles = [f"round {n}" + (f": {r.name}" if r.name else "") for n, r in enumerate(rounds, start=1)]
+    return grid(["", *titles], [[name, *(columns.get(name) for columns in settings)] for name in order])
+
+
+def _options(options: Any) -> str:
+    return f" ({', '.join(f'{name} {value}' for name, value in options.items())})" if options else ""
+
+
+def _source(source: Any) -> str:
+    if source is None:
+        return "the batch's only"
+    # the digest tells functions apart, people it tells nothing
+    return re.sub(r"#[0-9a-f]{8}\b", "", describe_source(source)).replace("_", " ")
