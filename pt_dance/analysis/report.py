@@ -109,7 +109,7 @@ def write_report(
         baseline=first,
         queries=len(measured[TRAINED]),
         told=told,
-        compared=[(title, _shown(told[key], dance.corpus, first)) for title, key in _LISTS] if told else [],
+        compared=[(title, _shown(told[key], dance.corpus, first)) for title, key in _LISTS] if told and first else [],
         disk=_disk(Path(dance.path)),
         seconds=float(dance.history.filter(like="_seconds").sum().sum()),
     )  # fmt: skip
@@ -231,13 +231,13 @@ def _shown(queries: pd.DataFrame, corpus: Any, baseline: str) -> list[dict[str, 
     shown = []
     for row in queries.to_dict("records"):
         ranks = [(name, row[f"rank {side}"]) for name, side in ((baseline, "before"), (TRAINED, "after"))]
-        ranks = ", ".join(f"{name}: " + ("not found" if rank != rank else f"rank {rank:.0f}") for name, rank in ranks)
+        said = ", ".join(f"{name}: " + ("not found" if rank != rank else f"rank {rank:.0f}") for name, rank in ranks)
         relevant = row["found after"] if isinstance(row["found after"], str) else row["found before"]
         documents = []
         for what, docno in (
             (f"best of {baseline}", row["top before"]),
             (f"best of {TRAINED}", row["top after"]),
-            (f"relevant ({ranks})", relevant),
+            (f"relevant ({said})", relevant),
         ):
             if isinstance(docno, str):
                 documents.append({"what": what, "docno": docno, "text": _cut(corpus.texts([docno])[0])})
