@@ -203,7 +203,7 @@ def test_a_grid_over_num_results(index):
     dense = index.retriever(1)
     qrels = index.retriever(3)(TOPICS).query("rank == 2").assign(label=1)[["qid", "docno", "label"]]
     grid = {dense: {"num_results": [1, 2, 3, np.int64(10)]}}
-    _, best, settings = pt.GridSearch(dense, grid, TOPICS[["qid", "query"]], qrels, R @ 10, return_type="both")
+    _, best, settings = pt.GridSearch(dense, grid, TOPICS[["qid", "query"]], qrels, "recall_10", return_type="both")
     assert best == 1.0 and settings[0][2] in (3, 10)
 
 
