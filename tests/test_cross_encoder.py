@@ -96,5 +96,10 @@ def test_bfloat16_scores_are_close_and_another_teachers(scorer):
     np.testing.assert_allclose(rounded, exact, atol=0.1)
     assert not np.array_equal(rounded, exact), "it has to be computed in bfloat16"
     assert half.fingerprint != scorer.fingerprint and half != scorer
+    taken = CrossEncoderScorer(scorer.model, batch_size=np.int64(4), max_length=np.int32(20))
+    assert type(taken.batch_size) is int and type(taken.max_length) is int
+    for options in ({"batch_size": 0}, {"max_length": 1.5}, {"text_field": ""}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}="):
+            CrossEncoderScorer(scorer.model, **options)
     with pytest.raises(ValueError, match="dtype='float16'"):
         CrossEncoderScorer(scorer.model, dtype="float16")

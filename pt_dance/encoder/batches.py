@@ -1,4 +1,4 @@
-"""Fast encoding: batches of like length by token budget, tokenised in the background while the model runs.
+"""Fast encoding: batches of like length by token budget, tokenised while the model runs in threads.
 
 Nothing here changes what a model computes: every text is tokenised once, exactly as ``SentenceTransformer`` would
 tokenise it, and only the company it keeps in a batch differs.
@@ -74,7 +74,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def forward(model: SentenceTransformer, features: dict[str, Any], task: str, bfloat16: bool = False) -> torch.Tensor:
-    """Vectors (rows, dim) float32 of one batch, on the model's device; gradients are kept where they are on."""
+    """Return vectors (rows, dim) float32 of one batch, on the model's device; gradients are kept where they are on."""
     device = model.device
     features = {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -187,7 +187,7 @@ def encode(
 
 
 def _may_share(model: SentenceTransformer, reader: Reader) -> bool:
-    """Whether several threads may run the model at once, each a batch of its own."""
+    """Return whether several threads may run the model at once, each a batch of its own."""
     if model.device.type != "cpu" or not isinstance(reader, TransformerReader):
         return False
     # Recording hidden states is not safe between threads in every release of transformers.
@@ -235,7 +235,7 @@ def _in_threads(
 
 
 def checked(texts: Iterable[str], task: str) -> list[str]:
-    """The texts as a list, each of them a string.
+    """Return the texts as a list, each of them a string.
 
     Raises:
         TypeError: If ``texts`` is one string, or a text is no string; names its position.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,11 @@ import torch
 from sentence_transformers import CrossEncoder
 
 from pt_dance.encoder.fingerprint import weights_digest
+from pt_dance.storage import options
 
 
 class CrossEncoderScorer(pt.Transformer):
-    """Scores (query, text) rows with a sentence-transformers ``CrossEncoder``.
+    """Score (query, text) rows with a sentence-transformers ``CrossEncoder``.
 
     The score is the model's raw logit, not its sigmoid: that is what Margin-MSE wants of a teacher
     (Hofstätter et al., arXiv 2010.02666).
@@ -47,18 +49,18 @@ class CrossEncoderScorer(pt.Transformer):
         verbose: bool = False,
     ):
         super().__init__()
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype={dtype!r} is unknown; choose 'float32' or 'bfloat16'")
+        self.batch_size = options.whole("batch_size", batch_size)
+        self.text_field = options.column("text_field", text_field)
+        self.max_length = options.whole("max_length", max_length, or_none=True)
+        self.dtype = options.choice("dtype", dtype, ("float32", "bfloat16"))
         if not isinstance(model, CrossEncoder):
-            model = CrossEncoder(str(model), max_length=max_length, device=device, trust_remote_code=False)
+            folder = Path(os.path.expanduser(model))
+            name = str(options.path_of(model)) if folder.exists() else os.fspath(model)
+            model = CrossEncoder(name, max_length=self.max_length, device=device, trust_remote_code=False)
         if model.num_labels != 1:
             raise ValueError(f"the cross-encoder has {model.num_labels} labels; scoring needs a model with one")
         self.model = model
-        self.batch_size = batch_size
-        self.text_field = text_field
-        self.max_length = max_length
         self.device = device
-        self.dtype = dtype
         self.verbose = verbose
 
     @property
@@ -72,7 +74,7 @@ class CrossEncoderScorer(pt.Transformer):
         return digest.hexdigest()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Scores each row; identical (query, text) pairs are scored once.
+        """Score each row; identical (query, text) pairs are scored once.
 
         Args:
             inp: ``qid``, ``query``, ``docno`` and the text column.
@@ -104,7 +106,7 @@ class CrossEncoderScorer(pt.Transformer):
         return pt.model.add_ranks(kept.assign(score=np.asarray(scores, dtype=np.float64).reshape(-1)[number]))
 
     def subtransformers(self) -> dict:
-        """None of the attributes is a stage of its own."""
+        """Return no transformers: none of the attributes is a stage of its own."""
         return {}
 
     def __eq__(self, other: object) -> bool:

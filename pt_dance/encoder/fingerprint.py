@@ -21,7 +21,7 @@ _VOLATILE = {
 
 
 def fingerprint(model: SentenceTransformer) -> str:
-    """The xxh3 digest of all that determines the model's vectors.
+    """Return the xxh3 digest of all that determines the model's vectors.
 
     That is: names, types, shapes and bytes of all weights; the modules in order with their settings; tokenizers and
     maximum lengths; prompts. Saving and loading keep it; any training step changes it.
@@ -47,7 +47,7 @@ def fingerprint(model: SentenceTransformer) -> str:
 
 
 def weights_digest(model: nn.Module) -> xxhash.xxh3_128:
-    """A digest fed with the names, types, shapes and bytes of all weights of a model."""
+    """Return a digest fed with the names, types, shapes and bytes of all weights of a model."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

@@ -51,7 +51,7 @@ def similarity_of(model: SentenceTransformer) -> str:
 
 
 def with_ending(model: SentenceTransformer, similarity: str, device: str | None = None) -> SentenceTransformer:
-    """A new ``SentenceTransformer`` over the same modules that ends with a ``Normalize`` iff ``similarity`` is cosine.
+    """Return a new model over the same modules that ends with a ``Normalize`` iff ``similarity`` is cosine.
 
     The plain dot product of its outputs is then the score. ``truncate_dim``, which sentence-transformers applies
     behind the last module (and so behind ``Normalize``, and never while training), becomes a ``Dense`` module that
@@ -90,7 +90,7 @@ def with_ending(model: SentenceTransformer, similarity: str, device: str | None 
 
 
 def strip_normalize(modules: OrderedDict[str, nn.Module]) -> OrderedDict[str, nn.Module]:
-    """The same modules without the ``Normalize`` at their end, also where it ends every route of a ``Router``."""
+    """Return the modules without the ``Normalize`` at their end, also where it ends every route of a ``Router``."""
     kept = OrderedDict(modules)
     while kept:
         name, last = next(reversed(kept.items()))

@@ -78,7 +78,7 @@ def say_if_slow(choice: Choice | None, count: int) -> None:
 
 @functools.cache
 def _seconds(device: str, width: int, height: int) -> dict[str, float]:
-    """The least time for a row of a product (rows, width) x (width, height), on a CPU a core's own, by precision."""
+    """Return the least time for a row of a product (rows, width) x (width, height), on a CPU a core's own."""
     on_cpu = device == "cpu"
     rows = min(1024, max(64, int(_OPERATIONS / (2 * width * height)))) if on_cpu else 16384
     generator = torch.Generator().manual_seed(0)

@@ -23,14 +23,14 @@ _DIGEST_BLOCK = 4096
 
 
 def prompt_for(model: SentenceTransformer, task: str) -> str | None:
-    """The text that ``encode_query`` (task "query") or ``encode_document`` ("document") puts before each text."""
+    """Return what ``encode_query`` (task "query") or ``encode_document`` ("document") puts before each text."""
     names = ("query",) if task == "query" else ("document", "passage", "corpus")
     name = next((name for name in names if name in model.prompts), model.default_prompt_name)
     return model.prompts.get(name) if name is not None else None
 
 
 def tower_of(model: SentenceTransformer, task: str) -> nn.Module | None:
-    """The module that reads the texts of a task, or ``None`` where only the model itself can tell."""
+    """Return the module that reads the texts of a task, or ``None`` where only the model itself can tell."""
     first = model[0]
     if isinstance(first, Router):
         return None if first.route_mappings or task not in first.sub_modules else first.sub_modules[task][0]
@@ -48,7 +48,7 @@ class PaddedTexts:
         self._reader = reader
 
     def features(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """The model's input for these rows: each column (len(rows), longest), int64."""
+        """Return the model's input for these rows: each column (len(rows), longest), int64."""
         lengths, longest = self.lengths[rows], int(self.lengths[rows].max())
         positions = np.arange(longest)[None, :]
         before = longest - lengths[:, None] if self._reader.pads_left else np.zeros((len(rows), 1), np.int64)
@@ -63,14 +63,14 @@ class PaddedTexts:
         return features
 
     def digests(self) -> np.ndarray:
-        """A hash of each text's token ids, uint64 (texts,)."""
+        """Return a hash of each text's token ids, uint64 (texts,)."""
         ids = self._flat["input_ids"]
         cuts = zip(self._starts, self._starts + self.lengths, strict=True)
         return np.fromiter((_hash(ids[a:b]) for a, b in cuts), np.uint64, len(self.lengths))
 
 
 class TransformerReader:
-    """Tokenises as :class:`sentence_transformers.base.modules.Transformer` does, without padding."""
+    """Tokenise as :class:`sentence_transformers.base.modules.Transformer` does, without padding."""
 
     bags = False
 
@@ -83,7 +83,7 @@ class TransformerReader:
 
     @staticmethod
     def reads(module: Any, model: SentenceTransformer, prompt: str | None) -> bool:
-        """Whether this module's tokenisation is the plain one that is reproduced here."""
+        """Return whether this module's tokenisation is the plain one that is reproduced here."""
         if type(module) is not Transformer or module.transformer_task != "feature-extraction":
             return False
         tokenizer = module.processor
@@ -132,7 +132,7 @@ class BagOfTexts:
         return {"input_ids": torch.from_numpy(ids), "offsets": torch.from_numpy(offsets)}
 
     def digests(self) -> np.ndarray:
-        """A hash of each text's token ids and how often each occurs, uint64 (texts,): a mean knows no order."""
+        """Return a hash of each text's token ids and how often each occurs, uint64 (texts,): a mean knows no order."""
 
         def shares(ids: list[int]) -> np.ndarray:
             tokens, counts = np.unique(np.array(ids, dtype=np.int64), return_counts=True)
@@ -142,7 +142,7 @@ class BagOfTexts:
 
 
 class StaticReader:
-    """Tokenises as :class:`sentence_transformers.sentence_transformer.modules.StaticEmbedding` does."""
+    """Tokenise as :class:`sentence_transformers.sentence_transformer.modules.StaticEmbedding` does."""
 
     bags = True
 
@@ -167,13 +167,13 @@ class AnyTexts:
         self.lengths = np.fromiter((len(text) // 4 + 2 for text in texts), np.int64, len(texts))
 
     def features(self, rows: np.ndarray) -> dict[str, Any]:
-        """What ``model.preprocess`` makes of these rows."""
+        """Return what ``model.preprocess`` makes of these rows."""
         reader = self._reader
         with _TOKENIZING:
             return reader.model.preprocess([self._texts[row] for row in rows], prompt=reader.prompt, task=reader.task)
 
     def digests(self) -> np.ndarray:
-        """A hash of each text, uint64 (texts,): only texts equal letter by letter are known to be read alike."""
+        """Return a hash of each text, uint64 (texts,): only texts equal letter by letter are known to be read alike."""
         return np.fromiter(map(short_text_digest, self._texts), np.uint64, len(self._texts))
 
 
@@ -194,7 +194,7 @@ Reader = TransformerReader | StaticReader | AnyReader
 
 
 def reader_for(model: SentenceTransformer, task: str) -> Reader:
-    """How texts of a task ("query" or "document") are tokenised for this model."""
+    """Return how texts of a task ("query" or "document") are tokenised for this model."""
     prompt, tower = prompt_for(model, task), tower_of(model, task)
     if TransformerReader.reads(tower, model, prompt):
         return TransformerReader(tower, task, prompt)
@@ -204,7 +204,7 @@ def reader_for(model: SentenceTransformer, task: str) -> Reader:
 
 
 def reading_digests(model: SentenceTransformer, texts: list[str], task: str) -> np.ndarray:
-    """A hash of what a model reads of each text, uint64 (texts,): texts with equal ones get equal vectors."""
+    """Return a hash of what a model reads of each text, uint64 (texts,): texts with equal ones get equal vectors."""
     reader = reader_for(model, task)
     blocks = (reader.read(texts[i : i + _DIGEST_BLOCK]).digests() for i in range(0, len(texts), _DIGEST_BLOCK))
     return np.concatenate([np.empty(0, np.uint64), *blocks])

@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 65536
 
 
 def texts_of(frame: pd.DataFrame, column: str, key: str) -> tuple[list[str], np.ndarray]:
-    """The distinct texts of a column, and for each row which of them it holds.
+    """Return the distinct texts of a column, and for each row which of them it holds.
 
     Args:
         frame: The rows.
@@ -60,12 +60,12 @@ class _Encoding:
         return hash((type(self), self._key()))
 
     def subtransformers(self) -> dict[str, Any]:
-        """None: the encoder is a model here, not a stage."""
+        """Return no transformers: the encoder is a model here, not a stage."""
         return {}
 
 
 class QueryEncoder(_Encoding, BiQueryEncoder):
-    """Adds ``query_vec`` (float32 vectors) to rows with a ``query``; made by :meth:`DualEncoder.query_encoder`."""
+    """Add ``query_vec`` (float32 vectors) to rows with a ``query``; made by :meth:`DualEncoder.query_encoder`."""
 
     schematic = {"label": "Query Encoder", "help_url": None}
 
@@ -92,7 +92,7 @@ class QueryEncoder(_Encoding, BiQueryEncoder):
         return inp.assign(query_vec=_column(self.encode(texts), rows, inp.index))
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer:
-        """A cut-off behind this stage can as well be made before it."""
+        """Make a cut-off behind this stage before it."""
         return pt.RankCutoff(k) >> self
 
     def __repr__(self) -> str:
@@ -100,7 +100,7 @@ class QueryEncoder(_Encoding, BiQueryEncoder):
 
 
 class DocEncoder(_Encoding, BiDocEncoder):
-    """Adds ``doc_vec`` (float32 vectors) to rows with a text; made by :meth:`DualEncoder.doc_encoder`."""
+    """Add ``doc_vec`` (float32 vectors) to rows with a text; made by :meth:`DualEncoder.doc_encoder`."""
 
     schematic = {"label": "Doc Encoder", "help_url": None}
 
@@ -131,7 +131,7 @@ class DocEncoder(_Encoding, BiDocEncoder):
 
 
 class TextScorer(_Encoding, BiScorer):
-    """Scores rows by the similarity of query and document; made by :meth:`DualEncoder.scorer`."""
+    """Score rows by the similarity of query and document; made by :meth:`DualEncoder.scorer`."""
 
     schematic = {"label": "Bi-Encoder Scorer", "help_url": None}
 

@@ -113,7 +113,7 @@ def static_from(model: str | os.PathLike | SentenceTransformer, dim: int | None)
 
 
 def _principal(weights: torch.Tensor, dim: int) -> torch.Tensor:
-    """The first ``dim`` principal components (float32), each signed so that its largest loading is positive."""
+    """Return the first ``dim`` principal components (float32), each signed so that its largest loading is positive."""
     if dim > weights.shape[1]:
         raise ValueError(f"dim is {dim}, but the model's token embeddings have only {weights.shape[1]} dimensions")
     centred = weights.double() - weights.double().mean(0)
@@ -165,7 +165,7 @@ def two_towers(
 
 
 def _tower(model: SentenceTransformer, task: str) -> list[nn.Module]:
-    """Deep copies of the modules that encode a task, without the normalisation at their end."""
+    """Return deep copies of the modules that encode a task, without the normalisation at their end."""
     modules = copy.deepcopy(list(models.strip_normalize(OrderedDict(model.named_children())).values()))
     if isinstance(modules[0], Router):
         if task not in modules[0].sub_modules:

@@ -79,7 +79,7 @@ def _inverse_frequencies(tokenizer: Tokenizer, documents: Counter[str], n_texts:
 
 
 def _count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> tuple[Counter[str], Counter[str], int]:
-    """How often each word occurs, in how many texts, and how many texts there are."""
+    """Return how often each word occurs, in how many texts, and how many texts there are."""
     if isinstance(texts, (str, bytes)):
         raise TypeError(f"texts are given as an iterable of strings, not as one {type(texts).__name__}")
     words: Counter[str] = Counter()
@@ -104,7 +104,7 @@ def _count_words(texts: Iterable[str], normalizer: normalizers.Normalizer) -> tu
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:
-    """Every word as often as it was counted, which is how a trainer learns of counts."""
+    """Return every word as often as it was counted, which is how a trainer learns of counts."""
     for word, count in words.items():
         block = " ".join([word] * min(count, _WORDS_IN_A_TEXT))
         for _ in range(count // _WORDS_IN_A_TEXT):
