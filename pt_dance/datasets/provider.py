@@ -12,7 +12,7 @@ from pt_dance.storage import options
 
 
 class DanceDatasetProvider(DatasetProvider):
-    """Gives ``pt.get_dataset("dance:pydocs")`` and ``pt.get_dataset("dance:<folder in BEIR layout>")``."""
+    """Give ``pt.get_dataset("dance:pydocs")`` and ``pt.get_dataset("dance:<folder in BEIR layout>")``."""
 
     def get_dataset(self, name: str) -> Dataset:
         """Return a data set by what follows ``dance:``.

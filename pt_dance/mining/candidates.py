@@ -32,7 +32,7 @@ def check_options(depth: int, negatives: int, sampling: str, rank_range: tuple[i
 
 
 def random_keys(seed: int, source: pd.Series, candidate: pd.Series | np.ndarray) -> np.ndarray:
-    """One reproducible pseudo-random uint64 a row, from the seed and the two ids alone.
+    """Return one reproducible pseudo-random uint64 a row, from the seed and the two ids alone.
 
     Taking the smallest keys of a query draws uniformly without replacement, and the draw does not depend on the
     order of the candidates or on how queries were cut into blocks.
@@ -50,7 +50,7 @@ def random_keys(seed: int, source: pd.Series, candidate: pd.Series | np.ndarray)
 
 
 def share_of(qids: pd.Series, share: float, *, turn: int, seed: int) -> pd.Series:
-    """A part of the queries; turn after turn it moves on, so that every query has its turn before any has a second.
+    """Return a part of the queries, another one at every turn: no query has a second turn before all had their first.
 
     ANCE's release mines one fifth of the training queries a refresh.
 
@@ -86,7 +86,7 @@ def reduce_results(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def ranked(results: pd.DataFrame, source_column: str, candidate_column: str) -> pd.DataFrame:
-    """The columns mining needs, each candidate once, with ``rank`` 0, 1, 2 ... for each source as in the results."""
+    """Return the columns mining needs, each candidate once, with ``rank`` 0, 1, 2 … for each source as it came."""
     frame = pd.DataFrame({c: results[c].to_numpy(dtype=object) for c in (source_column, candidate_column)})
     if "score" in results.columns:
         frame["score"] = results["score"].to_numpy(dtype=np.float64)
@@ -111,7 +111,7 @@ def pair_keys(frame: pd.DataFrame, readings: Readings) -> np.ndarray:
 
 
 def draw(frame: pd.DataFrame, number: int, sampling: str, seed: int, source_column: str, candidate_column: str):
-    """At most ``number`` candidates of each source, drawn as ``sampling`` says, in rank order."""
+    """Return at most ``number`` candidates of each source, drawn as ``sampling`` says, in rank order."""
     if sampling == "uniform":
         frame = frame.assign(_key=random_keys(seed, frame[source_column], frame[candidate_column]))
         frame = (

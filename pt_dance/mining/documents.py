@@ -34,7 +34,7 @@ def mine_documents(
     query_block: int = 1000,
     verbose: bool = False,
 ) -> pd.DataFrame:
-    """Mines hard negatives: documents that a pipeline ranks high and that are not known to be relevant.
+    """Mine hard negatives: documents that a pipeline ranks high and that are not known to be relevant.
 
     ANCE (arXiv 2007.00808) mines this way from the index of the model in training: the top 200 of each training query,
     known positives removed, 20 drawn uniformly. **All** positives of a query are removed, also those of another topic
@@ -109,7 +109,7 @@ def _results(source: pt.Transformer | pd.DataFrame, topics: pd.DataFrame, depth:
 def finish(
     parts: list[pd.DataFrame], order: pd.Series, selection: CandidateSelection, source_column: str, verbose: bool
 ) -> pd.DataFrame:
-    """One frame from the parts, ordered as the sources were given, with the report in ``attrs["mining"]``."""
+    """Return one frame from the parts, ordered as the sources were given, with the report in ``attrs["mining"]``."""
     mined = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     position = pd.Series(range(len(order)), index=order.to_numpy())
     mined["_order"] = position.reindex(mined[source_column]).to_numpy()

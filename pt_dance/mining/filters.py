@@ -72,7 +72,7 @@ Filter = Callable[[pd.DataFrame, MiningContext], np.ndarray]
 
 @dataclass(frozen=True)
 class RankRange:
-    """Keeps candidates with ``first`` <= rank < ``last``; the very best ranks are often unlabelled positives.
+    """Keep candidates with ``first`` <= rank < ``last``; the very best ranks are often unlabelled positives.
 
     Attributes:
         first: first rank kept, from 0.
@@ -83,13 +83,13 @@ class RankRange:
     last: int
 
     def __call__(self, candidates: pd.DataFrame, context: MiningContext) -> np.ndarray:
-        """Which candidates to keep."""
+        """Say which candidates to keep."""
         return candidates["rank"].between(self.first, self.last - 1).to_numpy()
 
 
 @dataclass(frozen=True)
 class PositiveMargin:
-    """Keeps candidates that score clearly below the query's best positive.
+    """Keep candidates that score clearly below the query's best positive.
 
     NV-Retriever (arXiv 2407.15831) compares mining variants: a candidate must score at most ``relative`` (95 % works
     best there) of the positive's score, or at least ``absolute`` below it.
@@ -110,7 +110,7 @@ class PositiveMargin:
             raise ValueError("PositiveMargin takes either relative=... or absolute=..., exactly one of them")
 
     def __call__(self, candidates: pd.DataFrame, context: MiningContext) -> np.ndarray:
-        """Which candidates to keep."""
+        """Say which candidates to keep."""
         if not len(candidates):
             return np.zeros(0, dtype=bool)
         positives = context.pairs[context.pairs["qid"].isin(candidates["qid"])]
@@ -128,7 +128,7 @@ class PositiveMargin:
 
 @dataclass(frozen=True)
 class TeacherScore:
-    """Keeps candidates that a teacher scores below a threshold (as RocketQA does, arXiv 2010.08191).
+    """Keep candidates that a teacher scores below a threshold (as RocketQA does, arXiv 2010.08191).
 
     Attributes:
         teacher: pipeline that scores (query, text) rows.
@@ -139,7 +139,7 @@ class TeacherScore:
     below: float
 
     def __call__(self, candidates: pd.DataFrame, context: MiningContext) -> np.ndarray:
-        """Which candidates to keep."""
+        """Say which candidates to keep."""
         if not len(candidates):
             return np.zeros(0, dtype=bool)
         return context.scored(self.teacher, candidates, "TeacherScore") < self.below
@@ -167,7 +167,7 @@ class NearDuplicate:
             )
 
     def __call__(self, candidates: pd.DataFrame, context: MiningContext) -> np.ndarray:
-        """Which candidates to keep."""
+        """Say which candidates to keep."""
         positives = context.pairs[context.pairs["qid"].isin(candidates["qid"])]
         docnos = pd.unique(pd.concat([candidates["docno"], positives["docno"]]))
         texts = context.texts(docnos.tolist(), "NearDuplicate")

@@ -37,7 +37,7 @@ def mine_queries(
     document_block: int = 1000,
     verbose: bool = False,
 ) -> pd.DataFrame:
-    """Mines query negatives: for each positive document, training queries close to it for which it is not relevant.
+    """Mine query negatives: for each positive document, training queries close to it for which it is not relevant.
 
     DANCE (arXiv 2107.07773) searches an index over **all** training queries with the vectors of the positive documents:
     the top 200, without every query for which the document is relevant, 20 drawn uniformly.

@@ -30,7 +30,7 @@ def _pairs(source: object) -> list[tuple[object, float]]:
 
 
 def check_source(source: object, option: str) -> None:
-    """Raises a plain TypeError where ``source`` is nothing that negatives can come from."""
+    """Raise a plain TypeError where ``source`` is nothing that negatives can come from."""
     if source is None:
         return
     for entry, _ in _pairs(source):
@@ -47,12 +47,12 @@ def check_source(source: object, option: str) -> None:
 
 
 def needs_dense(source: object) -> bool:
-    """Whether the source is, or contains, a function of the current dense retriever."""
+    """Return whether the source is, or contains, a function of the current dense retriever."""
     return source is not None and any(_is_function(entry) for entry, _ in _pairs(source))
 
 
 def uses_first_stage(source: object) -> bool:
-    """Whether the source is, or contains, the results that ``fit`` was given."""
+    """Return whether the source is, or contains, the results that ``fit`` was given."""
     return source is not None and any(isinstance(entry, str) and entry == FIRST_STAGE for entry, _ in _pairs(source))
 
 
@@ -63,7 +63,7 @@ def _is_function(entry: object) -> TypeGuard[Callable[..., Any]]:
 def resolve_source(
     source: object, *, dense: pt.Transformer | None = None, first_stage: pd.DataFrame | None = None
 ) -> list[tuple[pt.Transformer | pd.DataFrame, float]]:
-    """Turns a negative source into pipelines (or result frames) with their weights.
+    """Turn a negative source into pipelines (or result frames) with their weights.
 
     Args:
         source: a pipeline, a function ``dense -> pipeline``, ``"first_stage"``, a result frame, or a list of these,
@@ -97,7 +97,7 @@ def resolve_source(
 
 
 def describe_source(source: object) -> str:
-    """A short text that stays the same between runs for the same source, and changes when a function's code does."""
+    """Return a short text: the same in every run for the same source, another one when a function's code changes."""
     if source is None:
         return "none"
     if isinstance(source, (list, tuple)):

@@ -88,7 +88,7 @@ def build_examples(
     teacher=None,
     reads=None,
 ) -> Examples:
-    """Makes the training rows of one round.
+    """Make the training rows of one round.
 
     Args:
         topics: ``qid``, ``query``; all training topics.
@@ -215,7 +215,7 @@ def _occurrence(values: np.ndarray) -> np.ndarray:
 
 
 def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
-    """A data set of row numbers whose text columns are looked up when a batch is read."""
+    """Return a data set of row numbers whose text columns are looked up when a batch is read."""
     query_texts = np.array(texts, dtype=object)
 
     def of_documents(numbers: np.ndarray) -> list[str]:
@@ -256,7 +256,7 @@ def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
 
 
 def columns_of(rows: TrainingRows) -> dict[str, str]:
-    """The text columns of a training row and what each holds, "query" or "document", in the order losses read them."""
+    """Return the text columns of a training row and what each holds, "query" or "document", as losses read them."""
     documents = ["positive", *(f"negative_{i + 1}" for i in range(rows.negatives.shape[1]))]
     columns = {"query": "query"}
     columns |= {
@@ -267,5 +267,5 @@ def columns_of(rows: TrainingRows) -> dict[str, str]:
 
 
 def passage_column(name: str, place: int) -> str:
-    """The column of a document's passage; sentence-transformers takes a column for all that begin with its name."""
+    """Return the column of a passage; sentence-transformers takes a column for all that begin with its name."""
     return name if place == 0 else f"passage_{place + 1}_of_{name}"
