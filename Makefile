@@ -6,11 +6,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+<<<<<<< HEAD
 .PHONY: help quickstart test lint imports format pages docs package clean
+=======
+.PHONY: help quickstart test test-collections lint imports format docs package clean
+>>>>>>> c6065a5 (wip2)
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,8 +24,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)  ## train on a small real collection and print the table
 	$(BIN)/python experiments/quickstart.py
 
-test: $(INSTALLED)  ## run all tests
-	$(BIN)/python -m pytest tests
+# A process a core, each with one thread; a file's tests stay together, as they share what they build.
+test: $(INSTALLED)  ## run all tests that need nothing but this repository
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+
+test-collections: $(INSTALLED)  ## run the tests that need ../shared/data, or minutes
+	$(BIN)/python -m pytest tests -m collections
 
 lint: imports  ## check style, types and what imports what
 	$(BIN)/python -m ruff check .

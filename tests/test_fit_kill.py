@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+import kill_fit
 from pt_dance.storage.folders import write_json
 from pt_dance.training import checkpoints
 
-SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "benchmarks" / "kill_fit.py"
 
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes can be forked on POSIX systems only")
-def test_killed_at_random_moments_and_between_operations_on_the_disk():
+@pytest.mark.timeout(600)  # each child imports everything anew
+def test_killed_at_a_random_moment_and_between_operations_on_the_disk():
     options = ["--kills", "1", "--seed", "5", "--topics", "24", "--keep", "best"]
-    options += ["--boundaries", "190", "--first", "60"]
-    done = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads(done.stdout[done.stdout.index("{") :])
+    summary = kill_fit.main([*options, "--first", "60", "--boundaries", "100"])
     at_operations = summary["at operations on the disk"]
     assert summary["kills"] == 1 and at_operations["kills"] >= 3
     assert sum(count > 0 for count in at_operations["killed while"].values()) >= 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 
 import numpy as np
@@ -15,30 +14,18 @@ from ir_measures import R, nDCG
 
 from pt_dance import Corpus, DenseIndex, DenseRetriever, DualEncoder
 from pt_dance.storage.queries import _say_once
+from small_collection import standard_library
 
 
 @pytest.fixture(scope="module")
-def cranfield(tmp_path_factory, shared_data):
-    """A real collection with its index: corpus, encoder, index, topics, qrels."""
-    import gzip
-
-    folder = shared_data("cranfield")
-    with gzip.open(folder / "corpus.jsonl.gz", "rt") as lines:
-        documents = [{"docno": d["_id"], **d} for d in map(json.loads, lines)]
-    topics = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
-    qrels = pd.read_csv(folder / "qrels" / "test.tsv", sep="\t", dtype=str)
-    base = tmp_path_factory.mktemp("cranfield")
-    corpus = Corpus.build(documents, base / "corpus", verbose=False)
+def docstrings(tmp_path_factory):
+    """A real collection with its index: encoder, index, topics, qrels."""
+    small = standard_library(None)
+    base = tmp_path_factory.mktemp("docstrings")
+    corpus = Corpus.build(small, base / "corpus", verbose=False)
     encoder = DualEncoder.static(corpus.texts_at(range(len(corpus))), dim=64, vocab_size=4000)
     index = DenseIndex(base / "index", encoder, verbose=False).index(corpus)
-    return {
-        "encoder": encoder,
-        "index": index,
-        "topics": pd.DataFrame({"qid": [t["_id"] for t in topics], "query": [t["text"] for t in topics]}),
-        "qrels": pd.DataFrame(
-            {"qid": qrels["query-id"], "docno": qrels["corpus-id"], "label": qrels["score"].astype(int)}
-        ),
-    }
+    return {"encoder": encoder, "index": index, "topics": small.topics, "qrels": small.qrels}
 
 
 DOCUMENTS = [{"docno": f"d{i:03}", "text": f"word{i % 13} word{i % 7} other{i % 5}"} for i in range(200)]
@@ -142,13 +129,12 @@ def test_rescoring_keeps_double_rows_and_interleaved_queries(index):
     assert found["score"][0] == found["score"][3] and found["rank"][0] < found["rank"][3]
 
 
-def test_real_candidates_of_bm25(cranfield, tmp_path):
+def test_real_candidates_of_bm25(docstrings, tmp_path):
     pisa = pytest.importorskip("pyterrier_pisa", reason="pyterrier_pisa is not installed")
-    corpus = cranfield["index"]
-    dense = corpus.retriever(1400)
-    topics, full = cranfield["topics"], None
+    corpus, topics = docstrings["index"], docstrings["topics"]
+    dense = corpus.retriever(len(corpus))
     texts = pisa.PisaIndex(str(tmp_path / "pisa"), threads=1, overwrite=True)
-    texts.index([{"docno": d, "text": f"{d} flow"} for d in corpus.docno(range(1400))])
+    texts.index([{"docno": d, "text": f"{d} return file"} for d in corpus.docno(range(len(corpus)))])
     candidates = texts.bm25(num_results=50)(topics.head(40))
     found = dense(candidates)
     full = dense(topics.head(40))
@@ -240,13 +226,13 @@ def test_operators(index):
     assert (0.5 * dense)(topics)["score"].tolist() == (single["score"] * 0.5).tolist()
 
 
-def test_experiment_in_both_plans(cranfield):
-    index, encoder = cranfield["index"], cranfield["encoder"]
+def test_experiment_in_both_plans(docstrings):
+    index, encoder = docstrings["index"], docstrings["encoder"]
     dense = index.retriever(100)
     again = DenseIndex(index.index_path, encoder, verbose=False).retriever(100)
     # Two stages that are equal are run once; PyTerrier 1.1's tree fails for pipelines that are equal as a whole.
     systems = {"dense": dense, "cut": again % 10, "rescored": dense >> again, "shallow": index.retriever(5)}
-    topics, qrels = cranfield["topics"].head(60), cranfield["qrels"]
+    topics, qrels = docstrings["topics"].head(60), docstrings["qrels"]
     tables = [pt.Experiment(systems, topics, qrels, [nDCG @ 5, R @ 100], plan=plan) for plan in ("linear", "tree")]
     pd.testing.assert_frame_equal(*tables)
     assert tables[0]["nDCG@5"].nunique() == 1 and tables[0]["nDCG@5"][0] > 0.02
