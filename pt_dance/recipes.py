@@ -94,7 +94,7 @@ class Round:
     name: str = ""
 
     def __post_init__(self):
-        """Raises ValueError or TypeError where an option makes no sense."""
+        """Raise ValueError or TypeError where an option makes no sense."""
         self._check_loss()
         check_source(self.negatives, "negatives")
         if self.query_negatives not in (None, "dense") and not isinstance(self.query_negatives, pt.Transformer):
@@ -162,7 +162,7 @@ class Round:
 
 
 def current_model(dense):
-    """The negative source of ANCE: what the dense retriever of the current weights finds."""
+    """Return the dense retriever itself: ANCE's negative source, what the current weights find."""
     return dense
 
 
@@ -360,7 +360,7 @@ def margin_mse_mnrl_dual(
 
 
 def check_recipe(recipe: object) -> list[Round]:
-    """The recipe as a list of rounds.
+    """Return the recipe as a list of rounds.
 
     Raises:
         TypeError: if it is no round and no list of rounds.
@@ -391,7 +391,7 @@ def _named(loss: Any) -> str:
 
 
 def _merge(given: dict, options: Mapping[str, Any], *, known: bool = True) -> dict:
-    """Options of the caller win; their loss options are added to the recipe's own."""
+    """Let the caller's options win, and add their loss options to the recipe's own."""
     names = {f.name for f in fields(Round)}
     unknown = sorted(set(options) - names) if known else []
     if unknown:

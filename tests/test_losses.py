@@ -296,14 +296,14 @@ def test_options_are_exactly_what_make_takes():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: losses.make("mnrl", MODEL), ValueError, "Unknown loss 'mnrl'; valid losses: contrastive, pairwise"),
-        (lambda: losses.options("x"), ValueError, "Unknown loss 'x'"),
-        (lambda: losses.make(torch.nn.Linear, MODEL), TypeError, "A loss is one of the names"),
+        (lambda: losses.make("mnrl", MODEL), ValueError, "unknown loss 'mnrl'; valid losses: contrastive, pairwise"),
+        (lambda: losses.options("x"), ValueError, "unknown loss 'x'"),
+        (lambda: losses.make(torch.nn.Linear, MODEL), TypeError, "a loss is one of the names"),
         (lambda: losses.make(losses.DualLoss, MODEL), TypeError, "not put around another loss"),
-        (lambda: losses.make("pairwise", MODEL, in_batch=True), ValueError, "Unknown option 'in_batch' of loss"),
+        (lambda: losses.make("pairwise", MODEL, in_batch=True), ValueError, "unknown option 'in_batch' of loss"),
         (lambda: losses.make("pairwise", MODEL, temprature=1), ValueError, "valid options: temperature, similarity"),
-        (lambda: losses.make([("pairwise", 1, {"x": 1})], MODEL), ValueError, "Unknown option 'x' of loss 'pairwise'"),
-        (lambda: losses.make([("pairwise", 1)], MODEL, sides="x"), ValueError, "Unknown option 'sides' of a list"),
+        (lambda: losses.make([("pairwise", 1, {"x": 1})], MODEL), ValueError, "unknown option 'x' of loss 'pairwise'"),
+        (lambda: losses.make([("pairwise", 1)], MODEL, sides="x"), ValueError, "unknown option 'sides' of a list"),
         (lambda: losses.make(["pairwise"], MODEL), ValueError, "holds (loss, weight)"),
         (lambda: losses.make([], MODEL), ValueError, "(loss, weight) pairs, one or more"),
         (lambda: losses.make("pairwise", MODEL, dual_weight=0.1), ValueError, "does nothing without the option dual"),
@@ -384,9 +384,9 @@ def test_margin_mse_needs_teacher_scores():
         (torch.zeros(3, 1, dtype=int), 4, "one whole number a row"),
         (torch.tensor([0, 1, 99]), 4, "row numbers from 0 to 99, but there are 10 training rows"),
         (torch.tensor([0, -1, 1]), 4, "row numbers from -1 to 1"),
-        (torch.arange(2), 4, "There are 2 labels for 3 rows"),
-        (torch.arange(3), 1, "There are 1 columns after query and positive, but the training rows have 2 negatives"),
-        (torch.arange(3), -1, "The columns query and positive are needed"),
+        (torch.arange(2), 4, "there are 2 labels for 3 rows"),
+        (torch.arange(3), 1, "there are 1 columns after query and positive, but the training rows have 2 negatives"),
+        (torch.arange(3), -1, "the columns query and positive are needed"),
     ],
 )
 def test_batches_that_do_not_fit_the_rows(labels, mined, words):
@@ -407,7 +407,7 @@ def test_batches_that_do_not_fit_the_rows(labels, mined, words):
         ({"negatives": [1, 2]}, "negatives must have shape (2, columns), not (2,)"),
         ({"query_negatives": [[0]]}, "query_negatives must have shape (2, columns), not (1, 1)"),
         ({"teacher_negatives": [[1.0, 2.0], [0, 0]]}, "teacher_negatives must have shape (2, 1), not (2, 2)"),
-        ({"positive": [0, 2]}, "The positive document 2 of row 1 is not relevant to its query 1"),
+        ({"positive": [0, 2]}, "the positive document 2 of row 1 is not relevant to its query 1"),
     ],
 )
 def test_bad_training_rows(change, words):

@@ -47,7 +47,7 @@ def _table(block: dict[str, list[str]], schema: Any) -> Any:
                 except UnicodeEncodeError as err:
                     raise ValueError(
                         f"document {docno!r} holds a lone surrogate, which no text file can: clean it with "
-                        "text.encode('utf-8', 'replace').decode()."
+                        "text.encode('utf-8', 'replace').decode()"
                     ) from err
         raise
 
@@ -64,7 +64,7 @@ def open_table(path: str | Path) -> Any:
     try:
         return Dataset.from_file(str(path))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as err:
-        raise ValueError(f"{path} is no Arrow file of ours, or damaged ({type(err).__name__}).") from err
+        raise ValueError(f"{path} is no Arrow file of ours, or damaged ({type(err).__name__})") from err
 
 
 class TextColumn:

@@ -296,7 +296,7 @@ class Corpus(pt.Artifact):
 
 
 def holds(path: Path, kind: type[Corpus]) -> bool:
-    """Whether the folder at ``path`` is one of ours of this kind, whole or damaged."""
+    """Return whether the folder at ``path`` is one of ours of this kind, whole or damaged."""
     try:
         meta = read_json(path / META)
     except (OSError, ValueError):

@@ -39,19 +39,19 @@ def check_docno(value: object, position: int) -> str:
     if not isinstance(value, str):
         raise TypeError(
             f"document number {position} has the docno {value!r}, a {type(value).__name__}: docnos must be strings, "
-            "e.g. str(docno)."
+            "e.g. str(docno)"
         )
     if not value:
-        raise ValueError(f"document number {position} has an empty docno: every document needs its own.")
+        raise ValueError(f"document number {position} has an empty docno: every document needs its own")
     if len(value) > MAX_DOCNO_LENGTH:
         raise ValueError(
             f"document number {position} has a docno of {len(value):,} characters ({value[:40]!r}...): at most "
-            f"{MAX_DOCNO_LENGTH:,} are allowed."
+            f"{MAX_DOCNO_LENGTH:,} are allowed"
         )
     if _BAD_CHARACTERS.search(value):
         raise ValueError(
             f"document number {position} has the docno {value!r}, which holds control characters, line breaks or lone "
-            "surrogates: run files could not hold it; replace them."
+            "surrogates: run files could not hold it; replace them"
         )
     return value if type(value) is str else str(value)
 
@@ -158,7 +158,7 @@ class DocnoRows:
         """
         size = Path(path).stat().st_size
         if size != 12 * count:
-            raise ValueError(f"{path} has {size:,} bytes where {12 * count:,} belong: the file is damaged.")
+            raise ValueError(f"{path} has {size:,} bytes where {12 * count:,} belong: the file is damaged")
         hashes = np.memmap(path, dtype="<u8", mode="r", shape=(count,))
         rows = np.memmap(path, dtype="<u4", mode="r", shape=(count,), offset=8 * count)
         return cls(hashes, rows, docnos_at)
@@ -212,7 +212,7 @@ class DocnoColumn:
         data = np.frombuffer(lines, dtype=np.uint8)
         ends = np.flatnonzero(data == 10) + 1
         if len(ends) != count or (count and ends[-1] != len(data)):
-            raise ValueError(f"{source} does not hold {count:,} docnos: the index is damaged; index again.")
+            raise ValueError(f"{source} does not hold {count:,} docnos: the index is damaged; index again")
         offsets = np.concatenate([[0], ends]).astype(np.int64)
         # Every string keeps its line break: Arrow's strings lie end to end, so the file can be used as it is.
         self._lines = pa.LargeStringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(lines))

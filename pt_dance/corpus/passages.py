@@ -183,7 +183,7 @@ def _passages(
     documents: Corpus, counts: np.ndarray, length: int, stride: int, most: int | None, prepend: str | None,
     verbose: bool,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The passages of all documents in order; their number is written to ``counts``."""
+    """Return the passages of all documents in order; their number is written to ``counts``."""
     sliding = pt.text.sliding(text_attr="text", length=length, stride=stride, prepend_attr=None)
     blocks = range(0, len(documents), _BLOCK_DOCUMENTS)
     if verbose:

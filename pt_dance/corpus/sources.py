@@ -56,7 +56,7 @@ def iter_documents(source: Any, *, verbose: bool = False, desc: str = "documents
                 if not isinstance(document, dict):
                     raise TypeError(
                         f"document number {position} is a {type(document).__name__}: each document must be a dict "
-                        "with a docno and its fields."
+                        "with a docno and its fields"
                     )
                 yield document
                 bar.update()

@@ -128,7 +128,7 @@ class BeirFolder(pt.datasets.Dataset):
         for number, record in _json_lines(path):
             qid = _identifier(record, path, number)
             if qid in queries:
-                raise ValueError(f"{path}, line {number}: the query {qid!r} occurs a second time; remove one.")
+                raise ValueError(f"{path}, line {number}: the query {qid!r} occurs a second time; remove one")
             queries[qid] = _text(record, "text", path, number)
         topics = pd.DataFrame({"qid": list(queries), "query": list(queries.values())}, dtype="str")
         if qrels is None:
@@ -139,7 +139,7 @@ class BeirFolder(pt.datasets.Dataset):
             raise ValueError(
                 f"{self._qrels_file(variant)} judges the query {missing[0]!r}"
                 + (f" and {len(missing) - 1:,} more" if len(missing) > 1 else "")
-                + f" not to be found in {path}; add the query or remove its judgements."
+                + f" not to be found in {path}; add the query or remove its judgements"
             )
         return topics[topics["qid"].isin(judged)].reset_index(drop=True)
 
@@ -161,21 +161,21 @@ class BeirFolder(pt.datasets.Dataset):
     def _qrels_file(self, split: str | None) -> Path:
         splits = self.splits
         if not splits:
-            raise FileNotFoundError(f"{self.folder} has no judgements: no file qrels/<split>.tsv.")
+            raise FileNotFoundError(f"{self.folder} has no judgements: no file qrels/<split>.tsv")
         available = ", ".join(repr(name) for name in splits)
         if split is None:
             if len(splits) > 1:
-                raise ValueError(f"{self!r} has several splits, so say which judgements you want: one of {available}.")
+                raise ValueError(f"{self!r} has several splits, so say which judgements you want: one of {available}")
             split = splits[0]
         if split not in splits:
-            raise ValueError(f"{self!r} has no split {split!r}; available: {available}.")
+            raise ValueError(f"{self!r} has no split {split!r}; available: {available}")
         return self.folder / "qrels" / f"{split}.tsv"
 
     def _file(self, name: str) -> Path:
         for path in (self.folder / name, self.folder / f"{name}.gz"):
             if path.is_file():
                 return path
-        raise FileNotFoundError(f"{self.folder} is no folder in BEIR layout: it has neither {name} nor {name}.gz.")
+        raise FileNotFoundError(f"{self.folder} is no folder in BEIR layout: it has neither {name} nor {name}.gz")
 
     def _describe_component(self, component: str) -> bool | list[str] | None:
         if component == "corpus":
@@ -206,22 +206,22 @@ def _json_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any
                 try:
                     record = json.loads(line)
                 except ValueError as error:  # UnicodeDecodeError is one too
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({error}); correct this line.") from error
+                    raise ValueError(f"{path}, line {number}: not valid JSON ({error}); correct this line") from error
                 if not isinstance(record, dict):
                     raise ValueError(
                         f'{path}, line {number}: expected an object such as {{"_id": ..., "text": ...}}, found '
-                        f"{type(record).__name__}."
+                        f"{type(record).__name__}"
                     )
                 yield number, record
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: broken after line {number} ({error}); fetch the file again.") from error
+            raise ValueError(f"{path}: broken after line {number} ({error}); fetch the file again") from error
 
 
 def _identifier(record: dict[str, Any], path: Path, number: int) -> str:
     value = record.get("_id")
     # A bool is an int to Python.
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise ValueError(f"{path}, line {number}: '_id' must be a string or a whole number, found {value!r}.")
+        raise ValueError(f"{path}, line {number}: '_id' must be a string or a whole number, found {value!r}")
     return str(value)
 
 
@@ -229,25 +229,25 @@ def _text(record: dict[str, Any], field: str, path: Path, number: int) -> str:
     value = record.get(field)
     if not isinstance(value, str):
         found = "nothing" if field not in record else repr(value)
-        raise ValueError(f"{path}, line {number}: {field!r} of {record['_id']!r} must be a string, found {found}.")
+        raise ValueError(f"{path}, line {number}: {field!r} of {record['_id']!r} must be a string, found {found}")
     return value
 
 
 def _read_qrels(path: Path) -> pd.DataFrame:
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: expected at least the header {' '.join(_QRELS_HEADER)!r}.")
+        raise ValueError(f"{path} is empty: expected at least the header {' '.join(_QRELS_HEADER)!r}")
     labels: dict[tuple[str, str], int] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 values = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n").split("\t")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid UTF-8 ({error}); correct this line.") from error
+                raise ValueError(f"{path}, line {number}: not valid UTF-8 ({error}); correct this line") from error
             if number == 1:
                 if values != _QRELS_HEADER:
                     raise ValueError(
                         f"{path}, line 1: expected the header {' '.join(_QRELS_HEADER)!r} separated by tabs, found "
-                        f"{' '.join(values)!r}."
+                        f"{' '.join(values)!r}"
                     )
                 continue
             if values == [""]:
@@ -255,17 +255,17 @@ def _read_qrels(path: Path) -> pd.DataFrame:
             if len(values) != len(_QRELS_HEADER) or not values[0] or not values[1]:
                 raise ValueError(
                     f"{path}, line {number}: expected three values separated by tabs ({', '.join(_QRELS_HEADER)}), "
-                    f"found {values!r}."
+                    f"found {values!r}"
                 )
             qid, docno, score = values
             try:
                 label = int(score) if "." not in score else _whole(float(score))
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: the score must be a whole number, not {score!r}.") from error
+                raise ValueError(f"{path}, line {number}: the score must be a whole number, not {score!r}") from error
             if labels.setdefault((qid, docno), label) != label:
                 raise ValueError(
                     f"{path}, line {number}: query {qid!r} and document {docno!r} are judged twice, as "
-                    f"{labels[qid, docno]} and as {label}; remove one of the two."
+                    f"{labels[qid, docno]} and as {label}; remove one of the two"
                 )
     return pd.DataFrame(
         {

@@ -157,7 +157,7 @@ def _cached(packages: dict[str, str | None], home: Path, *, verbose: bool) -> Pa
 
 
 def _is_as_written(folder: Path) -> bool:
-    """Whether a folder holds the collection that was written to it, with the very same content."""
+    """Return whether a folder holds the collection that was written to it, with the very same content."""
     try:
         digests = read_json(folder / "about.json")["digests"]
         return all(file_digest(folder / name) == digests[name] for name in _FILES)

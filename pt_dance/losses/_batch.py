@@ -80,7 +80,7 @@ class BatchRows:
         return self.rows.related_queries(queries[of], queries)
 
     def passages_filled(self, embeddings: Tensor) -> Tensor:
-        """Passages of documents, (W, columns, d), as (W, 1 + n, passages, d): the positive's, then the negatives'.
+        """Return documents' passages, (W, columns, d), as (W, 1 + n, passages, d): the positive's, then the negatives'.
 
         Where a document has fewer passages than there are columns, its first one stands for those it has not: that
         changes no maximum.
@@ -130,7 +130,7 @@ class Batch:
         return self.rows.local
 
     def mirrored(self) -> Batch:
-        """The batch of the dual direction: positive documents search for their queries."""
+        """Return the batch of the dual direction: positive documents search for their queries."""
         return Batch(
             queries=self.positives,
             positives=self.queries,
@@ -141,7 +141,7 @@ class Batch:
         )
 
     def unit(self) -> Batch:
-        """The batch with every embedding divided by its L2 norm; each is computed once for both directions."""
+        """Return the batch with every embedding divided by its L2 norm; each is computed once for both directions."""
         return replace(
             self,
             queries=self._unit(self.queries),
@@ -157,7 +157,7 @@ class Batch:
         return self._units[id(embeddings)][1]
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of one value a local row and mined negative over the usable negatives of the whole batch.
+        """Return the mean of one value a local row and mined negative over the usable negatives of the whole batch.
 
         With several processes the mean over them of what this returns is the mean over all usable negatives, although
         one process may have more of them than another. Without any, exactly 0, with a gradient of 0.
@@ -173,7 +173,7 @@ class Batch:
 
 
 def all_scores(left: Tensor, right: Tensor) -> Tensor:
-    """The dot product of every text on the left with every one on the right, (a, b).
+    """Return the dot product of every text on the left with every one on the right, (a, b).
 
     Args:
         left: (a, d), or (a, p, d) for texts of p passages, of which the best counts.
@@ -187,7 +187,7 @@ def all_scores(left: Tensor, right: Tensor) -> Tensor:
 
 
 def own_scores(left: Tensor, right: Tensor) -> Tensor:
-    """The dot product of every text on the left with each of its own on the right, (a, n).
+    """Return the dot product of every text on the left with each of its own on the right, (a, n).
 
     Args:
         left: (a, d), or (a, p, d) for texts of p passages, of which the best counts.
@@ -200,7 +200,7 @@ def own_scores(left: Tensor, right: Tensor) -> Tensor:
 
 
 def unit(embeddings: Tensor) -> Tensor:
-    """Embeddings divided by their L2 norm; a zero vector stays zero and gets no gradient.
+    """Return embeddings divided by their L2 norm; a zero vector stays zero and gets no gradient.
 
     (Dividing by a clamped norm instead gives a zero vector a gradient of 1e12.)
     """

@@ -43,7 +43,7 @@ LossName = str | type[RetrievalLoss] | Sequence
 
 
 def options(loss: LossName) -> dict[str, Any]:
-    """The options that :func:`make` takes for a loss, and their defaults.
+    """Return the options that :func:`make` takes for a loss, and their defaults.
 
     Args:
         loss: as :func:`make` takes it.
@@ -131,13 +131,13 @@ def check(loss: LossName, **options_given: Any) -> None:
     }
     for name, needed in needs.items():
         if name in options_given and not options_given.get(needed):
-            raise ValueError(f"The option {name} does nothing without the option {needed}.")
+            raise ValueError(f"the option {name} does nothing without the option {needed}")
 
 
 def _refuse_unknown(given: dict[str, Any], valid: dict[str, Any], of: str) -> None:
     for name in given:
         if name not in valid:
-            raise ValueError(f"Unknown option {name!r} of {of}; valid options: {', '.join(valid)}.")
+            raise ValueError(f"unknown option {name!r} of {of}; valid options: {', '.join(valid)}")
 
 
 def _is_list(loss: LossName) -> bool:
@@ -148,7 +148,7 @@ def _parts(losses: Any) -> list[tuple[LossName, float, dict[str, Any]]]:
     parts = []
     for part in losses:
         if not isinstance(part, (list, tuple)) or len(part) not in (2, 3) or _is_list(part[0]):
-            raise ValueError(f"A list of losses holds (loss, weight) or (loss, weight, options), not {part!r}.")
+            raise ValueError(f"a list of losses holds (loss, weight) or (loss, weight, options), not {part!r}")
         parts.append((part[0], part[1], dict(part[2]) if len(part) == 3 else {}))
     return parts
 
@@ -156,13 +156,13 @@ def _parts(losses: Any) -> list[tuple[LossName, float, dict[str, Any]]]:
 def _find(loss: LossName) -> type[RetrievalLoss]:
     if isinstance(loss, str):
         if loss not in NAMES:
-            raise ValueError(f"Unknown loss {loss!r}; valid losses: {', '.join(NAMES)}.")
+            raise ValueError(f"unknown loss {loss!r}; valid losses: {', '.join(NAMES)}")
         return NAMES[loss]
     if isinstance(loss, type) and issubclass(loss, RetrievalLoss) and not issubclass(loss, WrappedLoss):
         return loss
     raise TypeError(
-        f"A loss is one of the names {', '.join(NAMES)}, a subclass of pt_dance.losses.RetrievalLoss that is not put "
-        f"around another loss, or a list of them with weights, not {loss!r}."
+        f"a loss is one of the names {', '.join(NAMES)}, a subclass of pt_dance.losses.RetrievalLoss that is not put "
+        f"around another loss, or a list of them with weights, not {loss!r}"
     )
 
 

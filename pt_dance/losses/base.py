@@ -43,7 +43,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         temperature: similarities are divided by it.
         mini_batch_size: with a number, gradient caching: only so many texts have their activations in memory at a
             time, and the gradients are those of the whole batch (Gao et al. 2021, arXiv 2101.06983). Each text is
-            embedded twice. Static towers, whose activations take no memory to speak of, ignore it.
+            embedded twice. Static towers, whose activations take little memory, ignore it.
         gather_across_devices: use the embeddings of all processes, so that in-batch negatives come from all of them.
             Every process must have the same number of rows.
 
@@ -65,15 +65,15 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a SentenceTransformer, not {type(model).__name__}.")
+            raise TypeError(f"model must be a SentenceTransformer, not {type(model).__name__}")
         if rows is not None and not isinstance(rows, TrainingRows):
-            raise TypeError(f"rows must be a TrainingRows, not {type(rows).__name__}.")
+            raise TypeError(f"rows must be a TrainingRows, not {type(rows).__name__}")
         if query_negatives is not None:
             if rows is not None:
-                raise ValueError("query_negatives is known from rows: give one of them, not both.")
+                raise ValueError("query_negatives is known from rows: give one of them, not both")
             check_number("query_negatives", query_negatives, lowest=0, whole=True)
         if similarity not in SIMILARITIES:
-            raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, not {similarity!r}.")
+            raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, not {similarity!r}")
         check_number("temperature", temperature, above=0)
         if mini_batch_size is not None:
             check_number("mini_batch_size", mini_batch_size, lowest=1, whole=True)
@@ -92,7 +92,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         return False
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The loss of a batch.
+        """Return the loss of a batch.
 
         (Not named ``loss``: by that attribute sentence-transformers' model cards look for losses inside losses.)
 
@@ -102,7 +102,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         Returns:
             A scalar, differentiable by the embeddings.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement loss_of(batch).")
+        raise NotImplementedError(f"{type(self).__name__} must implement loss_of(batch)")
 
     def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
         """Refuse training rows this loss cannot be computed of.
@@ -116,11 +116,11 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         """
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """The loss of a batch of embeddings as the model gives them; shape ()."""
+        """Return the loss of a batch of embeddings as the model gives them; shape ()."""
         return self.loss_of(batch.unit() if self.similarity == "cosine" else batch)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """The loss of the trainer's columns.
+        """Return the loss of the trainer's columns.
 
         Args:
             sentence_features: the tokenised columns, in the order of the class description.
@@ -140,7 +140,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         return self.compute_loss_from_embeddings(self._embed(sentence_features), labels)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        """The loss of columns that are embedded already.
+        """Return the loss of columns that are embedded already.
 
         Similarities are computed in float32 (float64 for float64 embeddings), also under autocast.
 
@@ -176,7 +176,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         return _full_precision(embeddings), random_state
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The options, as sentence-transformers writes them on model cards."""
+        """Return the options, as sentence-transformers writes them on model cards."""
         return {
             "similarity": self.similarity,
             "temperature": self.temperature,
@@ -186,23 +186,23 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         }
 
     def _split(self, columns: list) -> tuple[list, list]:
-        """Columns of documents, but for the first one, and of mined queries."""
+        """Return columns of documents, but for the first one, and of mined queries."""
         mined = len(columns) - 2
         if mined < 0:
-            raise ValueError(f"The columns query and positive are needed, but there are {len(columns)} columns.")
+            raise ValueError(f"the columns query and positive are needed, but there are {len(columns)} columns")
         queries = self.query_negatives or 0
         if self.rows is not None:
             documents, queries = self.rows.negatives.shape[1], self.rows.query_negatives.shape[1]
             passages = self.rows.passages_per_document
             if mined + 1 != passages * (1 + documents) + queries:
                 raise ValueError(
-                    f"There are {mined} columns after query and positive, but the training rows have {documents} "
+                    f"there are {mined} columns after query and positive, but the training rows have {documents} "
                     f"negatives and {queries} query negatives"
-                    + (f", and {passages} passages of each document." if passages > 1 else ".")
+                    + (f", and {passages} passages of each document" if passages > 1 else "")
                 )
         elif queries > mined:
             raise ValueError(
-                f"query_negatives is {queries}, but only {mined} columns follow the columns query and positive."
+                f"query_negatives is {queries}, but only {mined} columns follow the columns query and positive"
             )
         return columns[2 : len(columns) - queries], columns[len(columns) - queries :]
 
@@ -225,18 +225,18 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
 
     def _row_numbers(self, labels: Tensor | None) -> np.ndarray:
         if labels is None:
-            raise ValueError("The data set needs a column label with each row's number in the training rows.")
+            raise ValueError("the data set needs a column label with each row's number in the training rows")
         numbers = labels.detach().cpu().numpy()
         if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
             raise ValueError(
-                "The column label must hold each row's number in the training rows, one whole number a row; "
-                f"it holds {numbers.dtype} of shape {numbers.shape}."
+                "the column label must hold each row's number in the training rows, one whole number a row; "
+                f"it holds {numbers.dtype} of shape {numbers.shape}"
             )
         rows: Any = self.rows  # labels are only looked at where there are rows
         if numbers.size and (numbers.min() < 0 or numbers.max() >= len(rows)):
             raise ValueError(
-                f"The column label holds row numbers from {numbers.min()} to {numbers.max()}, but there are "
-                f"{len(rows)} training rows, numbered from 0."
+                f"the column label holds row numbers from {numbers.min()} to {numbers.max()}, but there are "
+                f"{len(rows)} training rows, numbered from 0"
             )
         return numbers
 
@@ -247,7 +247,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         if self.rows is not None:
             numbers = self._row_numbers(labels)
             if len(numbers) != size:
-                raise ValueError(f"There are {len(numbers)} labels for {size} rows.")
+                raise ValueError(f"there are {len(numbers)} labels for {size} rows")
             labels = None
         first = 0
         if self.gather_across_devices:
@@ -280,21 +280,21 @@ class WrappedLoss(RetrievalLoss):
         for loss in losses:
             if not isinstance(loss, RetrievalLoss):
                 raise TypeError(
-                    f"{type(self).__name__} works on the losses of pt_dance.losses, not on {type(loss).__name__}."
+                    f"{type(self).__name__} works on the losses of pt_dance.losses, not on {type(loss).__name__}"
                 )
         first = losses[0]
         shared = ("model", "rows", "query_negatives", "mini_batch_size", "gather_across_devices")
         for name in shared:
             if any(getattr(loss, name) != getattr(first, name) for loss in losses[1:]):
-                raise ValueError(f"The losses in a {type(self).__name__} must have the same {name}.")
+                raise ValueError(f"the losses in a {type(self).__name__} must have the same {name}")
         super().__init__(first.model, **{name: getattr(first, name) for name in shared[1:]})
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """The loss of a batch; each loss inside sees to its own similarity and temperature."""
+        """Return the loss of a batch; each loss inside applies its own similarity and temperature."""
         return self.loss_of(batch)
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The options that are not those of the losses inside."""
+        """Return the options that are not those of the losses inside."""
         return {"mini_batch_size": self.mini_batch_size, "gather_across_devices": self.gather_across_devices}
 
 
@@ -311,7 +311,7 @@ def check_number(
     good = good and (lowest is None or value >= lowest) and (above is None or value > above)
     if not good:
         bound = f"{lowest} or more" if lowest is not None else f"above {above}"
-        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, {bound}; it is {value!r}.")
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, {bound}; it is {value!r}")
 
 
 def _embed_bags(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor]:
@@ -330,7 +330,7 @@ def _full_precision(embeddings: Tensor) -> Tensor:
 
 
 def _is_static(model: nn.Module) -> bool:
-    """Whether the towers are static embeddings, whose inputs cannot be cut into mini-batches and need not be."""
+    """Return whether the towers are static embeddings, whose inputs cannot be cut into mini-batches and need not be."""
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, SentenceTransformer):
         return False
@@ -339,6 +339,6 @@ def _is_static(model: nn.Module) -> bool:
     static = [isinstance(module, StaticEmbedding) for module in inputs]
     if any(static) and not all(static):
         raise ValueError(
-            "Gradient caching does not work with one static tower and one that is not: leave mini_batch_size out."
+            "gradient caching does not work with one static tower and one that is not: leave mini_batch_size out"
         )
     return all(static)

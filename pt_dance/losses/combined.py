@@ -39,12 +39,12 @@ class SumLoss(WrappedLoss):
     def __init__(self, losses: Iterable[tuple[RetrievalLoss, float]]) -> None:
         losses = list(losses)
         if not losses or any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in losses):
-            raise ValueError("SumLoss needs a list of (loss, weight) pairs, one or more.")
+            raise ValueError("SumLoss needs a list of (loss, weight) pairs, one or more")
         super().__init__(*(loss for loss, _ in losses))
         for _, weight in losses:
             check_number("weight", weight, lowest=0)
         if not any(weight for _, weight in losses):
-            raise ValueError("The weights of a SumLoss are all 0: nothing is left to train on.")
+            raise ValueError("the weights of a SumLoss are all 0: nothing is left to train on")
         self.losses = nn.ModuleList(loss for loss, _ in losses)
         self.weights = [float(weight) for _, weight in losses]
 
@@ -54,7 +54,7 @@ class SumLoss(WrappedLoss):
             loss.check_rows(rows, mined)
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The weighted sum."""
+        """Return the weighted sum."""
         return reduce(torch.add, [weight * loss.evaluate(batch) for loss, weight in self._weighted()])
 
     def _weighted(self) -> list[tuple[RetrievalLoss, float]]:
@@ -63,7 +63,7 @@ class SumLoss(WrappedLoss):
         return [(loss, weight) for loss, weight in pairs if isinstance(loss, RetrievalLoss) and weight]
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The options, as sentence-transformers writes them on model cards."""
+        """Return the options, as sentence-transformers writes them on model cards."""
         losses = {f"loss_{number}": loss for number, loss in enumerate(self.losses, start=1)}
         return {**losses, "weights": self.weights, **super().get_config_dict()}
 
@@ -74,5 +74,5 @@ class SumLoss(WrappedLoss):
 
 
 def combine(losses: Iterable[tuple[RetrievalLoss, float]]) -> SumLoss:
-    """The weighted sum of (loss, weight) pairs as one loss: :class:`SumLoss`."""
+    """Return the weighted sum of (loss, weight) pairs as one loss: :class:`SumLoss`."""
     return SumLoss(losses)

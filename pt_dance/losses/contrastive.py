@@ -94,11 +94,11 @@ class ContrastiveLoss(RetrievalLoss):
         """Refuse rows without mined negatives where there are no in-batch negatives either."""
         if not self.in_batch and rows.negatives.shape[1] == 0:
             raise ValueError(
-                f"{type(self).__name__}(in_batch=False) has nothing to learn from: the training rows have no {mined}."
+                f"{type(self).__name__}(in_batch=False) has nothing to learn from: the training rows have no {mined}"
             )
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The mean cross-entropy of the local rows."""
+        """Return the mean cross-entropy of the local rows."""
         return self._cross_entropy(batch)
 
     def _cross_entropy(self, batch: Batch) -> Tensor:
@@ -121,7 +121,7 @@ class ContrastiveLoss(RetrievalLoss):
         return own, torch.cat([own[:, None], negatives], dim=1)
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The options, as sentence-transformers writes them on model cards."""
+        """Return the options, as sentence-transformers writes them on model cards."""
         return {**super().get_config_dict(), "in_batch": self.in_batch}
 
     @property

@@ -53,10 +53,10 @@ class DualLoss(WrappedLoss):
         check_number("weight", weight, lowest=0)
         check_number("document_weight", document_weight, lowest=0)
         if weight == document_weight == 0:
-            raise ValueError("weight and document_weight are both 0: nothing is left to train on.")
+            raise ValueError("weight and document_weight are both 0: nothing is left to train on")
         super().__init__(loss)
         if any(getattr(module, "two_sided", False) for module in loss.modules()):
-            raise ValueError(f"{type(loss).__name__} has both directions already: DualLoss would count them twice.")
+            raise ValueError(f"{type(loss).__name__} has both directions already: DualLoss would count them twice")
         self.loss = loss
         self.weight = weight
         self.document_weight = document_weight
@@ -69,7 +69,7 @@ class DualLoss(WrappedLoss):
             self.loss.check_rows(rows.mirrored, "query negatives")
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The weighted sum of both directions."""
+        """Return the weighted sum of both directions."""
         terms = []
         if self.document_weight:
             terms.append(self.document_weight * self.loss.evaluate(batch))
@@ -78,7 +78,7 @@ class DualLoss(WrappedLoss):
         return reduce(torch.add, terms)
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The options, as sentence-transformers writes them on model cards."""
+        """Return the options, as sentence-transformers writes them on model cards."""
         return {
             "loss": self.loss,
             "weight": self.weight,

@@ -84,19 +84,19 @@ class MarginMSELoss(RetrievalLoss):
     def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
         """Refuse rows without mined negatives or without the teacher's score of any pair."""
         if rows.negatives.shape[1] == 0:
-            raise ValueError(f"MarginMSELoss has nothing to learn from: the training rows have no {mined}.")
+            raise ValueError(f"MarginMSELoss has nothing to learn from: the training rows have no {mined}")
         if rows.teacher_positive is None or rows.teacher_negatives is None:
-            raise ValueError(f"MarginMSELoss needs the teacher's scores of the positives and of the {mined}.")
+            raise ValueError(f"MarginMSELoss needs the teacher's scores of the positives and of the {mined}")
         missing = ~np.isfinite(rows.teacher_negatives) & (rows.negatives >= 0)
         unscored = ~np.isfinite(rows.teacher_positive) | missing.any(axis=1)
         if unscored.any():
             raise ValueError(
                 f"MarginMSELoss needs the teacher's scores of the positives and of the {mined}: "
-                f"{int(unscored.sum())} rows lack some, the first of them row {int(unscored.argmax())}."
+                f"{int(unscored.sum())} rows lack some, the first of them row {int(unscored.argmax())}"
             )
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The mean over the usable mined negatives."""
+        """Return the mean over the usable mined negatives."""
         queries = batch.queries[batch.local]
         positive = own_scores(queries, batch.positives[batch.local][:, None])
         negative = own_scores(queries, batch.negatives[batch.local])
@@ -111,7 +111,7 @@ class MarginMSELoss(RetrievalLoss):
         if labels is None:
             raise ValueError(
                 "MarginMSELoss needs the teacher's scores: from the training rows, or, in the direction from queries "
-                "to documents alone, from a column label with the teacher's margins."
+                "to documents alone, from a column label with the teacher's margins"
             )
         rows, columns = len(batch.queries[batch.local]), batch.negatives.shape[1]
         if labels.shape == (rows, columns + 1):
@@ -120,8 +120,8 @@ class MarginMSELoss(RetrievalLoss):
             return labels[:, None]
         if labels.shape != (rows, columns):
             raise ValueError(
-                f"The column label must hold the teacher's {columns} margins a row, or its {columns + 1} scores, the "
-                f"positive's first; its shape is {tuple(labels.shape)}."
+                f"the column label must hold the teacher's {columns} margins a row, or its {columns + 1} scores, the "
+                f"positive's first; its shape is {tuple(labels.shape)}"
             )
         return labels
 

@@ -84,11 +84,11 @@ class PairwiseLoss(RetrievalLoss):
         if rows.negatives.shape[1] == 0:
             raise ValueError(
                 f"PairwiseLoss has nothing to learn from: the training rows have no {mined}. "
-                "Mine some, or use ContrastiveLoss, which has in-batch negatives."
+                "Mine some, or use ContrastiveLoss, which has in-batch negatives"
             )
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The mean over the usable mined negatives."""
+        """Return the mean over the usable mined negatives."""
         queries = batch.queries[batch.local]
         positive = own_scores(queries, batch.positives[batch.local][:, None])
         negative = own_scores(queries, batch.negatives[batch.local])

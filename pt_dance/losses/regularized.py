@@ -61,7 +61,7 @@ class RegularizedLoss(WrappedLoss):
         check_number("alpha", alpha, above=0)
         check_number("t", t, above=0)
         if alignment == uniformity == 0:
-            raise ValueError("alignment and uniformity are both 0: RegularizedLoss would change nothing.")
+            raise ValueError("alignment and uniformity are both 0: RegularizedLoss would change nothing")
         super().__init__(loss)
         self.loss = loss
         self.alignment = alignment
@@ -75,11 +75,11 @@ class RegularizedLoss(WrappedLoss):
 
     @property
     def two_sided(self) -> bool:
-        """Always: both regularisers are the same for queries and for documents."""
+        """True: both regularisers are the same for queries and for documents."""
         return True
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The loss inside and the weighted regularisers."""
+        """Return the loss inside and the weighted regularisers."""
         loss = self.loss.evaluate(batch)
         unit = batch.unit()
         if self.alignment:
@@ -106,7 +106,7 @@ class RegularizedLoss(WrappedLoss):
         return torch.logsumexp((-self.t * squared)[distinct], dim=0) - torch.log(squared.new_tensor(count))
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The options, as sentence-transformers writes them on model cards."""
+        """Return the options, as sentence-transformers writes them on model cards."""
         options = {name: getattr(self, name) for name in ("alignment", "uniformity", "alpha", "t")}
         return {"loss": self.loss, **options, **super().get_config_dict()}
 

@@ -57,12 +57,12 @@ class TrainingRows:
         self.positive = _numbers("positive", self.positive, documents, lowest=0)
         for name, array in (("query", self.query), ("positive", self.positive)):
             if array.ndim != 1 or len(array) != len(self.query):
-                raise ValueError(f"{name} must hold one number a row, shape ({len(self.query)},), not {array.shape}.")
+                raise ValueError(f"{name} must hold one number a row, shape ({len(self.query)},), not {array.shape}")
         for name, count in (("negatives", documents), ("query_negatives", queries)):
             given = getattr(self, name)
             array = _numbers(name, np.empty((len(self), 0), np.int32) if given is None else given, count, lowest=-1)
             if array.ndim != 2 or len(array) != len(self):
-                raise ValueError(f"{name} must have shape ({len(self)}, columns), not {array.shape}.")
+                raise ValueError(f"{name} must have shape ({len(self)}, columns), not {array.shape}")
             setattr(self, name, array)
         shapes = {
             "teacher_positive": self.positive.shape,
@@ -73,12 +73,12 @@ class TrainingRows:
             if getattr(self, name) is not None:
                 array = np.asarray(getattr(self, name), dtype=np.float32)
                 if array.shape != shape:
-                    raise ValueError(f"{name} must have shape {shape}, not {array.shape}.")
+                    raise ValueError(f"{name} must have shape {shape}, not {array.shape}")
                 setattr(self, name, array)
         if self.passages is not None:
             self.passages = np.asarray(self.passages)
             if self.passages.shape != (documents,) or self.passages.dtype.kind not in "iu" or self.passages.min() < 1:
-                raise ValueError(f"passages must hold a number of at least 1 for each of the {documents} documents.")
+                raise ValueError(f"passages must hold a number of at least 1 for each of the {documents} documents")
         self._check_positives()
 
     def _check_positives(self) -> None:
@@ -91,8 +91,8 @@ class TrainingRows:
         if len(wrong):
             row = int(wrong[0])
             raise ValueError(
-                f"The positive document {self.positive[row]} of row {row} is not relevant to its query "
-                f"{self.query[row]}: relevance must hold every training judgement, the rows' own among them."
+                f"the positive document {self.positive[row]} of row {row} is not relevant to its query "
+                f"{self.query[row]}: relevance must hold every training judgement, the rows' own among them"
             )
 
     def __len__(self) -> int:
@@ -197,17 +197,17 @@ class TrainingRows:
 def _numbers(name: str, values: np.ndarray, count: int, lowest: int) -> np.ndarray:
     array = np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must hold whole numbers, not {array.dtype}.")
+        raise ValueError(f"{name} must hold whole numbers, not {array.dtype}")
     if array.size and (array.min() < lowest or array.max() >= count):
         raise ValueError(
             f"{name} must lie between {lowest} and {count - 1}, by the shape of relevance; "
-            f"it holds {array.min()} to {array.max()}."
+            f"it holds {array.min()} to {array.max()}"
         )
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
 def _entries(matrix: sp.csr_matrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The entries of some rows of a CSR matrix: position in ``rows`` and column of each."""
+    """Return the entries of some rows of a CSR matrix: position in ``rows`` and column of each."""
     first = matrix.indptr[rows]
     count = matrix.indptr[np.asarray(rows) + 1] - first
     return np.repeat(np.arange(len(count)), count), matrix.indices[_runs(first, count)]

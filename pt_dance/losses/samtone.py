@@ -72,7 +72,7 @@ class SamToneLoss(ContrastiveLoss):
         gather_across_devices: bool = False,
     ) -> None:
         if sides not in SIDES:
-            raise ValueError(f"sides must be one of {', '.join(SIDES)}, not {sides!r}.")
+            raise ValueError(f"sides must be one of {', '.join(SIDES)}, not {sides!r}")
         super().__init__(
             model,
             temperature,
@@ -90,7 +90,7 @@ class SamToneLoss(ContrastiveLoss):
         return self.sides == "both"
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """The query side, and with ``sides="both"`` the mirrored one added to it."""
+        """Return the query side, and with ``sides="both"`` the mirrored one added to it."""
         loss = self._cross_entropy(batch)
         return loss + self._cross_entropy(batch.mirrored()) if self.two_sided else loss
 
@@ -100,7 +100,7 @@ class SamToneLoss(ContrastiveLoss):
         return own, torch.cat([logits, same_tower.masked_fill(batch.rows.hidden_queries, -torch.inf)], dim=1)
 
     def get_config_dict(self) -> dict[str, Any]:
-        """The options, as sentence-transformers writes them on model cards."""
+        """Return the options, as sentence-transformers writes them on model cards."""
         config = super().get_config_dict()
         del config["in_batch"]
         return {**config, "sides": self.sides}

@@ -39,7 +39,7 @@ class MiningContext:
         self.readings = Readings(self.corpus) if self.readings is None else self.readings
 
     def texts(self, docnos: list[str], needed_by: str) -> list[str]:
-        """Texts of documents.
+        """Return texts of documents.
 
         Raises:
             ValueError: if mining was not given a corpus.
@@ -49,7 +49,7 @@ class MiningContext:
         return self.corpus.texts(docnos)
 
     def scored(self, scorer: pt.Transformer, frame: pd.DataFrame, needed_by: str) -> np.ndarray:
-        """Scores of (qid, docno) rows by a pipeline, float64 in the order of the rows.
+        """Return scores of (qid, docno) rows by a pipeline, float64 in the order of the rows.
 
         Raises:
             ValueError: if the pipeline lost rows.
@@ -105,7 +105,7 @@ class PositiveMargin:
     absolute: float | None = None
 
     def __post_init__(self):
-        """Raises ValueError unless exactly one margin is given."""
+        """Raise ValueError unless exactly one margin is given."""
         if (self.relative is None) == (self.absolute is None):
             raise ValueError("PositiveMargin takes either relative=... or absolute=..., exactly one of them")
 
@@ -160,7 +160,7 @@ class NearDuplicate:
     n: int = 4
 
     def __post_init__(self):
-        """Raises ValueError where an option makes no sense."""
+        """Raise ValueError where an option makes no sense."""
         if not 0 < self.threshold <= 1 or self.n < 1:
             raise ValueError(
                 f"NearDuplicate takes 0 < threshold <= 1 and n >= 1, not {self.threshold!r} and {self.n!r}"

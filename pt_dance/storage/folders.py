@@ -27,7 +27,7 @@ _MAX_JSON_BYTES = 4 << 20
 
 
 class DiskError(OSError):
-    """Something cannot be written, said plainly; other errors of the system are turned into it, never it again."""
+    """Something cannot be written, in one plain sentence that stands for the system's own error."""
 
 
 def building_path(final: str | Path) -> Path:
@@ -89,13 +89,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
     with open(path, "rb") as src:
         raw = src.read(_MAX_JSON_BYTES + 1)
     if len(raw) > _MAX_JSON_BYTES:
-        raise ValueError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB: that is no metadata file.")
+        raise ValueError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB: that is no metadata file")
     try:
         obj = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as err:
-        raise ValueError(f"{path} is not valid JSON: the file is damaged ({type(err).__name__}).") from err
+        raise ValueError(f"{path} is not valid JSON: the file is damaged ({type(err).__name__})") from err
     if not isinstance(obj, dict):
-        raise ValueError(f"{path} holds a {type(obj).__name__} where a JSON object belongs: the file is damaged.")
+        raise ValueError(f"{path} holds a {type(obj).__name__} where a JSON object belongs: the file is damaged")
     return obj
 
 
@@ -136,7 +136,7 @@ def publish_folder(building: str | Path, final: str | Path) -> None:
     building, final = Path(building), Path(final)
     sync_folder(building)
     if os.path.lexists(final):
-        raise FileExistsError(f"{final} already exists: it is left as it is.")
+        raise FileExistsError(f"{final} already exists: it is left as it is")
     os.rename(building, final)
     _sync(final.absolute().parent)
 

@@ -131,7 +131,7 @@ def one_thread(path: Path) -> Iterator[None]:
 
 
 def _cause(err: Exception, path: Path) -> tuple[int | None, Path | None]:
-    """The system's number of an error that comes from writing to ``path``, and the file it names; else None."""
+    """Return the system's number of an error that comes from writing to ``path``, and the file it names; else None."""
     if isinstance(err, OSError) and err.errno is not None:
         if isinstance(err.filename, (str, bytes)):
             file = Path(os.path.abspath(os.fsdecode(err.filename)))
@@ -151,7 +151,7 @@ def _cause(err: Exception, path: Path) -> tuple[int | None, Path | None]:
 
 
 def _is_so(code: int, path: Path) -> bool:
-    """Whether the disk of ``path`` is in the state that an error speaks of."""
+    """Return whether the disk of ``path`` is in the state that an error speaks of."""
     while not os.path.lexists(path):
         path = path.parent
     with contextlib.suppress(OSError):

@@ -96,7 +96,7 @@ class RunFolder:
         write_json(self.path / SETTINGS, settings)
 
     def _is_trained(self) -> bool:
-        """Whether any step was taken that is kept."""
+        """Return whether any step was taken that is kept."""
         rounds = [folder for folder in self.path.glob("rounds/*") if folder.name.isdigit() and int(folder.name) > 0]
         return any(
             (folder / "encoder").exists()

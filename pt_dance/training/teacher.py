@@ -37,7 +37,7 @@ class TeacherScores:
         self._identity = teacher_identity(teacher).encode()
 
     def of(self, rows: TrainingRows, query_texts: list[str], corpus) -> TrainingRows:
-        """The same rows with the teacher's scores of their positives, document negatives and query negatives.
+        """Return the same rows with the teacher's scores of their positives, document negatives and query negatives.
 
         Args:
             rows: training rows; entries of -1 (no negative) get the score 0, which every loss masks.

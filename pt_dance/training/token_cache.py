@@ -30,7 +30,7 @@ class TokenCache:
     def preprocess(
         self, inputs: Sequence[str], prompt: str | None = None, task: str | None = None, **_: object
     ) -> dict[str, object]:
-        """What the model's own ``preprocess`` gives: ``input_ids`` int64 (tokens,), ``offsets`` int64 (texts,)."""
+        """Return what the model's ``preprocess`` gives: ``input_ids`` int64 (tokens,), ``offsets`` int64 (texts,)."""
         tower = self._tower(task)
         texts = [prompt + text for text in inputs] if prompt else list(inputs)
         found = self._lookup(tower, texts)
