@@ -18,7 +18,7 @@ from pt_dance.storage.options import choice, path_of, whole
 # The others follow a loss that is measured while training; here rounds are measured.
 SCHEDULERS = tuple(s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy"))
 
-# What the estimator and the round say themselves: with others, a run could not be gone on with, or would not be what
+# What the estimator and the round set themselves: with other values a run could not be resumed, or would not be what
 # its settings say.
 _SAID_ELSEWHERE = {
     "output_dir": "the estimator's path",
