@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -64,6 +66,22 @@ def test_built_once_and_kept_with_the_index(index, monkeypatch):
     assert index.built()
     with pytest.raises(pytest.fail.Exception, match="built again"):
         index.ann_retriever(10, build_options={"neighbours": 8})
+
+
+def test_threads_that_ask_for_it_wait_for_it(tmp_path, monkeypatch):
+    index = DenseIndex(tmp_path / "i", verbose=False)
+    index.index({"docno": str(i), "doc_vec": v} for i, v in enumerate(VECTORS[:300]))
+    write, written = AnnRetriever._write, []
+
+    def slowly(self, folder):
+        written.append(folder)
+        time.sleep(0.5)
+        write(self, folder)
+
+    monkeypatch.setattr(AnnRetriever, "_write", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: index.ann_retriever(10)(QUERIES), range(4)))
+    assert len(written) == 1 and all(frame.equals(found[0]) for frame in found)
 
 
 def test_cut_off_keeps_the_candidates(index):

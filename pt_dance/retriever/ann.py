@@ -19,7 +19,7 @@ from pt_dance.storage import options
 from pt_dance.storage.digests import file_digest
 from pt_dance.storage.folders import read_json, remove_folder, write_json
 from pt_dance.storage.progress import progress_bar
-from pt_dance.storage.writing import new_folder
+from pt_dance.storage.writing import new_folder, one_thread
 
 # Options that decide what is built, with their defaults, and options of the search.
 BUILD_OPTIONS: dict[str, dict[str, int | None]] = {
@@ -90,20 +90,21 @@ class AnnRetriever(DenseRetriever):
         self._candidates = options.whole("candidates", value, or_none=True)
 
     def build(self) -> AnnRetriever:
-        """Build what FAISS searches, if the index's folder does not hold it yet.
+        """Build what FAISS searches, if the index's folder does not hold it yet; threads wait for each other.
 
         Raises:
             ValueError: If there are too few documents for the method, or the options do not fit the vectors.
             OSError: If the disk is full or cannot be written to.
         """
         folder = self._folder()
-        if self._is_there(folder):
-            return self
-        with new_folder(folder, "the approximate index") as building:
-            if not self._is_there(folder):  # else another process was quicker
-                self._write(building)
-                # Damaged, or of other vectors.
-                remove_folder(folder)
+        with one_thread(folder):
+            if self._is_there(folder):
+                return self
+            with new_folder(folder, "the approximate index") as building:
+                if not self._is_there(folder):  # else another process was quicker
+                    self._write(building)
+                    # Damaged, or of other vectors.
+                    remove_folder(folder)
         return self
 
     def recall(self, queries: pd.DataFrame, k: int = 10) -> float:
