@@ -90,7 +90,7 @@ def stage(path: Path, recipe: list) -> str:
     """Where a fit stands that was killed, by what is in its folder."""
     if (path / "pt_meta.json").exists():
         return "done"
-    if not (path / "settings.json").exists() or not (path / "rounds" / "00" / "encoder").exists():
+    if not (path / "settings.json").exists() or not (path / "rounds" / "00" / "round.json").exists():
         return "beginning"
     for number, round_ in enumerate(recipe, start=1):
         folder = path / "rounds" / f"{number:02d}"

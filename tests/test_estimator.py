@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import pyterrier as pt
 import pytest
 import torch
 from ir_measures import RR, nDCG
+from tqdm import tqdm
 
 from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round, bm25, losses, recipes
 from pt_dance.mining import NearDuplicate, RankRange
@@ -234,6 +236,39 @@ def test_a_transformer_is_trained_in_silence_too(collection, minilm_path, tmp_pa
     DanceRetriever(encoder, corpus, tmp_path / "run", recipe=recipe, verbose=False).fit(topics, qrels, topics, qrels)
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err == ""
+
+
+def test_one_bar_a_phase_that_counts_what_it_says(collection, tmp_path, monkeypatch, capfd):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs | {"file": io.StringIO(), "disable": False})
+            self.shown = not kwargs.get("disable")
+            assert not (self.shown and args), "bars count units, not blocks"
+            assert not (self.shown and any(bar.shown and not bar.closed for bar in bars)), "two bars at once"
+            self.closed = False
+            bars.append(self)
+
+        def close(self):
+            self.closed = True
+            super().close()
+
+    monkeypatch.setattr(pt, "tqdm", Bar)
+    teacher = collection.corpus.text_loader() >> pt.apply.doc_score(lambda row: float(len(row["text"]) % 7))
+    recipe = [Round(loss="margin_mse", teacher=teacher, loss_options={"dual": True}, negatives=recipes.current_model,
+                    query_negatives="dense", **FAST)] * 2  # fmt: skip
+    dance = make(collection, tmp_path / "run", recipe=recipe, verbose=True)
+    dance.fit(collection.train, collection.qrels, collection.dev, collection.qrels)
+    assert all(bar.n == bar.total for bar in bars if bar.shown)
+    shown = [(bar.desc.removesuffix(": "), bar.unit) for bar in bars if bar.shown]
+    a_round = [("mining documents", "query"), ("mining queries", "doc"), ("teacher", "pair"), ("training", "step")]
+    assert [phase for phase in shown if phase in a_round] == a_round * 2
+    totals = {bar.desc.removesuffix(": "): bar.total for bar in bars}
+    assert totals["mining documents"] == len(collection.train)
+    assert totals["training"] == dance.history["steps"][1]
+    printed = capfd.readouterr()
+    assert "it/s" not in printed.err and "%|" not in printed.err and printed.out.count("round ") == 3
 
 
 def test_repr_is_short_and_attributes_are_found(collection, tmp_path):

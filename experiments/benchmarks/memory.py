@@ -1,10 +1,12 @@
-"""Peak memory of mining and of a teacher's scores: 12,000 queries with 200 candidates each, above the model's own.
+"""Peak memory of fitting, mining and a teacher's scores, for queries with 200 candidates each, above the model's own.
 
 A static tower mines over a real collection: the 200 best documents of every query, all of which a teacher scores (the
 filter ``mining.TeacherScore``; a query's positives are taken out before, since they are never candidates), then query
 negatives for every positive document, and at last the teacher's scores of the training rows (``TeacherScores``) with
-all negatives that were mined. The teacher is another static tower's scorer: it reads (query, text) as any cross-encoder
-would, but takes minutes instead of days on a CPU; what it holds in memory is its own affair and counts here too.
+all negatives that were mined. Before that a round is fitted twice, with a pipeline as the source of its negatives and
+behind the same pipeline, which hands over all candidates in one frame. The teacher is another static tower's scorer: it
+reads (query, text) as any cross-encoder would, but takes minutes instead of days on a CPU; what it holds in memory is
+its own affair and counts here too.
 
 Everything runs in one process. Memory is its resident set above what it was with the libraries, both models and the
 (memory-mapped) index opened: the kernel's high-water mark, reset before each phase, and the largest of 50 samples a
@@ -45,7 +47,7 @@ def run(options: argparse.Namespace, folder: Path, report) -> None:
     """Mine and score, reporting each phase when it is done."""
     import pyterrier as pt
 
-    from pt_dance import Corpus, DenseIndex, DualEncoder
+    from pt_dance import Corpus, DanceRetriever, DenseIndex, DualEncoder, Round
     from pt_dance.mining import TeacherScore, mine_documents, mine_queries, positive_pairs
     from pt_dance.training.examples import build_examples
     from pt_dance.training.teacher import TeacherScores
@@ -114,6 +116,19 @@ def run(options: argparse.Namespace, folder: Path, report) -> None:
         )
         return examples, f"{len(examples.rows):,} rows"
 
+    def fit(name: str, behind: bool):
+        """A round of training with BM25's place taken by the index, in front of the retriever or as its source."""
+        first = index.retriever(num_results=options.depth)
+        source = "first_stage" if behind else first
+        few = topics.head(options.fit_queries)
+        recipe = Round(negatives=source, negatives_per_query=options.negatives, batch_size=256, name=name)
+        dance = DanceRetriever(encoder, corpus, folder / name, recipe=recipe, verbose=False)
+        (first >> dance if behind else dance).fit(few, qrels)
+        return None, f"{len(few):,} queries, {int(dance.history['steps'].iloc[-1])} steps"
+
+    if options.fit_queries:
+        phase("fit, negatives from a pipeline", lambda: fit("source", False))
+        phase("fit behind the pipeline (first >> dance)", lambda: fit("behind", True))
     negatives = phase("mine documents, the teacher scores all candidates", documents)
     query_negatives = phase("mine queries", queries)
     phase("make training rows with the teacher's scores", rows)
@@ -150,6 +165,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=12_000, help="training queries at most")
     parser.add_argument("--depth", type=int, default=200, help="candidates of a query")
     parser.add_argument("--negatives", type=int, default=20, help="kept of them, and carried by a training row")
+    parser.add_argument("--fit-queries", type=int, default=6_000, help="queries that are fitted on; 0 leaves that out")
     parser.add_argument("--dim", type=int, default=384, help="dimensions of the static tower that mines")
     parser.add_argument("--teacher-tokens", type=int, default=64, help="tokens of a text that the teacher reads")
     parser.add_argument("--below", type=float, default=0.9, help="candidates the teacher scores higher are removed")
@@ -165,7 +181,7 @@ def main() -> None:
             run(options, Path(folder), lambda part: print(json.dumps(part), file=out, flush=True))
         print(json.dumps({"done": what}), file=out, flush=True)
         return
-    names = ("dataset", "queries", "depth", "negatives", "dim", "teacher_tokens", "below")
+    names = ("dataset", "queries", "depth", "negatives", "fit_queries", "dim", "teacher_tokens", "below")
     arguments = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
     with tempfile.TemporaryDirectory() as folder:
         process = Child("prepare", folder, *arguments)

@@ -13,6 +13,7 @@ from pt_dance.mining.judgements import positive_pairs
 from pt_dance.mining.readings import Readings
 from pt_dance.mining.sources import resolve_source
 from pt_dance.storage import options
+from pt_dance.storage.progress import progress_bar
 
 COLUMNS = ["qid", "docno", "score", "rank"]
 
@@ -85,14 +86,14 @@ def mine_documents(
     topics = topics.drop_duplicates("qid")
     if qids is not None:
         topics = topics[topics["qid"].isin(qids)]
-    blocks = range(0, len(topics), options.whole("query_block", query_block))
-    if verbose:
-        blocks = pt.tqdm(blocks, desc="mining documents", unit=f"{query_block} queries")
+    size = options.whole("query_block", query_block)
     parts = [pd.DataFrame(columns=COLUMNS)]
-    for start in blocks:
-        block = topics.iloc[start : start + query_block]
-        found = [(_results(pipeline, block, depth), weight) for pipeline, weight in pipelines]
-        parts.append(selection.select(block["qid"].tolist(), found)[COLUMNS])
+    with progress_bar(verbose, "mining documents", len(topics), unit="query") as bar:
+        for start in range(0, len(topics), size):
+            block = topics.iloc[start : start + size]
+            found = [(_results(pipeline, block, depth), weight) for pipeline, weight in pipelines]
+            parts.append(selection.select(block["qid"].tolist(), found)[COLUMNS])
+            bar.update(len(block))
     return finish(parts, topics["qid"], selection, "qid", verbose)
 
 

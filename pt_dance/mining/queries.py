@@ -15,6 +15,7 @@ from pt_dance.mining.judgements import positive_pairs
 from pt_dance.mining.readings import Readings
 from pt_dance.retriever.nearest_queries import encoded_vectors, nearest_queries
 from pt_dance.storage import options
+from pt_dance.storage.progress import progress_bar
 
 COLUMNS = ["docno", "qid", "score", "rank"]
 
@@ -99,13 +100,13 @@ def mine_queries(
         raise ValueError("mining queries with a pipeline needs corpus=..., whose texts are the pipeline's queries")
     else:
         search = _pipeline_search(source, topics, corpus, depth)
-    blocks = range(0, len(documents), options.whole("document_block", document_block))
-    if verbose:
-        blocks = pt.tqdm(blocks, desc="mining queries", unit=f"{document_block} documents")
+    size = options.whole("document_block", document_block)
     parts = [pd.DataFrame(columns=COLUMNS)]
-    for start in blocks:
-        block = documents.iloc[start : start + document_block].tolist()
-        parts.append(selection.select(block, [(search(block), 1.0)])[COLUMNS])
+    with progress_bar(verbose, "mining queries", len(documents), unit="doc") as bar:
+        for start in range(0, len(documents), size):
+            block = documents.iloc[start : start + size].tolist()
+            parts.append(selection.select(block, [(search(block), 1.0)])[COLUMNS])
+            bar.update(len(block))
     return finish(parts, documents, selection, "docno", verbose)
 
 

@@ -1,4 +1,4 @@
-"""Progress bars over documents."""
+"""Progress bars: one a phase, with the rate of what is counted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any
 import pyterrier as pt
 
 
-def progress_bar(verbose: bool, desc: str, total: int | None, initial: int = 0) -> Any:
-    """Return a progress bar over documents; it shows nothing if not ``verbose``."""
-    return pt.tqdm(desc=desc, total=total, initial=initial, unit="doc", disable=not verbose, delay=1)
+def progress_bar(verbose: bool, desc: str, total: int | None, initial: int = 0, unit: str = "doc") -> Any:
+    """Return a progress bar that counts documents or other units; it shows nothing if not ``verbose``."""
+    return pt.tqdm(desc=desc, total=total, initial=initial, unit=unit, disable=not verbose, delay=1)

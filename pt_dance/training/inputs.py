@@ -11,6 +11,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pt_dance.mining import Readings, positive_pairs
+from pt_dance.mining.candidates import reduce_results
 from pt_dance.storage.queries import users_queries
 from pt_dance.storage.texts import lone_surrogate
 from pt_dance.training.examples import build_examples
@@ -25,7 +26,7 @@ class TrainingInput:
         qrels: ``qid``, ``docno``, ``label`` of these topics.
         pairs: all known-relevant pairs, see :func:`pt_dance.mining.positive_pairs`.
         readings: what the encoder reads of queries and documents, which decides what is the same.
-        first_stage: the result frame that came in, or None where plain topics came in.
+        first_stage: the result frame that came in, reduced to what mining needs; None where plain topics came in.
     """
 
     topics: pd.DataFrame
@@ -91,10 +92,13 @@ def check_training_input(
     else:
         _check_ids(topics_or_res, ("qid",), f"{what} topics")
     _check_ids(qrels, ("qid", "docno"), f"{what} qrels")
-    topics = topics_or_res.assign(query=users_queries(topics_or_res))
-    kept = [c for c in topics.columns if (not is_results or c in ("qid", "query") or c.startswith("query_"))]
-    # what the rewriters left, and vectors of whatever encoder, belong to other texts than those that are learnt from
-    topics = topics[[c for c in kept if not re.fullmatch(r"query_(\d+|vec)", c)]]
+    topics = topics_or_res
+    if is_results:
+        topics = topics[[c for c in topics.columns if c in ("qid", "query") or c.startswith("query_")]]
+    rewritten = [c for c in topics.columns if re.fullmatch(r"query_\d+", c)]
+    topics = topics.drop_duplicates(["qid", "query", *rewritten])
+    # what rewriters left, and vectors of whatever encoder, belong to other texts than those that are learnt from
+    topics = topics.assign(query=users_queries(topics)).drop(columns=[*rewritten, "query_vec"], errors="ignore")
     check_query_texts(topics, f"{what} topic")
     _check_one_text_per_qid(topics, what)
     # a retriever with several threads gives its queries back in any order, which must not change the training
@@ -121,7 +125,7 @@ def check_training_input(
     first_stage = None
     if is_results:
         order = ["qid", "rank", "docno"] if "rank" in columns else ["qid", "docno"]
-        first_stage = topics_or_res.sort_values(order, kind="stable").reset_index(drop=True)
+        first_stage = reduce_results(topics_or_res).sort_values(order, kind="stable", ignore_index=True)
     return TrainingInput(topics, judged, positive_pairs(topics, judged, readings), readings, first_stage)
 
 

@@ -54,6 +54,8 @@ def mine(
     results = max(round_.depth, _RESULTS)
     if what == "negatives":
         dense = retriever(results) if needs_dense(source) else None
+        if dense is not None:
+            dense.verbose = False  # mining has a bar of its own
         sources = resolve_source(source, dense=dense, first_stage=training.first_stage)
         if not sources:
             return None

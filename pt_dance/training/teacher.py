@@ -15,6 +15,7 @@ from pt_dance.losses.rows import TrainingRows
 from pt_dance.mining.sources import describe_source
 from pt_dance.storage import options
 from pt_dance.storage.digests import texts_digest
+from pt_dance.storage.progress import progress_bar
 
 _BLOCK = 4096
 
@@ -70,14 +71,12 @@ class TeacherScores:
 
     def _scores(self, queries: np.ndarray, documents: np.ndarray, query_texts: list[str], corpus) -> np.ndarray:
         scores = np.empty(len(queries), dtype=np.float32)
-        blocks = range(0, len(queries), _BLOCK)
-        if self.verbose:
-            blocks = pt.tqdm(blocks, desc="teacher", unit=f"{_BLOCK} pairs")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(self.path)) as store:
+        bar = progress_bar(self.verbose, "teacher", len(queries), unit="pair")
+        with bar, contextlib.closing(sqlite3.connect(self.path)) as store:
             try:
                 store.execute("CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
-                for start in blocks:
+                for start in range(0, len(queries), _BLOCK):
                     part = slice(start, start + _BLOCK)
                     frame = pd.DataFrame(
                         {
@@ -88,6 +87,7 @@ class TeacherScores:
                         }
                     )
                     scores[part] = self._block(store, frame)
+                    bar.update(len(frame))
             except sqlite3.OperationalError:
                 raise  # a full disk or another process: nothing is wrong with the file
             except sqlite3.DatabaseError as error:
