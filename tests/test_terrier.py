@@ -50,7 +50,7 @@ def vaswani(shared_data, tmp_path_factory):
 def fit_behind(engine, collection, tmp_path, recipe, **tower):
     """BM25 of the engine, and a retriever that was fitted behind it, with the retriever it was before."""
     folder, corpus, train, dev, qrels = collection
-    first_stage = bm25(corpus, folder / "bm25", backend=engine, threads=1)
+    first_stage = bm25(corpus, folder / f"bm25-{engine}", backend=engine, threads=1)
     texts = [document["text"] for document in corpus.get_corpus_iter(verbose=False)]
     encoder = DualEncoder.static(texts, seed=1, **tower)
     dance = DanceRetriever(encoder, corpus, tmp_path / "run", recipe=recipe, verbose=False)
