@@ -6,11 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-<<<<<<< HEAD
-.PHONY: help quickstart test lint imports format pages docs package clean
-=======
-.PHONY: help quickstart test test-collections lint imports format docs package clean
->>>>>>> c6065a5 (wip2)
+.PHONY: help quickstart test test-collections lint imports format pages docs package clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
