@@ -123,6 +123,19 @@ def margin_mse(t: Texts, temperature=1.0, kind="dot") -> float:
     return float(np.mean(errors)) if errors else 0.0
 
 
+def distill_kl(t: Texts, temperature=0.05, kind="cosine", teacher_temperature=1.0) -> float:
+    values = []
+    for i in range(len(t.queries)):
+        usable = [k for k in range(t.negatives.shape[1]) if t.usable(i, i, k)]
+        texts = [t.positives[i], *(t.negatives[i, k] for k in usable)]
+        scores = np.array([similarity(t.queries[i], text, kind) / temperature for text in texts])
+        teacher = np.array([t.teacher_positive[i], *t.teacher_negatives[i, usable]]) / teacher_temperature
+        p, q = (np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in (teacher, scores))
+        if usable:
+            values.append(sum(a * (np.log(a) - np.log(b)) for a, b in zip(p, q, strict=True)))
+    return float(np.mean(values)) if values else 0.0
+
+
 def alignment(t: Texts, alpha=2.0) -> float:
     squared = [2 - 2 * similarity(q, d, "cosine") for q, d in zip(t.queries, t.positives, strict=True)]
     return float((np.maximum(squared, 0) ** (alpha / 2)).mean())
@@ -184,11 +197,28 @@ LOSSES = {
         ("margin_mse", {"similarity": "cosine", "temperature": 0.05, "dual": True, "dual_weight": 0.6}),
         lambda t: dual(margin_mse, t, 0.6, temperature=0.05, kind="cosine"),
     ),
+    "distill-kl": (("distill_kl", {}), distill_kl),
+    "distill-kl-dual": (
+        ("distill_kl", {"similarity": "dot", "temperature": 1.0, "teacher_temperature": 3.0, "dual": True}),
+        lambda t: dual(distill_kl, t, temperature=1.0, kind="dot", teacher_temperature=3.0),
+    ),
+    "dance-regularized-sum": (
+        (
+            "pairwise",
+            {"similarity": "cosine", "dual": True, "alignment": 0.3, "uniformity": 0.2, "uniformity_sum": True},
+        ),
+        lambda t: (
+            dual(pairwise, t, kind="cosine") + 0.3 * alignment(t) + 0.2 * (uniformity(t) + uniformity(t.swapped()))
+        ),
+    ),
     "margin-mse-mnrl-dual": (
         ([("margin_mse", 1.0), ("contrastive", 0.5, {"temperature": 0.1})], {"dual": True, "dual_weight": 0.6}),
         lambda t: dual(margin_mse, t, 0.6) + 0.5 * dual(contrastive, t, 0.6, temperature=0.1),
     ),
 }
+
+
+NEEDS_TEACHER = [name for name in LOSSES if "mse" in name or "distill" in name]
 
 
 def make(name: str, model, rows: losses.TrainingRows | None, **more) -> losses.RetrievalLoss:

@@ -16,6 +16,7 @@ import scipy.sparse as sp
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, StaticEmbedding, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -329,6 +330,28 @@ def test_losses_can_be_copied_with_their_model():
     assert loss.model is not model
 
 
+@pytest.mark.parametrize("kind", ["static", "transformer", "cached"])
+def test_matryoshka_is_the_sum_of_the_loss_over_its_dimensions(transformer_path, kind):
+    """Sentence-transformers' loss around ours: the same columns, cut off and normalised, and the same masks."""
+    rows, data = collection()
+    tower = static_tower() if kind == "static" else None
+    model = SentenceTransformer(modules=[tower], device="cpu") if tower else transformer(transformer_path).eval()
+    options = {"mini_batch_size": 4} if kind == "cached" else {}
+    for loss in (
+        losses.DualLoss(losses.ContrastiveLoss(model, rows=rows, **options)),
+        losses.MarginMSELoss(model, rows=rows, **options),
+    ):
+        numbers = torch.arange(12)
+        columns = [model(one)["sentence_embedding"].detach() for one in features(model, data, numbers)]
+        cut = [[torch.nn.functional.normalize(column[:, :dim], dim=1) for column in columns] for dim in (16, 4)]
+        expected = sum(loss.compute_loss_from_embeddings(part, numbers).item() for part in cut)
+        value = MatryoshkaLoss(model, loss, [16, 4])(features(model, data, numbers), numbers)
+        assert value.item() == pytest.approx(expected, rel=1e-5)
+        value.backward()
+        assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+        model.zero_grad()
+
+
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
@@ -338,9 +361,9 @@ def linear_model():
 
 
 def distributed_batch():
-    """One batch of eight rows, as inputs of a linear model, column by column."""
+    """A batch of seven rows and one that fills it up, as inputs of a linear model, column by column."""
     rows = reference.random_rows(np.random.default_rng(11), 30, 2, 2, padding=0.3)
-    numbers = torch.tensor([3, 1, 3, 29, 8, 14, 20, 6])
+    numbers = torch.tensor([3, 1, 3, 29, 8, 14, 20, -1])
     generator = torch.Generator().manual_seed(1)
     return rows, numbers, [torch.randn(8, 6, generator=generator, dtype=torch.float64) for _ in range(6)]
 
@@ -374,7 +397,10 @@ def distributed_worker(rank: int, folder: str):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_gather is deprecated")
 def test_two_processes_that_gather_compute_the_loss_of_the_whole_batch(tmp_path):
-    """As data-parallel training averages them: the mean over the processes, of the value and of the gradients."""
+    """As data-parallel training averages them: the mean over the processes, of the value and of the gradients.
+
+    Of the seven rows one process has four and the other three, and one that only fills its part up.
+    """
     command = "import sys, test_losses_training as t; t.distributed_worker(1, sys.argv[1])"
     here = Path(__file__).resolve().parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
@@ -392,7 +418,7 @@ def test_two_processes_that_gather_compute_the_loss_of_the_whole_batch(tmp_path)
         other.kill()
     assert other.returncode == 0, output
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    whole = distributed_gradients(slice(0, 8), gather=False)
+    whole = distributed_gradients(slice(0, 7), gather=False)
     for name, expected in whole.items():
         for first, second, value in zip(ranks[0][name], ranks[1][name], expected, strict=True):
             torch.testing.assert_close((first + second) / 2, value, rtol=1e-9, atol=1e-10, msg=name)

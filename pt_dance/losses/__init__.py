@@ -9,8 +9,9 @@ tower, not in the dual direction. Nothing here knows of PyTerrier: the losses al
 from pt_dance.losses._batch import Batch
 from pt_dance.losses._make import check, make, options
 from pt_dance.losses.base import RetrievalLoss
-from pt_dance.losses.combined import SumLoss, combine
+from pt_dance.losses.combined import SumLoss
 from pt_dance.losses.contrastive import ContrastiveLoss
+from pt_dance.losses.distill_kl import DistillKLLoss
 from pt_dance.losses.dual import DualLoss
 from pt_dance.losses.margin_mse import MarginMSELoss
 from pt_dance.losses.pairwise import PairwiseLoss
@@ -21,6 +22,7 @@ from pt_dance.losses.samtone import SamToneLoss
 __all__ = [
     "Batch",
     "ContrastiveLoss",
+    "DistillKLLoss",
     "DualLoss",
     "MarginMSELoss",
     "PairwiseLoss",
@@ -30,7 +32,6 @@ __all__ = [
     "SumLoss",
     "TrainingRows",
     "check",
-    "combine",
     "make",
     "options",
 ]

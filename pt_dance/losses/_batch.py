@@ -16,9 +16,12 @@ from pt_dance.losses.rows import TrainingRows
 class BatchRows:
     """Which pairs of a batch may be negatives of each other, each mask computed when first asked for.
 
+    Rows that only fill the batch up (row number -1) have no negatives, are nobody's negatives and count in no mean.
+
     Args:
         rows: the training rows, or None where only the columns are known: then nothing but a row's own pair is hidden.
-        numbers: int (W,), the row numbers of the whole batch, over all processes; None without ``rows``.
+        numbers: int (W,), the row numbers of the whole batch, over all processes, -1 for rows that fill it up; None
+            without ``rows``.
         count: W, the rows of the whole batch.
         local: which of them are this process's own (L of them).
         device: where the masks are wanted.
@@ -28,22 +31,40 @@ class BatchRows:
         self, rows: TrainingRows | None, numbers: np.ndarray | None, count: int, local: slice, device: torch.device
     ) -> None:
         self.rows, self.count, self.local, self.device = rows, count, local, device
-        self.numbers: Any = numbers
+        self._given = numbers
+        if numbers is not None:
+            self.filling = numbers < 0
+            self.numbers: Any = np.maximum(numbers, 0)
 
     @cached_property
     def mirrored(self) -> BatchRows:
         """The same for the dual direction."""
         rows = None if self.rows is None else self.rows.mirrored
-        return BatchRows(rows, self.numbers, self.count, self.local, self.device)
+        return BatchRows(rows, self._given, self.count, self.local, self.device)
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Bool (W,): the rows that do not only fill the batch up; None: all are real."""
+        if self.rows is None or not self.filling.any():
+            return None
+        return torch.from_numpy(~self.filling).to(self.device)
 
     @cached_property
     def usable_negatives(self) -> Tensor | None:
         """Bool (W, n): the mined negatives that are there and not relevant to their row's query; None: all are."""
         if self.rows is None:
             return None
-        negatives = self.rows.negatives[self.numbers]
+        negatives = self._documents[:, 1:]
         usable = (negatives >= 0) & ~self.rows.relevant_to_own(self.rows.query[self.numbers], negatives)
         return torch.from_numpy(usable).to(self.device)
+
+    @cached_property
+    def _documents(self) -> np.ndarray:
+        """Int (W, 1 + n): the positive and the mined documents of each row, -1 where there is none."""
+        rows: Any = self.rows  # only asked for where there are rows
+        documents = np.concatenate([rows.positive[self.numbers, None], rows.negatives[self.numbers]], axis=1)
+        documents[self.filling] = -1
+        return documents
 
     @cached_property
     def hidden_documents(self) -> Tensor | None:
@@ -54,10 +75,10 @@ class BatchRows:
         """
         if self.rows is None:
             return None
-        negatives = self.rows.negatives[self.numbers].reshape(-1)
-        documents = np.concatenate([self.rows.positive[self.numbers], negatives])
+        documents = np.concatenate([self._documents[:, 0], self._documents[:, 1:].reshape(-1)])
         hidden = self.rows.relevant(self.rows.query[self.numbers[self.local]], documents)
-        hidden[:, self.count :][:, negatives < 0] = True
+        hidden[:, documents < 0] = True
+        hidden[self.filling[self.local]] = True
         own = np.arange(len(hidden))
         hidden[own, own + self.local.start] = False
         return torch.from_numpy(hidden).to(self.device)
@@ -77,7 +98,8 @@ class BatchRows:
         if self.rows is None:
             return np.eye(self.count, dtype=bool)[of]
         queries = self.rows.query[self.numbers]
-        return self.rows.related_queries(queries[of], queries)
+        related = self.rows.related_queries(queries[of], queries)
+        return related | self.filling[of, None] | self.filling
 
     def passages_filled(self, embeddings: Tensor) -> Tensor:
         """Return documents' passages, (W, columns, d), as (W, 1 + n, passages, d): the positive's, then the negatives'.
@@ -86,7 +108,7 @@ class BatchRows:
         changes no maximum.
         """
         rows: Any = self.rows  # passages are only filled where rows say how many there are
-        documents = np.concatenate([rows.positive[self.numbers, None], rows.negatives[self.numbers]], axis=1)
+        documents = self._documents
         count = np.where(documents < 0, 1, rows.passages[np.maximum(documents, 0)])
         passages = embeddings.unflatten(1, (documents.shape[1], rows.passages_per_document))
         there = torch.from_numpy(np.arange(passages.shape[2]) < count[:, :, None]).to(self.device)
@@ -98,7 +120,7 @@ class BatchRows:
             return None
         numbers = self.numbers[self.local]
         margins = self.rows.teacher_positive[numbers][:, None] - self.rows.teacher_negatives[numbers]
-        margins[self.rows.negatives[numbers] < 0] = 0
+        margins[self._documents[self.local, 1:] < 0] = 0
         return torch.from_numpy(margins).to(self.device)
 
 
@@ -156,20 +178,57 @@ class Batch:
             self._units[id(embeddings)] = (embeddings, unit(embeddings))
         return self._units[id(embeddings)][1]
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the mean of one value a local row and mined negative over the usable negatives of the whole batch.
+    def row_scores(self) -> tuple[Tensor, Tensor]:
+        """Return the scores of each local query with its positive, (L, 1), and with its mined documents, (L, n)."""
+        queries = self.queries[self.local]
+        return own_scores(queries, self.positives[self.local, None]), own_scores(queries, self.negatives[self.local])
 
-        With several processes the mean over them of what this returns is the mean over all usable negatives, although
-        one process may have more of them than another. Without any, exactly 0, with a gradient of 0.
+    def candidate_scores(self) -> Tensor:
+        """Return the scores of each local query with all documents, (L, W + W n), -inf where they are hidden."""
+        scores = all_scores(self.queries[self.local], torch.cat([self.positives, self.negatives.flatten(0, 1)]))
+        hidden = self.rows.hidden_documents
+        return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+
+    def mean(self, values: Tensor, counted: Tensor | None) -> Tensor:
+        """Return the mean of the local values, over what is counted in the whole batch.
+
+        With several processes the mean over them of what this returns is the mean over all that is counted, although
+        one process may have more of it than another. Where nothing is counted, exactly 0, with a gradient of 0.
 
         Args:
-            values: (L, n).
+            values: (L,), one a local row, or (L, n), one a local row and mined negative.
+            counted: bool (W,) or (W, n); None: all.
         """
-        usable = self.rows.usable_negatives
-        if usable is None:
+        if counted is None:
             return values.sum() / max(values.numel(), 1)
         share = self.rows.count / max(len(values), 1)
-        return values.masked_fill(~usable[self.local], 0).sum() * share / usable.sum().clamp(min=1)
+        return values.masked_fill(~counted[self.local], 0).sum() * share / counted.sum().clamp(min=1)
+
+    def teacher_margins(self) -> Tensor:
+        """Return the teacher's margins T(q, d+) - T(q, d-), (L, n), from the training rows or from the labels.
+
+        Raises:
+            ValueError: neither has them.
+        """
+        margins = self.rows.teacher_margins()
+        if margins is not None:
+            return margins
+        if self.labels is None:
+            raise ValueError(
+                "the loss needs the teacher's scores: from the training rows, or, in the direction from queries to "
+                "documents alone, from a column label with the teacher's margins"
+            )
+        rows, columns = len(self.queries[self.local]), self.negatives.shape[1]
+        if self.labels.shape == (rows, columns + 1):
+            return self.labels[:, :1] - self.labels[:, 1:]
+        if self.labels.shape == (rows,) and columns == 1:
+            return self.labels[:, None]
+        if self.labels.shape != (rows, columns):
+            raise ValueError(
+                f"the column label must hold the teacher's {columns} margins a row, or its {columns + 1} scores, the "
+                f"positive's first; its shape is {tuple(self.labels.shape)}"
+            )
+        return self.labels
 
 
 def all_scores(left: Tensor, right: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from pt_dance.losses.base import RetrievalLoss, WrappedLoss
 from pt_dance.losses.combined import SumLoss
 from pt_dance.losses.contrastive import ContrastiveLoss
+from pt_dance.losses.distill_kl import DistillKLLoss
 from pt_dance.losses.dual import DualLoss
 from pt_dance.losses.margin_mse import MarginMSELoss
 from pt_dance.losses.pairwise import PairwiseLoss
@@ -23,6 +24,7 @@ NAMES: dict[str, type[RetrievalLoss]] = {
     "pairwise": PairwiseLoss,
     "samtone": SamToneLoss,
     "margin_mse": MarginMSELoss,
+    "distill_kl": DistillKLLoss,
 }
 
 # What may be put around any loss, with the defaults.
@@ -34,6 +36,16 @@ AROUND: dict[str, Any] = {
     "uniformity": 0.0,
     "alignment_alpha": 2.0,
     "uniformity_t": 5.0,
+    "uniformity_sum": False,
+}
+
+# Which of them do nothing without another.
+NEEDS = {
+    "dual_weight": "dual",
+    "document_weight": "dual",
+    "alignment_alpha": "alignment",
+    "uniformity_t": "uniformity",
+    "uniformity_sum": "uniformity",
 }
 
 # What is said once for all losses of a sum; a similarity of None leaves each its own.
@@ -67,14 +79,15 @@ def make(loss: LossName, model: SentenceTransformer, rows: TrainingRows | None =
     """Build a loss from its name and options.
 
     Args:
-        loss: one of "contrastive", "pairwise", "samtone", "margin_mse"; a subclass of
+        loss: one of "contrastive", "pairwise", "samtone", "margin_mse", "distill_kl"; a subclass of
             :class:`~pt_dance.losses.RetrievalLoss`; or a list of (loss, weight) or (loss, weight, options), which
             makes their weighted sum.
         model: the SentenceTransformer to train.
         rows: what is known of every training row.
         **options: the loss's own, see :func:`options`, and what may be put around any loss:
             dual (bool): add the dual direction, with dual_weight (.1) and document_weight (1);
-            alignment, uniformity (float): add these regularisers, with alignment_alpha (2) and uniformity_t (5).
+            alignment, uniformity (float): add these regularisers, with alignment_alpha (2), uniformity_t (5) and
+            uniformity_sum (False).
             For a list: what holds for all of its losses (similarity, where a loss's own options do not say it;
             query_negatives, mini_batch_size, gather_across_devices), and those around the sum.
 
@@ -105,7 +118,12 @@ def make(loss: LossName, model: SentenceTransformer, rows: TrainingRows | None =
         built = DualLoss(built, around["dual_weight"], around["document_weight"])
     if around["alignment"] or around["uniformity"]:
         built = RegularizedLoss(
-            built, around["alignment"], around["uniformity"], around["alignment_alpha"], around["uniformity_t"]
+            built,
+            around["alignment"],
+            around["uniformity"],
+            around["alignment_alpha"],
+            around["uniformity_t"],
+            around["uniformity_sum"],
         )
     return built
 
@@ -123,13 +141,7 @@ def check(loss: LossName, **options_given: Any) -> None:
     """
     valid = options(loss)
     _refuse_unknown(options_given, valid, "a list of losses" if _is_list(loss) else f"loss {_label(loss)}")
-    needs = {
-        "dual_weight": "dual",
-        "document_weight": "dual",
-        "alignment_alpha": "alignment",
-        "uniformity_t": "uniformity",
-    }
-    for name, needed in needs.items():
+    for name, needed in NEEDS.items():
         if name in options_given and not options_given.get(needed):
             raise ValueError(f"the option {name} does nothing without the option {needed}")
 
@@ -167,8 +179,19 @@ def _find(loss: LossName) -> type[RetrievalLoss]:
 
 
 def _own_options(loss: type[RetrievalLoss]) -> dict[str, Any]:
-    parameters = inspect.signature(loss.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in ("self", "model", "rows")}
+    """Return the options of a loss and their defaults: its constructor's own, then those it hands on."""
+    own: dict[str, Any] = {}
+    for cls in loss.__mro__:
+        constructor: Any = vars(cls).get("__init__")
+        if constructor is None:
+            continue
+        parameters = inspect.signature(constructor).parameters.values()
+        named = (p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        own = {p.name: p.default for p in named if p.name not in ("self", "model", "rows")} | own
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    defaults = {name: getattr(loss, name) for name in ("temperature", "similarity") if name in own}
+    return own | defaults
 
 
 def _label(loss: Any) -> str:

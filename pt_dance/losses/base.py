@@ -25,8 +25,9 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
 
     A training row has the columns query, positive, negative_1 … negative_n (mined documents), negative_query_1 …
     negative_query_m (mined queries), in this order, and a label. With ``rows`` the label is the row's number in the
-    training set, and pairs that are known to be relevant are never used as negatives. Without ``rows`` the loss works
-    on any data set of sentence-transformers' layout and knows no more than the columns say.
+    training set, and pairs that are known to be relevant are never used as negatives. A row of number -1 only fills the
+    batch up, so that it can be dealt out to processes: it is nobody's negative and counts in no mean. Without ``rows``
+    the loss works on any data set of sentence-transformers' layout and knows no more than the columns say.
 
     Where ``rows`` say how many passages documents have, each document takes as many columns, one after the other, as
     the longest has passages, and every score of a document is that of its best passage (MaxP).
@@ -36,11 +37,11 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
 
     Args:
         model: the SentenceTransformer to train.
+        temperature: similarities are divided by it; None takes the loss's own default, a class attribute.
+        similarity: "cosine" or "dot"; with "cosine" embeddings are divided by their L2 norm here, whether or not the
+            model ends with a Normalize module. None takes the loss's own default, a class attribute.
         rows: what is known of every training row, see :class:`~pt_dance.losses.TrainingRows`.
         query_negatives: how many of the last columns are mined queries; only without ``rows``, which say it.
-        similarity: "cosine" or "dot"; with "cosine" embeddings are divided by their L2 norm here, whether or not the
-            model ends with a Normalize module.
-        temperature: similarities are divided by it.
         mini_batch_size: with a number, gradient caching: only so many texts have their activations in memory at a
             time, and the gradients are those of the whole batch (Gao et al. 2021, arXiv 2101.06983). Each text is
             embedded twice. Static towers, whose activations take little memory, ignore it.
@@ -52,17 +53,22 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         ValueError: an option out of its range.
     """
 
+    temperature: float = 1.0
+    similarity: str = "cosine"
+
     def __init__(
         self,
         model: SentenceTransformer,
+        temperature: float | None = None,
+        similarity: str | None = None,
         *,
         rows: TrainingRows | None = None,
         query_negatives: int | None = None,
-        similarity: str = "cosine",
-        temperature: float = 1.0,
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
+        similarity = self.similarity if similarity is None else similarity
+        temperature = self.temperature if temperature is None else temperature
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a SentenceTransformer, not {type(model).__name__}")
@@ -85,6 +91,8 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         self.mini_batch_size = mini_batch_size
         self.gather_across_devices = bool(gather_across_devices)
         self.uses_gradient_cache = mini_batch_size is not None and not _is_static(model)
+        if rows is not None:
+            self.check_rows(rows)
 
     @property
     def two_sided(self) -> bool:
@@ -233,10 +241,11 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
                 f"it holds {numbers.dtype} of shape {numbers.shape}"
             )
         rows: Any = self.rows  # labels are only looked at where there are rows
-        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(rows)):
+        if numbers.size and (numbers.min() < -1 or numbers.max() >= len(rows)):
             raise ValueError(
                 f"the column label holds row numbers from {numbers.min()} to {numbers.max()}, but there are "
-                f"{len(rows)} training rows, numbered from 0"
+                f"{len(rows)} training rows, numbered from 0; only -1 is allowed besides, for a row that fills "
+                "the batch up"
             )
         return numbers
 
@@ -282,12 +291,13 @@ class WrappedLoss(RetrievalLoss):
                 raise TypeError(
                     f"{type(self).__name__} works on the losses of pt_dance.losses, not on {type(loss).__name__}"
                 )
+        nn.Module.__init__(self)
         first = losses[0]
-        shared = ("model", "rows", "query_negatives", "mini_batch_size", "gather_across_devices")
-        for name in shared:
+        for name in ("model", "rows", "query_negatives", "mini_batch_size", "gather_across_devices"):
             if any(getattr(loss, name) != getattr(first, name) for loss in losses[1:]):
                 raise ValueError(f"the losses in a {type(self).__name__} must have the same {name}")
-        super().__init__(first.model, **{name: getattr(first, name) for name in shared[1:]})
+            setattr(self, name, getattr(first, name))
+        self.uses_gradient_cache = first.uses_gradient_cache
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Return the loss of a batch; each loss inside applies its own similarity and temperature."""
@@ -296,6 +306,31 @@ class WrappedLoss(RetrievalLoss):
     def get_config_dict(self) -> dict[str, Any]:
         """Return the options that are not those of the losses inside."""
         return {"mini_batch_size": self.mini_batch_size, "gather_across_devices": self.gather_across_devices}
+
+
+def check_teacher_scores(rows: TrainingRows, mined: str, loss: RetrievalLoss) -> None:
+    """Refuse rows without mined negatives or without the teacher's score of any pair.
+
+    Args:
+        rows: the training rows, mirrored for the dual direction.
+        mined: how messages call the mined texts of this direction.
+        loss: the loss that needs them.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    name = type(loss).__name__
+    if rows.negatives.shape[1] == 0:
+        raise ValueError(f"{name} has nothing to learn from: the training rows have no {mined}")
+    if rows.teacher_positive is None or rows.teacher_negatives is None:
+        raise ValueError(f"{name} needs the teacher's scores of the positives and of the {mined}")
+    missing = ~np.isfinite(rows.teacher_negatives) & (rows.negatives >= 0)
+    unscored = ~np.isfinite(rows.teacher_positive) | missing.any(axis=1)
+    if unscored.any():
+        raise ValueError(
+            f"{name} needs the teacher's scores of the positives and of the {mined}: "
+            f"{int(unscored.sum())} rows lack some, the first of them row {int(unscored.argmax())}"
+        )
 
 
 def check_number(

@@ -71,8 +71,3 @@ class SumLoss(WrappedLoss):
     def citation(self) -> str:
         """BibTeX of the sources of all losses."""
         return "".join(dict.fromkeys(str(loss.citation) for loss in self.losses))
-
-
-def combine(losses: Iterable[tuple[RetrievalLoss, float]]) -> SumLoss:
-    """Return the weighted sum of (loss, weight) pairs as one loss: :class:`SumLoss`."""
-    return SumLoss(losses)

@@ -8,7 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from pt_dance.losses._batch import Batch, all_scores, own_scores
+from pt_dance.losses._batch import Batch
 from pt_dance.losses.base import RetrievalLoss
 from pt_dance.losses.rows import TrainingRows
 
@@ -65,30 +65,11 @@ class ContrastiveLoss(RetrievalLoss):
             trainer.train()
     """
 
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        temperature: float = 0.05,
-        similarity: str = "cosine",
-        in_batch: bool = True,
-        *,
-        rows: TrainingRows | None = None,
-        query_negatives: int | None = None,
-        mini_batch_size: int | None = None,
-        gather_across_devices: bool = False,
-    ) -> None:
-        super().__init__(
-            model,
-            rows=rows,
-            query_negatives=query_negatives,
-            similarity=similarity,
-            temperature=temperature,
-            mini_batch_size=mini_batch_size,
-            gather_across_devices=gather_across_devices,
-        )
+    temperature = 0.05
+
+    def __init__(self, model: SentenceTransformer, *args: Any, in_batch: bool = True, **options: Any) -> None:
         self.in_batch = bool(in_batch)
-        if rows is not None:
-            self.check_rows(rows)
+        super().__init__(model, *args, **options)
 
     def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
         """Refuse rows without mined negatives where there are no in-batch negatives either."""
@@ -99,26 +80,12 @@ class ContrastiveLoss(RetrievalLoss):
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of the local rows."""
-        return self._cross_entropy(batch)
-
-    def _cross_entropy(self, batch: Batch) -> Tensor:
-        own, logits = self._logits(batch)
-        return (torch.logsumexp(logits, dim=1) - own).mean()
-
-    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Each local row's logit of its own positive (L,), and those of all candidates (L, candidates)."""
-        queries = batch.queries[batch.local]
         if self.in_batch:
-            documents = torch.cat([batch.positives, batch.negatives.flatten(0, 1)])
-            logits = all_scores(queries, documents) / self.temperature
-            own = logits.diagonal(batch.local.start)
-            hidden = batch.rows.hidden_documents
-            return own, logits if hidden is None else logits.masked_fill(hidden, -torch.inf)
-        own = own_scores(queries, batch.positives[batch.local][:, None])[:, 0] / self.temperature
-        negatives = own_scores(queries, batch.negatives[batch.local]) / self.temperature
+            return cross_entropy(batch, batch.candidate_scores() / self.temperature, batch.local.start)
+        positive, negatives = batch.row_scores()
         if (usable := batch.rows.usable_negatives) is not None:
             negatives = negatives.masked_fill(~usable[batch.local], -torch.inf)
-        return own, torch.cat([own[:, None], negatives], dim=1)
+        return cross_entropy(batch, torch.cat([positive, negatives], dim=1) / self.temperature)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the options, as sentence-transformers writes them on model cards."""
@@ -138,3 +105,15 @@ class ContrastiveLoss(RetrievalLoss):
       url={https://arxiv.org/abs/1807.03748},
 }
 """
+
+
+def cross_entropy(batch: Batch, logits: Tensor, first: int | None = None) -> Tensor:
+    """Return the mean over the local rows of the cross-entropy of their own positives.
+
+    Args:
+        batch: the batch.
+        logits: (L, candidates).
+        first: the column of the first row's positive, from which on there is one a row; None: all are in column 0.
+    """
+    own = logits[:, 0] if first is None else logits.diagonal(first)
+    return batch.mean(torch.logsumexp(logits, dim=1) - own, batch.rows.real)

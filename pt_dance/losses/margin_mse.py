@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from pt_dance.losses._batch import Batch, own_scores
-from pt_dance.losses.base import RetrievalLoss
+from pt_dance.losses._batch import Batch
+from pt_dance.losses.base import RetrievalLoss, check_teacher_scores
 from pt_dance.losses.rows import TrainingRows
 
 
@@ -58,72 +56,17 @@ class MarginMSELoss(RetrievalLoss):
             loss = MarginMSELoss(model, rows=rows)  # rows with teacher_positive and teacher_negatives
     """
 
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        temperature: float = 1.0,
-        similarity: str = "dot",
-        *,
-        rows: TrainingRows | None = None,
-        query_negatives: int | None = None,
-        mini_batch_size: int | None = None,
-        gather_across_devices: bool = False,
-    ) -> None:
-        super().__init__(
-            model,
-            rows=rows,
-            query_negatives=query_negatives,
-            similarity=similarity,
-            temperature=temperature,
-            mini_batch_size=mini_batch_size,
-            gather_across_devices=gather_across_devices,
-        )
-        if rows is not None:
-            self.check_rows(rows)
+    similarity = "dot"
 
     def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
         """Refuse rows without mined negatives or without the teacher's score of any pair."""
-        if rows.negatives.shape[1] == 0:
-            raise ValueError(f"MarginMSELoss has nothing to learn from: the training rows have no {mined}")
-        if rows.teacher_positive is None or rows.teacher_negatives is None:
-            raise ValueError(f"MarginMSELoss needs the teacher's scores of the positives and of the {mined}")
-        missing = ~np.isfinite(rows.teacher_negatives) & (rows.negatives >= 0)
-        unscored = ~np.isfinite(rows.teacher_positive) | missing.any(axis=1)
-        if unscored.any():
-            raise ValueError(
-                f"MarginMSELoss needs the teacher's scores of the positives and of the {mined}: "
-                f"{int(unscored.sum())} rows lack some, the first of them row {int(unscored.argmax())}"
-            )
+        check_teacher_scores(rows, mined, self)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Return the mean over the usable mined negatives."""
-        queries = batch.queries[batch.local]
-        positive = own_scores(queries, batch.positives[batch.local][:, None])
-        negative = own_scores(queries, batch.negatives[batch.local])
-        margins = (positive - negative) / self.temperature
-        return batch.mean((margins - self._teacher_margins(batch).to(margins)).square())
-
-    def _teacher_margins(self, batch: Batch) -> Tensor:
-        margins = batch.rows.teacher_margins()
-        if margins is not None:
-            return margins
-        labels = batch.labels
-        if labels is None:
-            raise ValueError(
-                "MarginMSELoss needs the teacher's scores: from the training rows, or, in the direction from queries "
-                "to documents alone, from a column label with the teacher's margins"
-            )
-        rows, columns = len(batch.queries[batch.local]), batch.negatives.shape[1]
-        if labels.shape == (rows, columns + 1):
-            return labels[:, :1] - labels[:, 1:]
-        if labels.shape == (rows,) and columns == 1:
-            return labels[:, None]
-        if labels.shape != (rows, columns):
-            raise ValueError(
-                f"the column label must hold the teacher's {columns} margins a row, or its {columns + 1} scores, the "
-                f"positive's first; its shape is {tuple(labels.shape)}"
-            )
-        return labels
+        positive, negatives = batch.row_scores()
+        margins = (positive - negatives) / self.temperature
+        return batch.mean((margins - batch.teacher_margins().to(margins)).square(), batch.rows.usable_negatives)
 
     @property
     def citation(self) -> str:

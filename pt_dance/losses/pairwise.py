@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pt_dance.losses._batch import Batch, own_scores
+from pt_dance.losses._batch import Batch
 from pt_dance.losses.base import RetrievalLoss
 from pt_dance.losses.rows import TrainingRows
 
@@ -56,28 +55,7 @@ class PairwiseLoss(RetrievalLoss):
             loss = PairwiseLoss(model, rows=rows)  # ANCE
     """
 
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        temperature: float = 1.0,
-        similarity: str = "dot",
-        *,
-        rows: TrainingRows | None = None,
-        query_negatives: int | None = None,
-        mini_batch_size: int | None = None,
-        gather_across_devices: bool = False,
-    ) -> None:
-        super().__init__(
-            model,
-            rows=rows,
-            query_negatives=query_negatives,
-            similarity=similarity,
-            temperature=temperature,
-            mini_batch_size=mini_batch_size,
-            gather_across_devices=gather_across_devices,
-        )
-        if rows is not None:
-            self.check_rows(rows)
+    similarity = "dot"
 
     def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
         """Refuse rows without mined negatives: this loss has no others."""
@@ -89,10 +67,8 @@ class PairwiseLoss(RetrievalLoss):
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Return the mean over the usable mined negatives."""
-        queries = batch.queries[batch.local]
-        positive = own_scores(queries, batch.positives[batch.local][:, None])
-        negative = own_scores(queries, batch.negatives[batch.local])
-        return batch.mean(softplus((negative - positive) / self.temperature))
+        positive, negatives = batch.row_scores()
+        return batch.mean(softplus((negatives - positive) / self.temperature), batch.rows.usable_negatives)
 
     @property
     def citation(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pt_dance.losses._batch import Batch, all_scores, own_scores
+from pt_dance.losses._batch import Batch, all_scores
 from pt_dance.losses.base import RetrievalLoss, WrappedLoss, check_number
 from pt_dance.losses.rows import TrainingRows
 
@@ -32,6 +32,8 @@ class RegularizedLoss(WrappedLoss):
         uniformity: :math:`w_u`.
         alpha: :math:`\alpha`.
         t: :math:`t`; 5 in DANCE's release, 2 in Wang & Isola.
+        uniformity_sum: add up the uniformity of queries and of documents, as DANCE's release does, instead of halving
+            the sum, as Wang & Isola do.
 
     Inputs:
         Those of ``loss``.
@@ -55,6 +57,7 @@ class RegularizedLoss(WrappedLoss):
         uniformity: float = 0.0,
         alpha: float = 2.0,
         t: float = 5.0,
+        uniformity_sum: bool = False,
     ) -> None:
         check_number("alignment", alignment, lowest=0)
         check_number("uniformity", uniformity, lowest=0)
@@ -68,6 +71,7 @@ class RegularizedLoss(WrappedLoss):
         self.uniformity = uniformity
         self.alpha = alpha
         self.t = t
+        self.uniformity_sum = bool(uniformity_sum)
 
     def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
         """Refuse rows that the loss inside cannot be computed of."""
@@ -86,17 +90,17 @@ class RegularizedLoss(WrappedLoss):
             squared = self._distances(unit)
             # The root of 0 has no derivative, so below alpha = 2 a distance of 0 counts as 1e-6.
             power = squared if self.alpha == 2 else squared.clamp_min(1e-12) ** (self.alpha / 2)
-            loss = loss + self.alignment * power.mean()
+            loss = loss + self.alignment * batch.mean(power, batch.rows.real)
         if self.uniformity:
             both = self._uniformity(unit) + self._uniformity(unit.mirrored())
-            loss = loss + self.uniformity * both / 2
+            loss = loss + self.uniformity * (both if self.uniformity_sum else both / 2)
         return loss
 
     def _distances(self, unit: Batch) -> Tensor:
         queries, documents = unit.queries[unit.local], unit.positives[unit.local]
         if documents.ndim == 2:
             return (queries - documents).square().sum(-1)
-        return (2 - 2 * own_scores(queries, documents[:, None])[:, 0]).clamp_min(0)  # to the best passage
+        return (2 - 2 * unit.row_scores()[0][:, 0]).clamp_min(0)  # to the best passage
 
     def _uniformity(self, batch: Batch) -> Tensor:
         distinct, count = batch.rows.distinct_queries
@@ -107,7 +111,7 @@ class RegularizedLoss(WrappedLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the options, as sentence-transformers writes them on model cards."""
-        options = {name: getattr(self, name) for name in ("alignment", "uniformity", "alpha", "t")}
+        options = {name: getattr(self, name) for name in ("alignment", "uniformity", "alpha", "t", "uniformity_sum")}
         return {"loss": self.loss, **options, **super().get_config_dict()}
 
     @property

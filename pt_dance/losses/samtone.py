@@ -9,13 +9,13 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from pt_dance.losses._batch import Batch, all_scores
-from pt_dance.losses.contrastive import ContrastiveLoss
-from pt_dance.losses.rows import TrainingRows
+from pt_dance.losses.base import RetrievalLoss
+from pt_dance.losses.contrastive import cross_entropy
 
 SIDES = ("query", "both")
 
 
-class SamToneLoss(ContrastiveLoss):
+class SamToneLoss(RetrievalLoss):
     r"""The contrastive loss with same-tower negatives: a query's positive must also beat the other queries.
 
     With :math:`s(a, b) = \mathrm{sim}(a, b) / \tau` the query side is the mean over the rows i of
@@ -59,30 +59,13 @@ class SamToneLoss(ContrastiveLoss):
             loss = SamToneLoss(model, sides="both", rows=rows)
     """
 
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        temperature: float = 0.05,
-        similarity: str = "cosine",
-        sides: str = "query",
-        *,
-        rows: TrainingRows | None = None,
-        query_negatives: int | None = None,
-        mini_batch_size: int | None = None,
-        gather_across_devices: bool = False,
-    ) -> None:
+    temperature = 0.05
+
+    def __init__(self, model: SentenceTransformer, *args: Any, sides: str = "query", **options: Any) -> None:
         if sides not in SIDES:
             raise ValueError(f"sides must be one of {', '.join(SIDES)}, not {sides!r}")
-        super().__init__(
-            model,
-            temperature,
-            similarity,
-            rows=rows,
-            query_negatives=query_negatives,
-            mini_batch_size=mini_batch_size,
-            gather_across_devices=gather_across_devices,
-        )
         self.sides = sides
+        super().__init__(model, *args, **options)
 
     @property
     def two_sided(self) -> bool:
@@ -91,19 +74,18 @@ class SamToneLoss(ContrastiveLoss):
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Return the query side, and with ``sides="both"`` the mirrored one added to it."""
-        loss = self._cross_entropy(batch)
-        return loss + self._cross_entropy(batch.mirrored()) if self.two_sided else loss
+        loss = self._one_side(batch)
+        return loss + self._one_side(batch.mirrored()) if self.two_sided else loss
 
-    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        own, logits = super()._logits(batch)
-        same_tower = all_scores(batch.queries[batch.local], batch.queries) / self.temperature
-        return own, torch.cat([logits, same_tower.masked_fill(batch.rows.hidden_queries, -torch.inf)], dim=1)
+    def _one_side(self, batch: Batch) -> Tensor:
+        same_tower = all_scores(batch.queries[batch.local], batch.queries)
+        same_tower = same_tower.masked_fill(batch.rows.hidden_queries, -torch.inf)
+        logits = torch.cat([batch.candidate_scores(), same_tower], dim=1) / self.temperature
+        return cross_entropy(batch, logits, batch.local.start)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the options, as sentence-transformers writes them on model cards."""
-        config = super().get_config_dict()
-        del config["in_batch"]
-        return {**config, "sides": self.sides}
+        return {**super().get_config_dict(), "sides": self.sides}
 
     @property
     def citation(self) -> str:
