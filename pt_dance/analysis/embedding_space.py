@@ -138,7 +138,7 @@ def _encoded(encode: Any, texts_of: Any, number: int) -> np.ndarray:
 
 
 def _resampled(drawn: PairSample, resamples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights of pairs, queries and documents, (1 + resamples, …), the first row the sample itself.
+    """Return weights of pairs, queries and documents, (1 + resamples, …), the first row the sample itself.
 
     A query, or document, counts by the mean of its pairs' counts.
     """
@@ -261,7 +261,7 @@ def _ratios(
 
 
 def _effectiveness(drawn: PairSample, rows: np.ndarray, way: str) -> dict[str, np.ndarray]:
-    """The value of each retrieval measure for each anchor, NaN where nothing is relevant to it."""
+    """Return the value of each retrieval measure for each anchor, NaN where nothing is relevant to it."""
     anchor, target = ("query", "document") if way == "q→d" else ("document", "query")
     relevant = drawn.relevant[drawn.relevant[anchor] < len(rows)]
     qrels = pd.DataFrame(

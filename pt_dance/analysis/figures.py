@@ -89,7 +89,7 @@ def _reports(spaces: SpaceReport | Mapping[str, SpaceReport]) -> dict[str, Space
 
 
 def _panels(number: int, width: float, height: float, **options) -> tuple[Figure, list[Axes]]:
-    """A figure with panels in rows of at most four."""
+    """Return a figure with panels in rows of at most four."""
     columns = min(number, 4)
     rows = -(-number // columns)
     figure = _ShownFigure(figsize=(width * columns, height * rows), layout="constrained")

@@ -122,7 +122,7 @@ def write_report(
 
 
 def _environment() -> jinja2.Environment:
-    """Templates of this package; whatever is put into them is escaped, and cleaned of what no page can show."""
+    """Return the package's templates; what is put into them is escaped, and cleaned of what no page can show."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("pt_dance.analysis"), autoescape=True, finalize=_clean,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -227,7 +227,7 @@ def _mining(report: MiningReport) -> dict[str, Any]:
 
 
 def _shown(queries: pd.DataFrame, corpus: Any, baseline: str) -> list[dict[str, Any]]:
-    """The queries of a list with the texts of what both systems found."""
+    """Return the queries of a list with the texts of what both systems found."""
     shown = []
     for row in queries.to_dict("records"):
         ranks = [(name, row[f"rank {side}"]) for name, side in ((baseline, "before"), (TRAINED, "after"))]

@@ -61,7 +61,7 @@ def _measured(results: pd.DataFrame, judged: pd.DataFrame, measures: Sequence[An
 
 
 def _first(results: pd.DataFrame, qids: pd.Series) -> pd.DataFrame:
-    """The first row of each query, NaN where it has none."""
+    """Return the first row of each query, NaN where it has none."""
     best = results.sort_values(["qid", "place"], kind="stable").drop_duplicates("qid")
     return best.set_index("qid")[["docno", "place"]].reindex(qids).astype({"docno": object})
 

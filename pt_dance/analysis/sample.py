@@ -124,7 +124,7 @@ def draw(
 
 
 def _judgements(topics: pd.DataFrame, qrels: pd.DataFrame, corpus: Any) -> tuple[dict, pd.DataFrame, int]:
-    """Texts of queries by qid, and relevant pairs in which texts, not names, tell queries and documents apart."""
+    """Return queries' texts by qid, and relevant pairs in which texts, not names, tell queries and documents apart."""
     topics = topics[["qid", "query"]].drop_duplicates("qid").sort_values("qid", kind="stable")
     first = topics.groupby("query", sort=False)["qid"].transform("first")
     same = dict(zip(topics["qid"], first, strict=True))
@@ -149,7 +149,7 @@ def _digests(corpus: Any, docnos: list[str]) -> Iterable[tuple[str, bytes]]:
 
 
 def _others(corpus: Any, taken: list[str], number: int, rng: np.random.Generator) -> list[str]:
-    """Docnos drawn at random, none of a text that is taken already."""
+    """Return docnos drawn at random, none of a text that is taken already."""
     if number <= 0:
         return []
     # as many more as are taken, for these may be drawn again

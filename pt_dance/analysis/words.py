@@ -66,7 +66,7 @@ def _source(what: str, of: str, round_: Mapping[str, Any], key: str = "negatives
 
 
 def _plain(value: Any) -> str:
-    """A dict or list as the settings keep it, without the signs of Python."""
+    """Return a dict or list as the settings keep it, without the signs of Python."""
     return re.sub(r"[{}'\"\[\]]", "", str(value)).replace(":", "") if value not in (None, "{}", {}) else ""
 
 

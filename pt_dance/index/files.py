@@ -179,7 +179,7 @@ class OpenIndex:
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when another index takes the place of this one."""
+    """Return what changes when another index takes the place of this one."""
     try:
         stat = (path / META).stat()
     except OSError:

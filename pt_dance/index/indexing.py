@@ -83,7 +83,7 @@ def _base(index: DenseIndex, source: Any) -> OpenIndex:
 
 
 def _is_dense_index(path: Path) -> bool:
-    """Whether a folder says that it is a dense index, in whatever state."""
+    """Return whether a folder says that it is a dense index, in whatever state."""
     try:
         return read_json(path / META).get("type") == "dense_index"
     except (OSError, ValueError):

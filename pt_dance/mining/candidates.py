@@ -157,7 +157,7 @@ class CandidateSelection:
         self._positive_ranks: list[int] = []
 
     def clean(self, results: pd.DataFrame) -> pd.DataFrame:
-        """Candidates of a block of results: within depth and rank range, without any positive, through every filter."""
+        """Return a block's candidates: within depth and rank range, without any positive, through every filter."""
         frame = ranked(results, self.source_column, self.candidate_column)
         frame = frame[frame["rank"] < self.depth]
         self.counts["candidates"] += len(frame)
@@ -197,7 +197,7 @@ class CandidateSelection:
         return after
 
     def select(self, block_sources: Sequence[str], weighted: Sequence[tuple[pd.DataFrame, float]]) -> pd.DataFrame:
-        """Negatives of one block, from one frame of results for each source pipeline and that pipeline's weight."""
+        """Return a block's negatives, from a frame of results for each source pipeline and that pipeline's weight."""
         cleaned = [self.clean(results) for results, _ in weighted]
         self.counts["searches"] += len(block_sources) * len(weighted)
         if len(cleaned) == 1:
@@ -228,7 +228,7 @@ class CandidateSelection:
         return pool.sort_values([self.source_column, "rank", self.candidate_column], kind="stable")
 
     def report(self) -> dict[str, object]:
-        """What was done: sources, negatives, how many sources got fewer than asked or none, removals by reason.
+        """Return what was done: sources, negatives, how many sources got fewer than asked or none, removals by reason.
 
         ``positives`` says in how many ``searches`` (one for each source and pipeline) a positive was among the
         candidates (``found``), at which rank the best one was (``median_rank``), and how many of the candidates that

@@ -154,7 +154,7 @@ class AnnRetriever(DenseRetriever):
         return Path(self.index.index_path) / _FOLDER / f"{self.method}-{key}"
 
     def _is_there(self, folder: Path) -> bool:
-        """Whether the folder holds what was built from the index's vectors, whole."""
+        """Return whether the folder holds what was built from the index's vectors, whole."""
         try:
             meta = read_json(folder / _META)
             size = (folder / _FILE).stat().st_size

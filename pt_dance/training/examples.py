@@ -191,7 +191,7 @@ def _drawn(
     mined: pd.DataFrame | None, source_column: str, value_column: str, query_of_qid: pd.Series, document_of: _Documents,
     sources: int, pair_source: np.ndarray, row_source: np.ndarray, epoch: np.ndarray, per_row: int, seed: int,
 ) -> np.ndarray:  # fmt: skip
-    """Negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) without any mined."""
+    """Return the negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) if none."""
     if mined is None or per_row == 0:
         return np.empty((len(row_source), 0), dtype=np.int32)
     numbers: dict[str, Callable[[pd.Series], np.ndarray]] = {
@@ -226,7 +226,7 @@ def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
         return found.tolist()
 
     def of_passages(name: str, numbers: np.ndarray) -> dict[str, list[str]]:
-        """A column for each passage of the documents; empty texts where there are fewer."""
+        """Return a column for each passage of the documents; empty texts where there are fewer."""
         most = rows.passages_per_document
         if most == 1 and rows.passages is None:
             return {name: of_documents(numbers)}

@@ -156,7 +156,7 @@ def _plain(value: object) -> str:
 
 
 def _checked_labels(qrels: pd.DataFrame, what: str) -> pd.DataFrame:
-    """The qrels with labels of type int64 and no pair twice.
+    """Return the qrels with labels of type int64 and no pair twice.
 
     Raises:
         TypeError: if a label is no number.

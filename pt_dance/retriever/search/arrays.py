@@ -58,7 +58,7 @@ class ArrayBlock(Block):
         self._room = np.empty(0, dtype=np.float32)
 
     def _threshold(self, kth: np.ndarray) -> np.ndarray:
-        """What a product must reach where ``kth`` is the k-th best one, as float32 rounded down."""
+        """Return what a product must reach where ``kth`` is the k-th best one, as float32 rounded down."""
         if self._look is None:
             exact = kth - (self.slack * self.norm + 1e-35)
         else:

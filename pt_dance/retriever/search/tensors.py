@@ -66,7 +66,7 @@ class TensorBlock(Block):
         self.rows = torch.full((len(queries), self.slots), -1, dtype=torch.int64, device=vectors.device)
 
     def _threshold(self, kth: torch.Tensor) -> torch.Tensor:
-        """What a product must reach, as float32 rounded down."""
+        """Return what a product must reach, as float32 rounded down."""
         exact = (kth.double() - (self._slack * self.norm + 1e-35)).float()
         return torch.nextafter(exact, torch.tensor(-torch.inf, device=kth.device))
 
@@ -96,7 +96,7 @@ class TensorBlock(Block):
 
 
 def _plain_product(queries: torch.Tensor, docs: torch.Tensor) -> torch.Tensor:
-    """Queries times documents in true float32, whatever precision the program has set for training."""
+    """Multiply queries and documents in true float32, whatever precision the program has set for training."""
     setting = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
