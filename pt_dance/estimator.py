@@ -30,8 +30,9 @@ from pt_dance.storage.folders import remove_folder, write_json
 from pt_dance.storage.options import is_whole, path_of, whole
 from pt_dance.storage.writing import KEPT, new_folder, writing
 from pt_dance.training import negatives
+from pt_dance.training.defaults import settle
 from pt_dance.training.examples import build_examples
-from pt_dance.training.history import UNTRAINED, best_round, describe_round, training_row, warn_if_worse
+from pt_dance.training.history import UNTRAINED, begins_with, best_round, describe_round, training_row, warn_if_worse
 from pt_dance.training.inputs import TrainingInput, check_in_corpus, check_query_texts, check_training_input
 from pt_dance.training.options import check_measures, check_one_process, check_options, check_path
 from pt_dance.training.record import read_negatives, write_record
@@ -330,7 +331,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         mining_done = time.perf_counter()
         if found is None and round_.loss == "pairwise":
             # without any mined negative there is nothing to compare in pairs: in-batch negatives warm the model up
-            round_ = replace(round_, loss="contrastive", loss_options={"temperature": 0.05, "similarity": "cosine"})
+            round_ = replace(round_, loss="contrastive", loss_options={})
         trained = self._run.trained(number)
         if trained is None:
             loggers = reports.of_round(round_, steps_before - span.first_step)
@@ -346,7 +347,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         if (stored := self._run.read_frame(number, what)) is not None:
             return stored
         frame = negatives.mine(
-            what, self.recipe[number - 1], training, self.corpus, partial(self.retriever, round=number - 1),
+            what, self.recipe[number - 1], training, self.corpus, partial(self.retriever, round=self._before(number)),
             qids=self._qids(number, training), seed=self._seed_of(number), verbose=self.verbose,
         )  # fmt: skip
         if frame is None:
@@ -368,18 +369,19 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             epochs=span.passes, first_epoch=span.first_pass, seed=span.stream_seed,
             qids=self._qids(number, training), teacher=teacher, reads=training.readings,
         )  # fmt: skip
-        encoder = self._encoder_of(number - 1).copy()
+        encoder = self._encoder_of(self._before(number)).copy()
         keep_frozen(self.initial_encoder, encoder)
         if round_.similarity is not None:
             encoder = encoder.with_similarity(round_.similarity)
+        settled = settle(round_, encoder, examples, self.initial_encoder)
         trained = train(
-            encoder, examples, round_, span, self._run.checkpoints(number), name=f"round {number}",
+            encoder, settled.examples, settled.round, span, self._run.checkpoints(number), name=f"round {number}",
             carried=self._run.checkpoints(number - 1), loggers=loggers, verbose=self.verbose,
         )  # fmt: skip
         folder = self._run.round(number) / "encoder"
         if not folder.exists():
             encoder.save(folder)
-        return self._run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint)
+        return self._run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint, settled.report)
 
     def _refresh_and_validate(self, number: int, validation: TrainingInput | None) -> dict:
         """Return the last part of a round's row: its measures, and what they took."""
@@ -392,6 +394,11 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
                 measured = validate(index.retriever(depth_of(self._measures)), validation, self._measures)
         done = time.perf_counter()
         return {**measured, "refresh_seconds": refreshed - started, "validate_seconds": done - refreshed}
+
+    def _before(self, number: int) -> int:
+        """Return the round whose encoder a round begins with."""
+        finished = (row for earlier in range(number) if (row := self._run.finished(earlier)) is not None)
+        return begins_with(self.recipe[number - 1], list(finished), self._measures[0])
 
     def _settle(self, number: int, history: list[dict]) -> None:
         self._round, self._history, self._index = number, history, None

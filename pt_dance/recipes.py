@@ -19,6 +19,7 @@ from pt_dance.mining.candidates import check_options
 from pt_dance.mining.sources import FIRST_STAGE, check_source
 from pt_dance.storage.display import facts
 from pt_dance.storage.options import number, whole
+from pt_dance.training import published as release
 from pt_dance.training.options import SCHEDULERS, check_training_arguments
 from pt_dance.training.round_table import round_settings
 
@@ -35,7 +36,8 @@ class Round:
     Attributes:
         loss: name of a loss in :mod:`pt_dance.losses` ("contrastive", "pairwise", "samtone", "margin_mse"), or a list
             of (name, weight) or (name, weight, options) for a weighted sum.
-        loss_options: options of that loss, ``dual=True`` and ``dual_weight`` among them.
+        loss_options: options of that loss, ``dual=True`` and ``dual_weight`` among them. A ``temperature`` that is left
+            out follows from the encoder, see :mod:`pt_dance.training.defaults`.
         negatives: where document negatives come from: None (in-batch only), ``"first_stage"`` (the result frame that
             ``fit`` was given; in-batch only where plain topics came), a pipeline, a function from the current dense
             retriever to a pipeline, or a list of these, perhaps with weights.
@@ -57,14 +59,17 @@ class Round:
             starting both anew. Rounds that go on so share one schedule over all their steps, whose ``learning_rate``,
             ``warmup``, ``scheduler`` and ``training_arguments`` must be the same in all of them. Means nothing in the
             first round of a recipe.
+        start: which round's encoder this one begins with and mines with: that of the "last" round, or of the "best"
+            one before it.
         batch_size: rows of a batch.
-        learning_rate: peak learning rate; None takes 2e-5 for transformers and 2e-2 for static towers.
-        warmup: share of the steps over which the learning rate rises linearly.
+        learning_rate: peak learning rate; None follows from the encoder, see :mod:`pt_dance.training.defaults`.
+        warmup: share of the steps over which the learning rate rises linearly; from 1 on, their number.
         scheduler: how it falls afterwards, a name of transformers' schedulers.
         similarity: "cosine" or "dot": changes the encoder's similarity from this round on; None leaves it.
         checkpoint_steps: training steps between checkpoints; a killed fit goes on from the last.
         training_arguments: anything else for ``SentenceTransformerTrainingArguments`` (bf16,
-            gradient_accumulation_steps, weight_decay, optim, report_to, ...).
+            gradient_accumulation_steps, weight_decay, optim, report_to, ...). Beside its own, ``optim`` may be "lamb"
+            (You et al., arXiv 1904.00962, as ANCE's release has it), by the extra ``pt_dance[lamb]``.
         name: what the round is called in the history.
     """
 
@@ -84,6 +89,7 @@ class Round:
     epochs: int = 1
     steps: int | None = None
     carry_optimizer: bool = False
+    start: str = "last"
     batch_size: int = 64
     learning_rate: float | None = None
     warmup: float = 0.1
@@ -111,7 +117,9 @@ class Round:
             raise TypeError(f"carry_optimizer={self.carry_optimizer!r} must be True or False")
         self._set("learning_rate", number("learning_rate", self.learning_rate, above=0, or_none=True))
         self._set("share_of_queries", number("share_of_queries", self.share_of_queries, above=0, highest=1))
-        self._set("warmup", number("warmup", self.warmup, lowest=0, below=1))
+        self._set("warmup", number("warmup", self.warmup, lowest=0))
+        if self.warmup >= 1:
+            self._set("warmup", whole("warmup", self.warmup))
         if self.teacher is not None and not isinstance(self.teacher, pt.Transformer):
             raise TypeError(f"teacher={self.teacher!r} must be a PyTerrier pipeline that scores (query, text) rows")
         if self.teacher is None and "margin_mse" in self._losses():
@@ -121,6 +129,10 @@ class Round:
         if not isinstance(self.filters, (list, tuple)) or not all(callable(entry) for entry in self.filters):
             raise TypeError(f"filters={self.filters!r} must be a list of filters, such as mining.RankRange(10, 200)")
         check_training_arguments(self.training_arguments)
+        if self.start not in ("last", "best") or (self.start == "best" and self.carry_optimizer):
+            raise ValueError(
+                f"start={self.start!r} must be 'last', or 'best' in a round that does not carry the optimiser"
+            )
         if self.similarity not in (None, "cosine", "dot"):
             raise ValueError(f"similarity={self.similarity!r} is unknown; choose 'cosine', 'dot' or None")
         if self.negatives_per_row > self.negatives_per_query:
@@ -170,101 +182,134 @@ def current_model(dense):
 SOURCES = {"current_model": current_model}
 
 
-def mnrl(epochs: int = 1, *, negatives: object = FIRST_STAGE, temperature: float = 0.05, **options) -> list[Round]:
+def mnrl(epochs: int = 1, *, negatives: object = FIRST_STAGE, **options) -> list[Round]:
     """Multiple-negatives ranking: cross-entropy with in-batch negatives and those of the first stage, one round.
 
     Args:
         epochs: passes over the training pairs.
         negatives: where hard negatives come from; None trains with in-batch negatives only.
-        temperature: divides the similarities.
-        **options: any other attribute of :class:`Round`.
+        **options: any other attribute of :class:`Round`, or ``temperature``.
     """
-    return [Round(**_merge(dict(name="mnrl", loss="contrastive", loss_options={"temperature": temperature},
-                                negatives=negatives, epochs=epochs), options))]  # fmt: skip
+    return [_round(dict(name="mnrl", loss="contrastive", negatives=negatives, epochs=epochs), options)]
 
 
-def ance(rounds: int = 3, *, loss: str = "pairwise", warm_up: int = 1, epochs: int = 1, **options) -> list[Round]:
+def ance(
+    rounds: int = 3, *, published: bool = False, loss: str = "pairwise", warm_up: int = 1, epochs: int = 1, **options
+) -> list[Round]:
     """ANCE (Xiong et al., ICLR 2021, arXiv 2007.00808): warm-up on first-stage negatives, then the model's own.
 
-    As published: raw dot products, 2-way negative log-likelihood with one negative a row and no in-batch negatives; of
-    the top 200 of the current model without the positives, 20 are drawn uniformly. Where the release keeps one positive
-    of a query and may mine its others as negatives, here all positives are removed.
+    From the paper: pairs of a positive and a negative in a 2-way negative log-likelihood, without in-batch negatives;
+    the top 200 of the current model, refreshed again and again; one optimiser over all of it. Where the release keeps
+    one positive of a query and may mine its others as negatives, here all positives are removed. Ours, so that it
+    works with any encoder: its own similarity at the temperature that follows from it (dot products that nothing
+    keeps alike in length ruin a static tower), and in-batch negatives in the warm-up.
+
+    ``published=True`` is the release's setting for MS MARCO passages: dot products at temperature 1, in the warm-up,
+    too; LAMB, 1e-6 with 5,000 steps of warm-up, 64 rows; 20 of the top 200 uniformly for a fifth of the queries;
+    a refresh every 10,000 steps (its ``save_steps``; in fact whenever its second process is done); the warm-up with
+    2e-4, 1,000 steps of warm-up, 32 rows, best with ``warm_up=2``. It is meant for
+    ``encoder.with_head("layernorm", dim=768, init="normal")``. Its schedule ends at step 1,000,000, ours with the last
+    round; the model released is that of step 600,000 (``rounds=60``). Neither paper nor release fixes the number of
+    refreshes.
 
     Args:
         rounds: refreshes of the index, each followed by training on the negatives it gives.
-        loss: "pairwise" as published; "contrastive" adds in-batch negatives, which small collections and encoders
-            trained from nothing gain from.
-        warm_up: epochs of warm-up on the first stage's negatives (in-batch negatives where plain topics are given to
-            ``fit``); 0 starts with the model's own negatives.
-        epochs: passes over the training pairs in each round.
-        **options: any other attribute of :class:`Round`, for all rounds.
+        published: the release's settings instead of those that follow from the encoder.
+        loss: "pairwise" as published; "contrastive" adds in-batch negatives.
+        warm_up: epochs of warm-up on the first stage's negatives (in-batch negatives alone where plain topics are
+            given to ``fit``); 0 starts with the model's own negatives.
+        epochs: passes over the training pairs in each round, where it has no ``steps``.
+        **options: any other attribute of :class:`Round`, for all rounds, or ``temperature``.
     """
-    whole("rounds", rounds, 0)
-    whole("warm_up", warm_up, 0)
-    given: dict[str, Any] = dict(loss=loss)
-    if loss == "pairwise":
-        given |= dict(similarity="dot", loss_options={"temperature": 1.0})
-    warm = [Round(**_merge(given | dict(name="warm-up", epochs=warm_up), options))] if warm_up else []
-    refreshed = Round(**_merge(given | dict(name="ance", negatives=current_model, epochs=epochs), options))
-    return warm + [refreshed] * rounds
+    rounds, warm_up = whole("rounds", rounds, 0), whole("warm_up", warm_up, 0)
+    first = dict(loss="contrastive", carry_optimizer=True) | (release.ANCE_WARM_UP if published else {})
+    then = dict(loss=loss, negatives=current_model, carry_optimizer=True) | (release.ANCE if published else {})
+    warm = [_round(first | dict(name="warm-up", epochs=warm_up), options)] if warm_up else []
+    refreshed = [_round(then | dict(name="ance", epochs=epochs), options)] * rounds
+    if published and warm and refreshed:  # the release trains its warm-up in a run of its own
+        refreshed[0] = replace(refreshed[0], carry_optimizer=False)
+    return warm + refreshed
 
 
 def dance(
-    rounds: int = 1, *, warm_up: int = 1, ance_rounds: int = 1, epochs: int = 1, normalize: bool = True,
-    dual: bool = True, temperature: float = 0.01, dual_weight: float = 0.1, query_negatives: object = "dense", **options
+    rounds: int = 1, *, published: bool = False, warm_up: int = 1, ance_rounds: int = 1, epochs: int = 1,
+    normalize: bool | None = None, dual: bool = True, dual_weight: float = 0.1, query_negatives: object = "dense",
+    **options,
 ) -> list[Round]:  # fmt: skip
     """DANCE (Li et al., arXiv 2107.07773): from an ANCE model, normalisation tuning, then dual training.
 
-    Stage 1 trains ANCE's loss on L2-normalised embeddings with temperature .01; stage 2 adds the dual loss with
-    weight .1, whose negatives are training queries mined with the positive documents' vectors. Document and query
-    negatives of a round come from the same weights.
+    From the paper: stage 1 trains ANCE's loss on L2-normalised embeddings; stage 2 adds the dual loss, whose negatives
+    are training queries mined with the positive documents' vectors. Document and query negatives of a round come from
+    the same weights. Ours: the encoder's similarity at the temperature that follows from it (.05 for cosines; the
+    paper's .01 forgets more of an encoder that is no ANCE model), ANCE's rounds before as :func:`ance` has them.
+
+    ``published=True`` is the release's setting for MS MARCO documents: temperature .01, dual weight .1, LAMB, 5e-6
+    with 3,000 steps of warm-up, 64 rows, a refresh every 5,000 steps with one optimiser and schedule a stage, stage 2
+    from stage 1's best round, regularisers off. It starts from an ANCE model of yours (``warm_up`` and ``ance_rounds``
+    are 0 then) and is meant for :func:`ance`'s head. The release's schedule ends at step 1,000,000, ours with the
+    stage. Neither paper nor release fixes how many refreshes a stage has.
 
     Args:
         rounds: rounds of each stage, every one with refreshed negatives.
+        published: the release's settings instead of those that follow from the encoder.
         warm_up: epochs on the first stage's negatives before; 0 where the encoder is an ANCE model already.
         ance_rounds: rounds of ANCE before; 0 where the encoder is an ANCE model already.
-        epochs: passes over the training pairs in each round.
-        normalize: whether to normalise; with ``dual`` the 2x2 ablation of the paper.
+        epochs: passes over the training pairs in each round, where it has no ``steps``.
+        normalize: True for cosines, False for dot products (with ``dual`` the 2x2 ablation of the paper); None leaves
+            the encoder's similarity, or cosines where ``published``.
         dual: whether to add the dual loss in stage 2.
-        temperature: divides cosines; without normalisation dot products are taken as they are.
         dual_weight: weight of the dual loss.
         query_negatives: where query negatives come from, see :class:`Round`.
-        **options: any other attribute of :class:`Round`, for all rounds.
+        **options: any other attribute of :class:`Round`, for all rounds, or ``temperature`` of both stages.
     """
-    whole("rounds", rounds, 0)
-    whole("ance_rounds", ance_rounds, 0)
-    before = ance(ance_rounds, warm_up=warm_up, epochs=epochs, **options) if warm_up or ance_rounds else []
-    loss = {"temperature": temperature if normalize else 1.0}
-    given = dict(loss="pairwise", negatives=current_model, similarity="cosine" if normalize else "dot", epochs=epochs)
-    first = Round(**_merge(given | dict(name="norm" if normalize else "document", loss_options=loss), options))
+    rounds, ance_rounds = whole("rounds", rounds, 0), whole("ance_rounds", ance_rounds, 0)
+    if published:
+        warm_up = ance_rounds = 0
+        normalize = True if normalize is None else normalize
+    similarity = {None: None, True: "cosine", False: "dot"}[normalize]
+    shared = {name: value for name, value in options.items() if name != "temperature"}
+    before = ance(ance_rounds, warm_up=warm_up, epochs=epochs, **shared) if warm_up or ance_rounds else []
+    given = dict(loss="pairwise", negatives=current_model, similarity=similarity, epochs=epochs, carry_optimizer=True)
+    if published:
+        given |= release.DANCE | dict(loss_options={"temperature": 0.01 if normalize else 1.0})
+    first = _round(given | dict(name="norm" if normalize else "document"), options)
     last = first
     if dual:
-        loss = loss | {"dual": True, "dual_weight": dual_weight}
-        last = Round(**_merge(given | dict(name="dual", loss_options=loss, query_negatives=query_negatives), options))
-    return before + [first] * rounds + [last] * rounds
+        loss = given.get("loss_options", {}) | {"dual": True, "dual_weight": dual_weight}
+        last = _round(given | dict(name="dual", loss_options=loss, query_negatives=query_negatives), options)
+    stages = [first] * rounds, [last] * rounds
+    if published and rounds:
+        stages[1][0] = replace(last, carry_optimizer=False, start="best")
+    return before + stages[0] + stages[1]
 
 
 def samtone(
-    epochs: int = 1, *, sides: str = "query", temperature: float = 0.05, negatives: object = FIRST_STAGE, **options
+    epochs: int = 1, *, published: bool = False, sides: str = "query", negatives: object = FIRST_STAGE, **options
 ) -> list[Round]:
     """SamToNe (Moiseev et al., Findings of ACL 2023, arXiv 2306.02516): the batch's other queries as negatives too.
 
+    From the paper: the loss, one softmax without a weight, on cosines. Ours: the temperature that follows from the
+    encoder, and the first stage's hard negatives. ``published=True`` has in-batch negatives only and temperature .01;
+    the paper's optimiser settings (T5, Adafactor, large batches) are for another model family, no code was released,
+    and its learning rate and batch size are yours to give. Its towers are ``DualEncoder.two_towers`` without (ADE) or
+    with ``shared_projection`` (ADE-SPL).
+
     Args:
         epochs: passes over the training pairs.
+        published: the paper's settings as far as it gives any.
         sides: "query" adds query-query terms to the one softmax; "both" adds the mirrored loss with document-document
             terms.
-        temperature: divides the cosines.
         negatives: where hard negatives come from; None trains with the batch's own texts only.
-        **options: any other attribute of :class:`Round`.
+        **options: any other attribute of :class:`Round`, or ``temperature``.
     """
-    loss = {"sides": sides, "temperature": temperature}
-    given = dict(name=f"samtone {sides}", loss="samtone", loss_options=loss, similarity="cosine", negatives=negatives)
-    return [Round(**_merge(given | dict(epochs=epochs), options))]
+    loss = {"sides": sides} | ({"temperature": 0.01} if published else {})
+    given = dict(name=f"samtone {sides}", loss="samtone", loss_options=loss, similarity="cosine", epochs=epochs)
+    return [_round(given | dict(negatives=None if published else negatives), options)]
 
 
 def mnrl_dual(
-    epochs: int = 1, *, dual_weight: float = 1.0, document_weight: float = 1.0, temperature: float = 0.05,
-    negatives: object = FIRST_STAGE, query_negatives: object = "dense", **options
+    epochs: int = 1, *, dual_weight: float = 1.0, document_weight: float = 1.0, negatives: object = FIRST_STAGE,
+    query_negatives: object = "dense", **options,
 ) -> list[Round]:  # fmt: skip
     """MNRL-Dual (S. He): cross-entropy over documents for the query, and over queries for the document.
 
@@ -272,34 +317,37 @@ def mnrl_dual(
 
     Args:
         epochs: passes over the training pairs.
-        dual_weight: weight of ranking queries for documents; the source does not give it.
-        document_weight: weight of ranking documents for queries.
-        temperature: divides the similarities.
+        dual_weight: weight of the direction from documents to queries; the source does not give it.
+        document_weight: weight of the direction from queries to documents.
         negatives: where document negatives come from.
         query_negatives: where query negatives come from, see :class:`Round`.
-        **options: any other attribute of :class:`Round`.
+        **options: any other attribute of :class:`Round`, or ``temperature``.
     """
-    loss = {"temperature": temperature, "dual": True, "dual_weight": dual_weight, "document_weight": document_weight}
-    given = dict(name="mnrl-dual", loss="contrastive", loss_options=loss, negatives=negatives)
-    return [Round(**_merge(given | dict(query_negatives=query_negatives, epochs=epochs), options))]
+    loss = {"dual": True, "dual_weight": dual_weight, "document_weight": document_weight}
+    given = dict(name="mnrl-dual", loss="contrastive", loss_options=loss, negatives=negatives, epochs=epochs)
+    return [_round(given | dict(query_negatives=query_negatives), options)]
 
 
 def margin_mse(
-    teacher: pt.Transformer, epochs: int = 1, *, negatives: object = FIRST_STAGE, temperature: float = 1.0,
-    similarity: str | None = "dot", **options
-) -> list[Round]:  # fmt: skip
+    teacher: pt.Transformer, epochs: int = 1, *, published: bool = False, negatives: object = FIRST_STAGE, **options
+) -> list[Round]:
     """Margin-MSE (Hofstätter et al., arXiv 2010.02666): the teacher's margin between positive and negative as target.
+
+    From the paper: the loss. Ours: the encoder's similarity, and margins in units of their root mean square on both
+    sides, so that a cross-encoder's margins are within the reach of cosines. ``published=True``: dot products and raw
+    margins at temperature 1, Adam with 7e-6 and no warm-up, 32 rows, one BM25 negative a row; for an encoder with dot
+    products. How many steps it takes is not fixed there (it stops early by validation).
 
     Args:
         teacher: any pipeline that scores (query, text) rows; raw scores, not their sigmoid. Each pair is scored once.
         epochs: passes over the training pairs.
+        published: the paper's settings instead of those that follow from encoder and teacher.
         negatives: where document negatives come from.
-        temperature: divides the similarities; below 1 lets cosines reach a teacher's margins.
-        similarity: "dot" as published; None leaves the encoder's.
-        **options: any other attribute of :class:`Round`.
+        **options: any other attribute of :class:`Round`, or ``temperature``, which divides the similarities and leaves
+            the teacher's scores as they are.
     """
-    given = dict(name="margin-mse", loss="margin_mse", loss_options={"temperature": temperature}, similarity=similarity)
-    return [Round(**_merge(given | dict(teacher=teacher, negatives=negatives, epochs=epochs), options))]
+    given = dict(name="margin-mse", loss="margin_mse", teacher=teacher, negatives=negatives, epochs=epochs)
+    return [_round(given | (release.MARGIN_MSE if published else {}), options)]
 
 
 def margin_mse_dual(
@@ -317,13 +365,13 @@ def margin_mse_dual(
         **options: any other option of :func:`margin_mse`.
     """
     loss = {"dual": True, "dual_weight": dual_weight, "document_weight": document_weight}
-    given = dict(name="margin-mse-dual", query_negatives=query_negatives, loss_options=loss)
-    return margin_mse(teacher, epochs, **_merge(given, options, known=False))
+    options["loss_options"] = {**loss, **options.get("loss_options", {})}
+    return margin_mse(teacher, epochs, **{"name": "margin-mse-dual", "query_negatives": query_negatives, **options})
 
 
 def margin_mse_mnrl_dual(
-    teacher: pt.Transformer, epochs: int = 1, *, mnrl_weight: float = 1.0, mnrl_temperature: float = 0.05,
-    temperature: float = 1.0, dual_weight: float = 1.0, document_weight: float = 1.0, **options
+    teacher: pt.Transformer, epochs: int = 1, *, mnrl_weight: float = 1.0, mnrl_temperature: float | None = None,
+    temperature: float | None = None, **options
 ) -> list[Round]:  # fmt: skip
     """Margin-MSE and MNRL together, in both directions: the next step that S. He's slides propose and never report.
 
@@ -331,10 +379,8 @@ def margin_mse_mnrl_dual(
         teacher: as for :func:`margin_mse`.
         epochs: passes over the training pairs.
         mnrl_weight: weight of the cross-entropy against the squared margins.
-        mnrl_temperature: divides the cosines in the cross-entropy.
-        temperature: divides the similarities in the squared margins.
-        dual_weight: weight of the query direction of both.
-        document_weight: weight of the document direction of both.
+        mnrl_temperature: divides the similarities in the cross-entropy; None follows from the encoder.
+        temperature: divides the similarities in the squared margins; None follows from the encoder and the teacher.
         **options: any other option of :func:`margin_mse_dual`.
     """
     if "temperature" in options.get("loss_options", {}):
@@ -343,20 +389,11 @@ def margin_mse_mnrl_dual(
             "mnrl_temperature=... (cross-entropy)"
         )
     parts = [
-        ("margin_mse", 1.0, {"temperature": temperature}),
-        ("contrastive", mnrl_weight, {"temperature": mnrl_temperature, "similarity": "cosine"}),
+        (name, weight, {} if given is None else {"temperature": given})
+        for name, weight, given in (("margin_mse", 1.0, temperature), ("contrastive", mnrl_weight, mnrl_temperature))
     ]
-    rounds = margin_mse_dual(
-        teacher,
-        epochs,
-        dual_weight=dual_weight,
-        document_weight=document_weight,
-        **{"name": "margin-mse + mnrl dual", **options},
-    )
-    return [
-        replace(r, loss=parts, loss_options={k: v for k, v in r.loss_options.items() if k != "temperature"})
-        for r in rounds
-    ]
+    rounds = margin_mse_dual(teacher, epochs, **{"name": "margin-mse + mnrl dual", **options})
+    return [replace(round_, loss=parts) for round_ in rounds]
 
 
 def check_recipe(recipe: object) -> list[Round]:
@@ -390,13 +427,14 @@ def _named(loss: Any) -> str:
     return loss if isinstance(loss, str) else loss.__name__
 
 
-def _merge(given: dict, options: Mapping[str, Any], *, known: bool = True) -> dict:
-    """Let the caller's options win, and add their loss options to the recipe's own."""
+def _round(given: dict, options: Mapping[str, object]) -> Round:
+    """A round in which the caller's options win; their loss options, and temperature, are added to the recipe's own."""
+    options = dict(options)
+    own = {**given.pop("loss_options", {}), **options.pop("loss_options", {})}
+    if (temperature := options.pop("temperature", None)) is not None:
+        own["temperature"] = temperature
     names = {f.name for f in fields(Round)}
-    unknown = sorted(set(options) - names) if known else []
+    unknown = sorted(set(options) - names)
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r}; a round takes {', '.join(sorted(names))}")
-    merged = given | dict(options)
-    if "loss_options" in given and "loss_options" in options:
-        merged["loss_options"] = {**given["loss_options"], **options["loss_options"]}
-    return merged
+    return Round(**{**given, **options, "loss_options": own})

@@ -18,7 +18,7 @@ def training_row(number: int, round_, trained: dict, mined: dict, mined_queries:
     Args:
         number: of the round.
         round_: ``Round`` as it was trained.
-        trained: ``loss`` and ``steps``.
+        trained: ``loss``, ``steps``, and what the encoder decided (``settled``).
         mined: the report on document negatives, empty where there are none.
         mined_queries: the report on query negatives.
         seconds: what "mine" and "train" took.
@@ -29,6 +29,7 @@ def training_row(number: int, round_, trained: dict, mined: dict, mined_queries:
         "loss": round_.loss_name,
         "training_loss": trained["loss"],
         "steps": trained["steps"],
+        **trained.get("settled", {}),
         "negatives_per_query": mined.get("per_source", 0.0),
         "new_negatives": mined.get("new"),
         "queries_short_of_negatives": mined.get("short", 0),
@@ -49,6 +50,17 @@ def best_round(history: Sequence[dict], measure: object) -> int:
         return history[-1]["round"]
     measured = [row for row in history if name in row]
     return max(measured, key=lambda row: (row[name], row["round"]))["round"]
+
+
+def begins_with(round_, history: Sequence[dict], measure: object) -> int:
+    """Return the number of the round whose encoder a round begins with.
+
+    Args:
+        round_: ``Round``.
+        history: rows of the rounds before it, round 0 among them.
+        measure: what tells the best of them.
+    """
+    return best_round(history, measure) if round_.start == "best" else history[-1]["round"]
 
 
 def warn_if_worse(history: Sequence[dict], measure: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -155,6 +156,7 @@ def check_training_arguments(given: object) -> None:
             )
         if name in _NOT_HERE and value not in (None, False, 0, "no"):
             raise ValueError(f"training_arguments: {name}={value!r} does not work here: {_NOT_HERE[name]}")
+    given = trainer_arguments(given)
     if not given:
         return
     try:
@@ -164,3 +166,16 @@ def check_training_arguments(given: object) -> None:
     except Exception as error:  # whatever is wrong with a value, the user gets one line
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"training_arguments={dict(given)!r} are refused by sentence-transformers: {reason}") from None
+
+
+def trainer_arguments(given: Mapping[str, object]) -> dict[str, object]:
+    """Return a round's training arguments without the optimiser "lamb", which transformers does not know.
+
+    Raises:
+        ValueError: if it is asked for and the package that has it is not installed.
+    """
+    if given.get("optim") != "lamb":
+        return dict(given)
+    if importlib.util.find_spec("pytorch_optimizer") is None:
+        raise ValueError("training_arguments: optim='lamb' needs a package: pip install 'pt_dance[lamb]'")
+    return {name: value for name, value in given.items() if name != "optim"}

@@ -142,9 +142,12 @@ class RunFolder:
                 raise ValueError(f"{str(path)!r} is damaged: {key!r} is {trained.get(key)!r}; {_ADVICE}")
         return trained
 
-    def finish_training(self, number: int, loss: float, steps: int, fingerprint: str) -> dict:
-        """Mark the training of a round, whose encoder is written, as done; return what :meth:`trained` will."""
-        trained = {"loss": loss, "steps": steps, "fingerprint": fingerprint}
+    def finish_training(self, number: int, loss: float, steps: int, fingerprint: str, settled: dict) -> dict:
+        """Mark the training of a round, whose encoder is written, as done; return what :meth:`trained` will.
+
+        ``settled`` is what the encoder decided, see :mod:`pt_dance.training.defaults`.
+        """
+        trained = {"loss": loss, "steps": steps, "fingerprint": fingerprint, "settled": settled}
         write_json(self.round(number) / "trained.json", trained)
         return trained
 

@@ -21,13 +21,12 @@ from pt_dance.encoder.reading import prompt_for
 from pt_dance.storage.folders import remove_folder
 from pt_dance.training import checkpoints
 from pt_dance.training.batches import RoundBatches, batches_of_pass
+from pt_dance.training.defaults import learning_rate
 from pt_dance.training.examples import Examples, columns_of
 from pt_dance.training.kept_memory import keep_freed_memory
+from pt_dance.training.options import trainer_arguments
 from pt_dance.training.schedule import Span
 from pt_dance.training.token_cache import TokenCache
-
-STATIC_LEARNING_RATE = 2e-2
-TRANSFORMER_LEARNING_RATE = 2e-5
 
 
 class _Bar(TrainerCallback):
@@ -199,7 +198,7 @@ def train(
     )
     trainer = RoundTrainer(
         model=encoder.model, args=arguments, loss=loss, data_collator=collator, examples=examples, span=span,
-        callbacks=list(loggers), verbose=verbose,
+        callbacks=list(loggers), verbose=verbose, optimizer_cls_and_kwargs=_optimizer(round_, arguments),
     )  # fmt: skip
     _check_gradients(loss, examples, span, round_.batch_size, encoder.dim, name)
     checkpoint = checkpoints.newest(folder)
@@ -221,6 +220,16 @@ def train(
             f"({arguments.learning_rate:g}) or raise the loss's temperature, and fit in another folder"
         )
     return Trained(mean, span.steps)
+
+
+def _optimizer(round_, arguments) -> tuple[type, dict[str, object]] | None:
+    """Return what transformers makes no optimiser of by itself; None where it does."""
+    if round_.training_arguments.get("optim") != "lamb":
+        return None
+    from pytorch_optimizer import Lamb
+
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    return Lamb, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
 
 
 def _check_gradients(loss, examples: Examples, span: Span, batch_size: int, dim: int, name: str) -> None:
@@ -271,13 +280,12 @@ def keep_frozen(given, encoder) -> None:
 def training_arguments(encoder, examples: Examples, round_, span: Span, folder: str | Path):
     """``SentenceTransformerTrainingArguments`` of a round; what ``round_.training_arguments`` says wins."""
     columns = columns_of(examples.rows)
-    rate = round_.learning_rate or (STATIC_LEARNING_RATE if encoder.is_static else TRANSFORMER_LEARNING_RATE)
     prompts = {column: prompt_for(encoder.model, kind) for column, kind in columns.items()}
     arguments = dict(
         output_dir=str(folder),
         num_train_epochs=1,  # the whole schedule, see RoundBatches
         per_device_train_batch_size=round_.batch_size,
-        learning_rate=rate,
+        learning_rate=round_.learning_rate or learning_rate(encoder),
         warmup_steps=round_.warmup,
         lr_scheduler_type=round_.scheduler,
         seed=span.schedule_seed,
@@ -297,4 +305,4 @@ def training_arguments(encoder, examples: Examples, round_, span: Span, folder: 
     )
     # the fit has loggers and a bar of its own, over all rounds
     own = dict(report_to="none", disable_tqdm=True)
-    return SentenceTransformerTrainingArguments(**{**arguments, **round_.training_arguments, **own})
+    return SentenceTransformerTrainingArguments(**{**arguments, **trainer_arguments(round_.training_arguments), **own})

@@ -1,0 +1,151 @@
+"""What a round leaves open and the encoder decides: learning rate, temperature, and the scale of a teacher's margins.
+
+No number here fits one encoder only. Steps follow from the size of the weights, temperatures of dot products from the
+length of the vectors, and a teacher's margins are brought to the scale of the encoder's own. What came out is in the
+history of the fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pt_dance.training.examples import Examples
+
+#: Temperature of cosines.
+TEMPERATURE = 0.05
+#: Peak learning rate of a transformer.
+TRANSFORMER_RATE = 2e-5
+#: Peak learning rate of a static tower, as a share of the root mean square of its weights.
+STATIC_SHARE = 0.02
+#: Of it, what is taken where only a teacher's scores are learnt from.
+TEACHER_SHARE = 0.25
+#: Losses that learn from a teacher's scores.
+TEACHER_LOSSES = ("margin_mse", "distill_kl")
+#: Losses whose temperature a round may leave open.
+OPEN = ("contrastive", "pairwise", "samtone", *TEACHER_LOSSES)
+#: Rows whose vectors are looked at.
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A round and its training rows with nothing left open.
+
+    Attributes:
+        round: the round, its ``learning_rate``, ``similarity`` and every temperature given.
+        examples: its rows; a teacher's scores are in units of the root mean square of its margins where the loss
+            left its temperature open.
+        report: what was decided, by name, for the history.
+    """
+
+    round: object
+    examples: Examples
+    report: dict[str, float | str]
+
+
+def learning_rate(encoder) -> float:
+    """Return the peak learning rate for an encoder.
+
+    2e-5 for transformers. An entry of a static tower's table moves by about the learning rate in each step of Adam,
+    so there the rate is a fiftieth of the entries' root mean square: about .01 for a tower from nothing, .001 for one
+    of MiniLM's embeddings, which the same steps would wipe out.
+
+    Args:
+        encoder: ``DualEncoder`` at the start of the fit.
+    """
+    if not encoder.is_static:
+        return TRANSFORMER_RATE
+    squares, entries = 0.0, 0
+    for weights in encoder.model.parameters():
+        squares += float(weights.detach().double().square().sum())
+        entries += weights.numel()
+    return float(f"{STATIC_SHARE * (squares / max(entries, 1)) ** 0.5:.3g}")
+
+
+def settle(round_, encoder, examples: Examples, initial) -> Settled:
+    """Return a round with everything decided that it left open.
+
+    - ``learning_rate``: by the encoder that the fit began with, see :func:`learning_rate`, so that rounds share it; a
+      quarter where every loss follows a teacher's scores, which hold two towers together less well than in-batch
+      negatives do.
+    - temperature of cosines: .05.
+    - temperature of dot products: .05 times the mean product of the lengths of a query's and its positive's vector, so
+      that both similarities give the same softmax where lengths are alike.
+    - "margin_mse", "distill_kl": the teacher's scores are divided by the root mean square of its margins, and the
+      temperature is that of the encoder's own, so that the margins asked for are as large as those it has: a
+      cross-encoder's margins of 10 are out of reach of two cosines.
+
+    Lengths and margins are those of the first rows of a round, before it is trained.
+
+    Args:
+        round_: ``Round``.
+        encoder: ``DualEncoder`` that the round begins with, of the round's similarity.
+        examples: the round's rows.
+        initial: ``DualEncoder`` that the fit began with.
+    """
+    loss, options = round_.loss, dict(round_.loss_options)
+    is_sum = isinstance(loss, (list, tuple))
+    parts = [tuple(part) for part in loss] if is_sum else [(loss, 1.0, options)]
+    rate = round_.learning_rate
+    if rate is None:
+        rate = learning_rate(initial) * (TEACHER_SHARE if all(part[0] in TEACHER_LOSSES for part in parts) else 1.0)
+    report: dict[str, float | str] = {"learning_rate": rate, "similarity": encoder.similarity}
+    looked = None
+    done = []
+    for name, weight, *own in parts:
+        own = dict(own[0]) if own else {}
+        if "temperature" not in own and name in OPEN:
+            similarity = own.get("similarity") or options.get("similarity") or encoder.similarity
+            if name in TEACHER_LOSSES or similarity == "dot":
+                looked = looked or _look(encoder, examples, similarity)
+            if name in TEACHER_LOSSES:
+                own["temperature"] = looked["margin"]
+                examples = _normalised(examples)
+            else:
+                own["temperature"] = TEMPERATURE * (looked["length"] if similarity == "dot" else 1.0)
+        if "temperature" in own:
+            report[f"temperature of {name}" if is_sum else "temperature"] = own["temperature"]
+        done.append((name, weight, own))
+    if is_sum:
+        return Settled(replace(round_, loss=done, learning_rate=rate), examples, report)
+    return Settled(replace(round_, loss_options=done[0][2], learning_rate=rate), examples, report)
+
+
+def _look(encoder, examples: Examples, similarity: str) -> dict[str, float]:
+    """Return the mean product of lengths, and the root mean square margin, of the first rows."""
+    rows = examples.rows
+    usable = (
+        np.flatnonzero((rows.negatives >= 0).any(axis=1)) if rows.negatives.shape[1] else np.arange(len(rows.query))
+    )
+    texts = examples.dataset[usable[:ROWS].tolist()]
+    queries, positives = encoder.encode_queries(texts["query"]), encoder.encode_docs(texts["positive"])
+    lengths = np.linalg.norm(queries, axis=1) * np.linalg.norm(positives, axis=1)
+    margin = 1.0
+    if "negative_1" in texts:
+        negatives = encoder.encode_docs(texts["negative_1"])
+        if similarity == "cosine":
+            queries, positives, negatives = map(_unit, (queries, positives, negatives))
+        margins = (queries * (positives - negatives)).sum(axis=1)[rows.negatives[looked_at, 0] >= 0]
+        margin = float(np.sqrt(np.mean(np.square(margins)))) if len(margins) else 1.0
+    return {"length": float(lengths.mean()), "margin": margin or 1.0}
+
+
+def _normalised(examples: Examples) -> Examples:
+    """Return the rows with the teacher's scores divided by the root mean square of its margins."""
+    rows = examples.rows
+    margins = (rows.teacher_positive[:, None] - rows.teacher_negatives)[rows.negatives >= 0]
+    scale = float(np.sqrt(np.mean(np.square(margins, dtype=np.float64)))) if len(margins) else 1.0
+    if not scale or not np.isfinite(scale):
+        return examples
+    scaled = {
+        name: (values / scale).astype(np.float32)
+        for name in ("teacher_positive", "teacher_negatives", "teacher_query_negatives")
+        if (values := getattr(rows, name)) is not None
+    }
+    return replace(examples, rows=replace(rows, **scaled))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
