@@ -116,10 +116,9 @@ def settle(round_, encoder, examples: Examples, initial) -> Settled:
 def _look(encoder, examples: Examples, similarity: str) -> dict[str, float]:
     """Return the mean product of lengths, and the root mean square margin, of the first rows."""
     rows = examples.rows
-    usable = (
-        np.flatnonzero((rows.negatives >= 0).any(axis=1)) if rows.negatives.shape[1] else np.arange(len(rows.query))
-    )
-    texts = examples.dataset[usable[:ROWS].tolist()]
+    with_negatives = np.flatnonzero((rows.negatives >= 0).any(axis=1))
+    looked_at = (with_negatives if len(with_negatives) else np.arange(len(rows)))[:ROWS]
+    texts = examples.dataset[looked_at.tolist()]
     queries, positives = encoder.encode_queries(texts["query"]), encoder.encode_docs(texts["positive"])
     lengths = np.linalg.norm(queries, axis=1) * np.linalg.norm(positives, axis=1)
     margin = 1.0
