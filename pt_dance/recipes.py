@@ -269,7 +269,8 @@ def dance(
     similarity = {None: None, True: "cosine", False: "dot"}[normalize]
     shared = {name: value for name, value in options.items() if name != "temperature"}
     before = ance(ance_rounds, warm_up=warm_up, epochs=epochs, **shared) if warm_up or ance_rounds else []
-    given = dict(loss="pairwise", negatives=current_model, similarity=similarity, epochs=epochs, carry_optimizer=True)
+    given: dict[str, Any] = dict(loss="pairwise", negatives=current_model, similarity=similarity, epochs=epochs)
+    given["carry_optimizer"] = True
     if published:
         given |= release.DANCE | dict(loss_options={"temperature": 0.01 if normalize else 1.0})
     first = _round(given | dict(name="norm" if normalize else "document"), options)
@@ -427,7 +428,7 @@ def _named(loss: Any) -> str:
     return loss if isinstance(loss, str) else loss.__name__
 
 
-def _round(given: dict, options: Mapping[str, object]) -> Round:
+def _round(given: dict[str, Any], options: Mapping[str, Any]) -> Round:
     """A round in which the caller's options win; their loss options, and temperature, are added to the recipe's own."""
     options = dict(options)
     own = {**given.pop("loss_options", {}), **options.pop("loss_options", {})}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
+import torch
 from ir_measures import nDCG
 
 from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, losses, mining, recipes
 from pt_dance.recipes import current_model
+from pt_dance.training import defaults
 from pt_dance.training.run_folder import RunFolder
 from small_collection import standard_library
 
@@ -105,12 +108,98 @@ def test_recipe_beats_the_untrained_encoder(collection, teacher, tmp_path, name)
     assert 0 < last["d→q nDCG@10"] <= 1
 
 
-def test_ance_as_published_learns_from_pairs(collection, tmp_path):
-    dance, _ = collection.fit(tmp_path / "run", recipes.ance(2, warm_up=2, **FAST), encoder=collection.encoder)
-    assert dance.history["loss"].tolist()[1:] == ["pairwise"] * 3
+def test_ance_learns_from_pairs_with_the_similarity_of_the_encoder(collection, tmp_path):
+    dance, _ = collection.fit(tmp_path / "run", recipes.ance(2, warm_up=2), encoder=collection.encoder)
+    assert dance.history["loss"].tolist()[1:] == ["contrastive", "pairwise", "pairwise"]
     trained = DualEncoder.load(tmp_path / "run" / "rounds" / "03" / "encoder")
-    assert trained.similarity == "dot" and collection.encoder.similarity == "cosine"
+    assert trained.similarity == "cosine"
     assert dance.history["training_loss"].iloc[2] != dance.history["training_loss"].iloc[3]
+
+
+class Tenfold(pt.Transformer):
+    """A teacher's scores, many times as large, as those of another model may be."""
+
+    def __init__(self, teacher, times):
+        self.teacher, self.fingerprint = teacher, f"{times} times"
+        self.times = times
+
+    def transform(self, inp):
+        """Score rows."""
+        return self.teacher(inp).assign(score=lambda rows: self.times * rows["score"])
+
+    def subtransformers(self):
+        """Return none."""
+        return {}
+
+
+def test_what_a_round_leaves_open_follows_from_the_encoder(collection, teacher, tmp_path):
+    """Rates scale with a static tower's weights, temperatures with lengths, and a teacher's scale does not count."""
+    static = defaults.learning_rate(collection.encoder)
+    larger = collection.encoder.copy()
+    with torch.no_grad():
+        for weights in larger.model.parameters():
+            weights.mul_(8)
+    weights = np.concatenate([w.detach().numpy().ravel() for w in collection.encoder.model.parameters()])
+    assert static == pytest.approx(0.02 * np.sqrt(np.mean(np.square(weights.astype(float)))), rel=5e-3)
+    assert defaults.learning_rate(larger) == pytest.approx(8 * static, rel=5e-3)
+    runs = {}
+    for times in (1, 64):
+        recipe = recipes.margin_mse(Tenfold(teacher, times))
+        runs[times], _ = collection.fit(tmp_path / str(times), recipe)
+        row = runs[times].history.iloc[1]
+        assert row["learning_rate"] == pytest.approx(static / 4) and row["similarity"] == "cosine"
+    texts = collection.dev["query"].tolist()
+    trained = [DualEncoder.load(run.path / "rounds" / "01" / "encoder") for run in runs.values()]
+    np.testing.assert_allclose(*[encoder.encode_queries(texts) for encoder in trained], atol=1e-5)
+    assert runs[1].history["temperature"].iloc[1] == runs[64].history["temperature"].iloc[1] < 1
+
+
+DEFAULTS = {
+    "mnrl": lambda teacher: recipes.mnrl(),
+    "ance": lambda teacher: recipes.ance(),
+    "dance": lambda teacher: recipes.dance(),
+    "samtone": lambda teacher: recipes.samtone(),
+    "mnrl_dual": lambda teacher: recipes.mnrl_dual(),
+    "margin_mse": lambda teacher: recipes.margin_mse(teacher),
+    "margin_mse_dual": lambda teacher: recipes.margin_mse_dual(teacher),
+    "margin_mse_mnrl_dual": lambda teacher: recipes.margin_mse_mnrl_dual(teacher),
+}
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_defaults_improve_the_encoder_in_their_last_round(collection, teacher, tmp_path, name, towers):
+    encoder = collection.encoder
+    if towers == 2:
+        encoder = DualEncoder.two_towers(encoder, encoder)
+    dance, _ = collection.fit(tmp_path / "run", DEFAULTS[name](teacher), encoder=encoder)
+    assert dance.history["nDCG@10"].iloc[-1] > dance.history["nDCG@10"].iloc[0], dance.history.T
+
+
+def test_published_settings_are_the_releases():
+    warm, first, second = recipes.ance(2, published=True)
+    assert (warm.loss, warm.similarity, warm.learning_rate, warm.batch_size, warm.warmup) == (
+        "pairwise", "dot", 2e-4, 32, 1000,
+    )  # fmt: skip
+    assert (first.steps, first.learning_rate, first.batch_size, first.warmup, first.share_of_queries) == (
+        10_000, 1e-6, 64, 5000, 0.2,
+    )  # fmt: skip
+    assert first.loss_options == {"temperature": 1.0} and first.training_arguments["optim"] == "lamb"
+    assert [round_.carry_optimizer for round_ in (first, second)] == [False, True]
+    norm, dual = recipes.dance(published=True)
+    assert norm.loss_options == {"temperature": 0.01} and norm.similarity == dual.similarity == "cosine"
+    assert dual.loss_options == {"temperature": 0.01, "dual": True, "dual_weight": 0.1} and dual.start == "best"
+    assert (norm.steps, norm.learning_rate, norm.warmup) == (5000, 5e-6, 3000)
+
+
+def test_lamb_is_that_of_the_release(collection, tmp_path):
+    """One step of LAMB moves every tensor by the learning rate times its norm, which is cut at 10."""
+    arguments = {"optim": "lamb", "adam_epsilon": 1e-8}
+    round_ = Round(batch_size=4096, learning_rate=0.01, warmup=0, scheduler="constant", training_arguments=arguments)
+    collection.fit(tmp_path / "run", [round_])
+    trained = DualEncoder.load(tmp_path / "run" / "rounds" / "01" / "encoder")
+    before, after = (next(e.model.parameters()).detach().double() for e in (collection.encoder, trained))
+    assert float((after - before).norm()) == pytest.approx(0.01 * min(float(before.norm()), 10), rel=1e-3)
 
 
 def test_a_loss_of_ones_own(collection, tmp_path):

@@ -92,10 +92,10 @@ def settle(round_, encoder, examples: Examples, initial) -> Settled:
     if rate is None:
         rate = learning_rate(initial) * (TEACHER_SHARE if all(part[0] in TEACHER_LOSSES for part in parts) else 1.0)
     report: dict[str, float | str] = {"learning_rate": rate, "similarity": encoder.similarity}
-    looked = None
+    looked: dict[str, float] = {}
     done = []
-    for name, weight, *own in parts:
-        own = dict(own[0]) if own else {}
+    for name, weight, *more in parts:
+        own: dict = dict(more[0]) if more else {}
         if "temperature" not in own and name in OPEN:
             similarity = own.get("similarity") or options.get("similarity") or encoder.similarity
             if name in TEACHER_LOSSES or similarity == "dot":
@@ -134,6 +134,7 @@ def _look(encoder, examples: Examples, similarity: str) -> dict[str, float]:
 def _normalised(examples: Examples) -> Examples:
     """Return the rows with the teacher's scores divided by the root mean square of its margins."""
     rows = examples.rows
+    assert rows.teacher_positive is not None and rows.teacher_negatives is not None  # checked when the loss is made
     margins = (rows.teacher_positive[:, None] - rows.teacher_negatives)[rows.negatives >= 0]
     scale = float(np.sqrt(np.mean(np.square(margins, dtype=np.float64)))) if len(margins) else 1.0
     if not scale or not np.isfinite(scale):
