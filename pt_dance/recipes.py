@@ -117,9 +117,8 @@ class Round:
             raise TypeError(f"carry_optimizer={self.carry_optimizer!r} must be True or False")
         self._set("learning_rate", number("learning_rate", self.learning_rate, above=0, or_none=True))
         self._set("share_of_queries", number("share_of_queries", self.share_of_queries, above=0, highest=1))
-        self._set("warmup", number("warmup", self.warmup, lowest=0))
-        if self.warmup >= 1:
-            self._set("warmup", whole("warmup", self.warmup))
+        share = number("warmup", self.warmup, lowest=0)
+        self._set("warmup", share if share < 1 else whole("warmup", self.warmup))
         if self.teacher is not None and not isinstance(self.teacher, pt.Transformer):
             raise TypeError(f"teacher={self.teacher!r} must be a PyTerrier pipeline that scores (query, text) rows")
         if self.teacher is None and "margin_mse" in self._losses():

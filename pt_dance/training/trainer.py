@@ -229,7 +229,8 @@ def _optimizer(round_, arguments) -> tuple[type, dict[str, object]] | None:
     from pytorch_optimizer import Lamb
 
     betas = (arguments.adam_beta1, arguments.adam_beta2)
-    return Lamb, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
+    # ANCE's release, as version 3 of LAMB's paper, does not correct the bias of the first steps
+    return Lamb, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon, "adam_debias": True}
 
 
 def _check_gradients(loss, examples: Examples, span: Span, batch_size: int, dim: int, name: str) -> None:
