@@ -33,6 +33,7 @@ import pandas as pd
 from ir_measures import nDCG
 
 from pt_dance import Corpus, DanceRetriever, DualEncoder, recipes
+from pt_dance.training.run_folder import RunFolder
 from small_collection import standard_library
 
 STAGES = (
@@ -106,7 +107,7 @@ def stage(path: Path, recipe: list) -> str:
 
 
 def content(path: Path) -> dict[str, object]:
-    """Everything in a run's folder, by name; only the seconds in the history are left out."""
+    """Everything in a run's folder, by name, but for the seconds in the history and the command that began the run."""
     found: dict[str, object] = {}
     for file in sorted(path.rglob("*")):
         name = str(file.relative_to(path))
@@ -114,6 +115,10 @@ def content(path: Path) -> dict[str, object]:
             found[name] = "folder"
         elif file.name in ("round.json", "pt_meta.json") and "index" not in name and "encoder" not in name:
             found[name] = without_seconds(json.loads(file.read_text(encoding="utf-8")))
+        elif file.name == "positives.parquet":
+            # it names the command that began the run, which is another one in each child
+            frame, about = RunFolder(path).read_frame(0, "positives")
+            found[name] = (frame.to_csv(), {key: value for key, value in about.items() if key != "command"})
         else:
             found[name] = file.read_bytes()
     return found
