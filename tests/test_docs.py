@@ -52,6 +52,8 @@ VARIABLES = {
 }
 # Where a function that takes **options or **kwargs hands them to.
 HANDED_ON = {
+    "dance.plot_history": ["analysis.plot_history"],
+    "dance.report": ["analysis.write_report"],
     "DualEncoder.static": ["DualEncoder"],
     "DualEncoder.static_from": ["DualEncoder"],
     "DualEncoder.two_towers": ["DualEncoder"],
@@ -222,6 +224,16 @@ def test_the_tables_of_benchmarks_are_those_of_the_committed_results(monkeypatch
     assert pages.render(re.sub(r"^(    . - \D*)\d", r"\g<1>7", page, flags=re.M)) == page
     with pytest.raises(ValueError, match="measured parts"):
         pages.render(page.replace(".. measured: memory", ".. measured: memories"))
+
+
+def test_the_measures_of_the_space_are_the_committed_ones_and_every_picture_is_there(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    figures = importlib.import_module("figures")
+    page = text_of("analysis")
+    assert figures.render(page) == page and page.count("    * - ") > len(figures.SHOWN)
+    assert figures.render(figures.MEASURED.sub(lambda found: found[0].replace("0.", "7."), page)) == page
+    pictures = [name for name in PAGES for name in re.findall(r"^\.\. (?:figure|image):: (\S+)$", text_of(name), re.M)]
+    assert len(pictures) >= 3 and all((FOLDER / picture).is_file() for picture in pictures)
 
 
 @pytest.mark.parametrize("recipe", METHODS)

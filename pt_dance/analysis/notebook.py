@@ -35,4 +35,6 @@ def _rounds(dance: Any) -> str:
     names = [str(measure) for measure in check_measures(dance.measure)]
     columns = ["round", "name", "training_loss", *names, "new_negatives", "mine_seconds", "train_seconds"]
     kept = [column for column in columns if column in history.columns]
-    return grid([column.replace("_", " ") for column in kept], history[kept].to_numpy(dtype=object).tolist())
+    seconds = {column: history[column].map("{:.1f}".format) for column in kept if column.endswith("_seconds")}
+    rows = history[kept].assign(**seconds).to_numpy(dtype=object).tolist()
+    return grid([column.replace("_", " ") for column in kept], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -451,13 +452,13 @@ class DualEncoder(BiEncoder, pt.Artifact):
         return f"DualEncoder({self.name!r})"
 
     def _repr_html_(self) -> str:
-        kind = "static" if self.is_static else "transformer"
+        kind, longest = "static" if self.is_static else "transformer", self.model.max_seq_length or math.inf
         about = {
             "towers": f"two ({kind})" if self.has_two_towers else f"one ({kind})",
             "dimensions": self.dim,
             "similarity": self.similarity,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "tokens of a text": self.model.max_seq_length,
+            "tokens of a text": "all" if math.isinf(longest) else int(longest),
             "device": str(self.device),
             "encodes in": self.dtype,
             "fingerprint": self.fingerprint,

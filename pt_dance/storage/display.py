@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-_TABLE = "border-collapse:collapse;font-size:.9em"
+_TABLE = "border-collapse:collapse;font-size:.9em;margin:.2em 0 .8em"
 _CELL = "text-align:left;vertical-align:top;padding:.15em .8em .15em 0"
 
 
