@@ -66,6 +66,7 @@ RECIPES = {
     "margin_mse": lambda teacher: recipes.margin_mse(teacher),
     "margin_mse_dual": lambda teacher: recipes.margin_mse_dual(teacher),
     "margin_mse_mnrl_dual": lambda teacher: recipes.margin_mse_mnrl_dual(teacher),
+    "distill_kl": lambda teacher: recipes.distill_kl(teacher),
 }
 
 

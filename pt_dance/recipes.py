@@ -20,12 +20,13 @@ from pt_dance.mining.sources import FIRST_STAGE, check_source
 from pt_dance.storage.display import facts
 from pt_dance.storage.options import number, whole
 from pt_dance.training import published as release
+from pt_dance.training.defaults import TEACHER_LOSSES
 from pt_dance.training.options import SCHEDULERS, check_training_arguments
 from pt_dance.training.round_table import round_settings
 
 __all__ = [
-    "Round", "ance", "check_recipe", "current_model", "dance", "margin_mse", "margin_mse_dual", "margin_mse_mnrl_dual",
-    "mnrl", "mnrl_dual", "samtone",
+    "Round", "ance", "check_recipe", "current_model", "dance", "distill_kl", "margin_mse", "margin_mse_dual",
+    "margin_mse_mnrl_dual", "mnrl", "mnrl_dual", "samtone",
 ]  # fmt: skip
 
 
@@ -34,8 +35,8 @@ class Round:
     """One round: mine negatives, train, refresh the index, validate.
 
     Attributes:
-        loss: name of a loss in :mod:`pt_dance.losses` ("contrastive", "pairwise", "samtone", "margin_mse"), or a list
-            of (name, weight) or (name, weight, options) for a weighted sum.
+        loss: name of a loss in :mod:`pt_dance.losses` ("contrastive", "pairwise", "samtone", "margin_mse",
+            "distill_kl"), or a list of (name, weight) or (name, weight, options) for a weighted sum.
         loss_options: options of that loss, ``dual=True`` and ``dual_weight`` among them. A ``temperature`` that is left
             out follows from the encoder, see :mod:`pt_dance.training.defaults`.
         negatives: where document negatives come from: None (in-batch only), ``"first_stage"`` (the result frame that
@@ -51,7 +52,7 @@ class Round:
         query_negatives_per_row: how many query negatives a training row carries, where there are any.
         filters: false-negative filters, see :mod:`pt_dance.mining`.
         share_of_queries: part of the training queries that is mined for and trained on in this round, taking turns.
-        teacher: any pipeline that scores (query, text) rows, for losses that learn from a teacher ("margin_mse").
+        teacher: any pipeline that scores (query, text) rows, for "margin_mse" and "distill_kl".
         epochs: passes over the (query, positive) pairs.
         steps: optimiser steps of this round, whatever ``epochs`` says: the index is refreshed every so many steps, as
             ANCE's release does. A pass may then go on in the next round; None trains ``epochs`` passes.
@@ -121,24 +122,21 @@ class Round:
         self._set("warmup", share if share < 1 else whole("warmup", self.warmup))
         if self.teacher is not None and not isinstance(self.teacher, pt.Transformer):
             raise TypeError(f"teacher={self.teacher!r} must be a PyTerrier pipeline that scores (query, text) rows")
-        if self.teacher is None and "margin_mse" in self._losses():
-            raise ValueError("the loss 'margin_mse' learns from a teacher; give teacher=... (a pipeline that scores)")
+        taught = [loss for loss in self._losses() if loss in TEACHER_LOSSES]
+        if self.teacher is None and taught:
+            raise ValueError(f"the loss {taught[0]!r} learns from a teacher; give teacher=... (a pipeline that scores)")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler={self.scheduler!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
         if not isinstance(self.filters, (list, tuple)) or not all(callable(entry) for entry in self.filters):
             raise TypeError(f"filters={self.filters!r} must be a list of filters, such as mining.RankRange(10, 200)")
         check_training_arguments(self.training_arguments)
         if self.start not in ("last", "best") or (self.start == "best" and self.carry_optimizer):
-            raise ValueError(
-                f"start={self.start!r} must be 'last', or 'best' in a round that does not carry the optimiser"
-            )
+            raise ValueError(f"start={self.start!r} must be 'last', or 'best' without carry_optimizer")
         if self.similarity not in (None, "cosine", "dot"):
             raise ValueError(f"similarity={self.similarity!r} is unknown; choose 'cosine', 'dot' or None")
         if self.negatives_per_row > self.negatives_per_query:
-            raise ValueError(
-                f"negatives_per_row={self.negatives_per_row} is more than "
-                f"negatives_per_query={self.negatives_per_query}"
-            )
+            more, pool = self.negatives_per_row, self.negatives_per_query
+            raise ValueError(f"negatives_per_row={more} is more than negatives_per_query={pool}")
 
     def _set(self, option: str, value: object) -> None:
         """Keep an option as a plain number, whichever library's number was given."""
@@ -313,8 +311,6 @@ def mnrl_dual(
 ) -> list[Round]:  # fmt: skip
     """MNRL-Dual (S. He): cross-entropy over documents for the query, and over queries for the document.
 
-    Both directions have mined negatives beside those of the batch.
-
     Args:
         epochs: passes over the training pairs.
         dual_weight: weight of the direction from documents to queries; the source does not give it.
@@ -396,6 +392,26 @@ def margin_mse_mnrl_dual(
     return [replace(round_, loss=parts) for round_ in rounds]
 
 
+def distill_kl(
+    teacher: pt.Transformer, epochs: int = 1, *, negatives: object = FIRST_STAGE, negatives_per_row: int = 4, **options
+) -> list[Round]:
+    """Listwise distillation: the teacher's distribution over a row's positive and its mined negatives as target.
+
+    Both distributions are softmaxes of scores in units of the root mean square of their margins, unless
+    ``temperature`` or, for the teacher, ``loss_options={"teacher_temperature": ...}`` say otherwise; with
+    ``loss_options={"dual": True}`` and ``query_negatives="dense"`` in both directions.
+
+    Args:
+        teacher: as for :func:`margin_mse`.
+        epochs: passes over the training pairs.
+        negatives: where document negatives come from.
+        negatives_per_row: documents in a row's list beside the positive.
+        **options: any other attribute of :class:`Round`, or ``temperature``.
+    """
+    given = dict(name="distill-kl", loss="distill_kl", teacher=teacher, negatives=negatives, epochs=epochs)
+    return [_round(given | dict(negatives_per_row=negatives_per_row), options)]
+
+
 def check_recipe(recipe: object) -> list[Round]:
     """Return the recipe as a list of rounds.
 
@@ -415,10 +431,11 @@ def check_recipe(recipe: object) -> list[Round]:
         raise ValueError("the recipe has no round; give at least one pt_dance.Round")
     for place, (before, entry) in enumerate(itertools.pairwise(rounds), start=2):
         for option in ("learning_rate", "warmup", "scheduler", "training_arguments"):
-            if entry.carry_optimizer and getattr(entry, option) != getattr(before, option):
+            one, other = getattr(before, option), getattr(entry, option)
+            if entry.carry_optimizer and one != other:
                 raise ValueError(
                     f"round {place} of the recipe goes on with the optimiser of the round before (carry_optimizer), "
-                    f"but has another {option}: {getattr(entry, option)!r} instead of {getattr(before, option)!r}"
+                    f"but has another {option}: {other!r} instead of {one!r}"
                 )
     return list(rounds)
 
@@ -428,7 +445,7 @@ def _named(loss: Any) -> str:
 
 
 def _round(given: dict[str, Any], options: Mapping[str, Any]) -> Round:
-    """A round in which the caller's options win; their loss options, and temperature, are added to the recipe's own."""
+    """Return a round in which the caller's options win, and their loss options are added to the recipe's own."""
     options = dict(options)
     own = {**given.pop("loss_options", {}), **options.pop("loss_options", {})}
     if (temperature := options.pop("temperature", None)) is not None:
