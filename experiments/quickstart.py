@@ -66,6 +66,7 @@ def make_recipe(args: argparse.Namespace) -> list:
         learning_rate=rate,
         batch_size=args.batch_size or (256 if static else 32),
         negatives_per_row=2 if static else 1,
+        carry_optimizer=False,
     )
     if args.recipe == "mnrl":
         return recipes.mnrl(**{**more, "epochs": args.warm_up + args.rounds * args.epochs})

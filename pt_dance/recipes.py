@@ -6,23 +6,21 @@ what the method does; ``dataclasses.replace(round, ...)`` changes what you want 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pyterrier as pt
-from torch import nn
 
-from pt_dance import losses
 from pt_dance.mining.candidates import check_options
 from pt_dance.mining.sources import FIRST_STAGE, check_source
 from pt_dance.storage.display import facts
 from pt_dance.storage.options import number, whole
 from pt_dance.training import published as release
 from pt_dance.training.defaults import TEACHER_LOSSES
-from pt_dance.training.options import SCHEDULERS, check_training_arguments
+from pt_dance.training.options import SCHEDULERS, check_loss, check_training_arguments
 from pt_dance.training.round_table import round_settings
+from pt_dance.training.schedule import check_carried
 
 __all__ = [
     "Round", "ance", "check_recipe", "current_model", "dance", "distill_kl", "margin_mse", "margin_mse_dual",
@@ -102,7 +100,7 @@ class Round:
 
     def __post_init__(self):
         """Raise ValueError or TypeError where an option makes no sense."""
-        self._check_loss()
+        check_loss(self.loss, self.loss_options)
         check_source(self.negatives, "negatives")
         if self.query_negatives not in (None, "dense") and not isinstance(self.query_negatives, pt.Transformer):
             raise TypeError(
@@ -142,15 +140,6 @@ class Round:
         """Keep an option as a plain number, whichever library's number was given."""
         object.__setattr__(self, option, value)
 
-    def _check_loss(self) -> None:
-        if not isinstance(self.loss_options, Mapping):
-            raise TypeError(f"loss_options={self.loss_options!r} must be a dict of option names and values")
-        losses.check(self.loss, **self.loss_options)
-        try:
-            losses.make(self.loss, nn.Identity(), **self.loss_options)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"loss={self.loss!r} with loss_options={dict(self.loss_options)!r}: {error}") from None
-
     def _losses(self) -> list[object]:
         return [part[0] for part in self.loss] if isinstance(self.loss, (list, tuple)) else [self.loss]
 
@@ -179,20 +168,24 @@ def current_model(dense):
 SOURCES = {"current_model": current_model}
 
 
-def mnrl(epochs: int = 1, *, negatives: object = FIRST_STAGE, **options) -> list[Round]:
+def mnrl(
+    epochs: int = 1, *, negatives: object = FIRST_STAGE, temperature: float | None = None, **options
+) -> list[Round]:
     """Multiple-negatives ranking: cross-entropy with in-batch negatives and those of the first stage, one round.
 
     Args:
         epochs: passes over the training pairs.
         negatives: where hard negatives come from; None trains with in-batch negatives only.
-        **options: any other attribute of :class:`Round`, or ``temperature``.
+        temperature: divides the similarities; None follows from the encoder.
+        **options: any other attribute of :class:`Round`.
     """
-    return [_round(dict(name="mnrl", loss="contrastive", negatives=negatives, epochs=epochs), options)]
+    return [_round(dict(name="mnrl", loss="contrastive", negatives=negatives, epochs=epochs), options, temperature)]
 
 
 def ance(
-    rounds: int = 3, *, published: bool = False, loss: str = "pairwise", warm_up: int = 1, epochs: int = 1, **options
-) -> list[Round]:
+    rounds: int = 3, *, published: bool = False, loss: str = "pairwise", warm_up: int = 1, epochs: int = 1,
+    temperature: float | None = None, **options,
+) -> list[Round]:  # fmt: skip
     """ANCE (Xiong et al., ICLR 2021, arXiv 2007.00808): warm-up on first-stage negatives, then the model's own.
 
     From the paper: pairs of a positive and a negative in a 2-way negative log-likelihood, without in-batch negatives;
@@ -216,22 +209,22 @@ def ance(
         warm_up: epochs of warm-up on the first stage's negatives (in-batch negatives alone where plain topics are
             given to ``fit``); 0 starts with the model's own negatives.
         epochs: passes over the training pairs in each round, where it has no ``steps``.
-        **options: any other attribute of :class:`Round`, for all rounds, or ``temperature``.
+        temperature: divides the similarities; None follows from the encoder.
+        **options: any other attribute of :class:`Round`, for all rounds.
     """
     rounds, warm_up = whole("rounds", rounds, 0), whole("warm_up", warm_up, 0)
     first = dict(loss="contrastive", carry_optimizer=True) | (release.ANCE_WARM_UP if published else {})
     then = dict(loss=loss, negatives=current_model, carry_optimizer=True) | (release.ANCE if published else {})
-    warm = [_round(first | dict(name="warm-up", epochs=warm_up), options)] if warm_up else []
-    refreshed = [_round(then | dict(name="ance", epochs=epochs), options)] * rounds
-    if published and warm and refreshed:  # the release trains its warm-up in a run of its own
-        refreshed[0] = replace(refreshed[0], carry_optimizer=False)
-    return warm + refreshed
+    warm = [_round(first | dict(name="warm-up", epochs=warm_up), options, temperature)] if warm_up else []
+    refreshed = [_round(then | dict(name="ance", epochs=epochs), options, temperature)] * rounds
+    # the release trains its warm-up in a run of its own
+    return _anew(warm) + _anew(refreshed) if published else _anew(warm + refreshed)
 
 
 def dance(
     rounds: int = 1, *, published: bool = False, warm_up: int = 1, ance_rounds: int = 1, epochs: int = 1,
-    normalize: bool | None = None, dual: bool = True, dual_weight: float = 0.1, query_negatives: object = "dense",
-    **options,
+    normalize: bool | None = None, dual: bool = True, temperature: float | None = None, dual_weight: float = 0.1,
+    query_negatives: object = "dense", **options,
 ) -> list[Round]:  # fmt: skip
     """DANCE (Li et al., arXiv 2107.07773): from an ANCE model, normalisation tuning, then dual training.
 
@@ -257,33 +250,35 @@ def dance(
         dual: whether to add the dual loss in stage 2.
         dual_weight: weight of the dual loss.
         query_negatives: where query negatives come from, see :class:`Round`.
-        **options: any other attribute of :class:`Round`, for all rounds, or ``temperature`` of both stages.
+        temperature: divides the similarities of both stages; None follows from the encoder.
+        **options: any other attribute of :class:`Round`, for all rounds.
     """
     rounds, ance_rounds = whole("rounds", rounds, 0), whole("ance_rounds", ance_rounds, 0)
     if published:
         warm_up = ance_rounds = 0
         normalize = True if normalize is None else normalize
     similarity = {None: None, True: "cosine", False: "dot"}[normalize]
-    shared = {name: value for name, value in options.items() if name != "temperature"}
-    before = ance(ance_rounds, warm_up=warm_up, epochs=epochs, **shared) if warm_up or ance_rounds else []
+    before = ance(ance_rounds, warm_up=warm_up, epochs=epochs, **options) if warm_up or ance_rounds else []
     given: dict[str, Any] = dict(loss="pairwise", negatives=current_model, similarity=similarity, epochs=epochs)
     given["carry_optimizer"] = True
     if published:
         given |= release.DANCE | dict(loss_options={"temperature": 0.01 if normalize else 1.0})
-    first = _round(given | dict(name="norm" if normalize else "document"), options)
+    first = _round(given | dict(name="norm" if normalize else "document"), options, temperature)
     last = first
     if dual:
         loss = given.get("loss_options", {}) | {"dual": True, "dual_weight": dual_weight}
-        last = _round(given | dict(name="dual", loss_options=loss, query_negatives=query_negatives), options)
-    stages = [first] * rounds, [last] * rounds
-    if published and rounds:
-        stages[1][0] = replace(last, carry_optimizer=False, start="best")
-    return before + stages[0] + stages[1]
+        last = _round(
+            given | dict(name="dual", loss_options=loss, query_negatives=query_negatives), options, temperature
+        )
+    if published:
+        return _anew([first] * rounds) + _anew([last] * rounds, start="best")
+    return _anew(before + [first] * rounds + [last] * rounds)
 
 
 def samtone(
-    epochs: int = 1, *, published: bool = False, sides: str = "query", negatives: object = FIRST_STAGE, **options
-) -> list[Round]:
+    epochs: int = 1, *, published: bool = False, sides: str = "query", negatives: object = FIRST_STAGE,
+    temperature: float | None = None, **options,
+) -> list[Round]:  # fmt: skip
     """SamToNe (Moiseev et al., Findings of ACL 2023, arXiv 2306.02516): the batch's other queries as negatives too.
 
     From the paper: the loss, one softmax without a weight, on cosines. Ours: the temperature that follows from the
@@ -298,16 +293,17 @@ def samtone(
         sides: "query" adds query-query terms to the one softmax; "both" adds the mirrored loss with document-document
             terms.
         negatives: where hard negatives come from; None trains with the batch's own texts only.
-        **options: any other attribute of :class:`Round`, or ``temperature``.
+        temperature: divides the similarities; None follows from the encoder.
+        **options: any other attribute of :class:`Round`.
     """
     loss = {"sides": sides} | ({"temperature": 0.01} if published else {})
     given = dict(name=f"samtone {sides}", loss="samtone", loss_options=loss, similarity="cosine", epochs=epochs)
-    return [_round(given | dict(negatives=None if published else negatives), options)]
+    return [_round(given | dict(negatives=None if published else negatives), options, temperature)]
 
 
 def mnrl_dual(
-    epochs: int = 1, *, dual_weight: float = 1.0, document_weight: float = 1.0, negatives: object = FIRST_STAGE,
-    query_negatives: object = "dense", **options,
+    epochs: int = 1, *, dual_weight: float = 1.0, document_weight: float = 1.0, temperature: float | None = None,
+    negatives: object = FIRST_STAGE, query_negatives: object = "dense", **options,
 ) -> list[Round]:  # fmt: skip
     """MNRL-Dual (S. He): cross-entropy over documents for the query, and over queries for the document.
 
@@ -317,16 +313,18 @@ def mnrl_dual(
         document_weight: weight of the direction from queries to documents.
         negatives: where document negatives come from.
         query_negatives: where query negatives come from, see :class:`Round`.
-        **options: any other attribute of :class:`Round`, or ``temperature``.
+        temperature: divides the similarities; None follows from the encoder.
+        **options: any other attribute of :class:`Round`.
     """
     loss = {"dual": True, "dual_weight": dual_weight, "document_weight": document_weight}
     given = dict(name="mnrl-dual", loss="contrastive", loss_options=loss, negatives=negatives, epochs=epochs)
-    return [_round(given | dict(query_negatives=query_negatives), options)]
+    return [_round(given | dict(query_negatives=query_negatives), options, temperature)]
 
 
 def margin_mse(
-    teacher: pt.Transformer, epochs: int = 1, *, published: bool = False, negatives: object = FIRST_STAGE, **options
-) -> list[Round]:
+    teacher: pt.Transformer, epochs: int = 1, *, published: bool = False, negatives: object = FIRST_STAGE,
+    temperature: float | None = None, **options,
+) -> list[Round]:  # fmt: skip
     """Margin-MSE (Hofstätter et al., arXiv 2010.02666): the teacher's margin between positive and negative as target.
 
     From the paper: the loss. Ours: the encoder's similarity, and margins in units of their root mean square on both
@@ -339,11 +337,11 @@ def margin_mse(
         epochs: passes over the training pairs.
         published: the paper's settings instead of those that follow from encoder and teacher.
         negatives: where document negatives come from.
-        **options: any other attribute of :class:`Round`, or ``temperature``, which divides the similarities and leaves
-            the teacher's scores as they are.
+        temperature: divides the similarities, with the teacher's scores as they are; None follows from both.
+        **options: any other attribute of :class:`Round`.
     """
     given = dict(name="margin-mse", loss="margin_mse", teacher=teacher, negatives=negatives, epochs=epochs)
-    return [_round(given | (release.MARGIN_MSE if published else {}), options)]
+    return [_round(given | (release.MARGIN_MSE if published else {}), options, temperature)]
 
 
 def margin_mse_dual(
@@ -393,8 +391,9 @@ def margin_mse_mnrl_dual(
 
 
 def distill_kl(
-    teacher: pt.Transformer, epochs: int = 1, *, negatives: object = FIRST_STAGE, negatives_per_row: int = 4, **options
-) -> list[Round]:
+    teacher: pt.Transformer, epochs: int = 1, *, negatives: object = FIRST_STAGE, negatives_per_row: int = 4,
+    temperature: float | None = None, **options,
+) -> list[Round]:  # fmt: skip
     """Listwise distillation: the teacher's distribution over a row's positive and its mined negatives as target.
 
     Both distributions are softmaxes of scores in units of the root mean square of their margins, unless
@@ -406,10 +405,11 @@ def distill_kl(
         epochs: passes over the training pairs.
         negatives: where document negatives come from.
         negatives_per_row: documents in a row's list beside the positive.
-        **options: any other attribute of :class:`Round`, or ``temperature``.
+        temperature: divides the similarities; None follows from the encoder.
+        **options: any other attribute of :class:`Round`.
     """
     given = dict(name="distill-kl", loss="distill_kl", teacher=teacher, negatives=negatives, epochs=epochs)
-    return [_round(given | dict(negatives_per_row=negatives_per_row), options)]
+    return [_round(given | dict(negatives_per_row=negatives_per_row), options, temperature)]
 
 
 def check_recipe(recipe: object) -> list[Round]:
@@ -429,14 +429,7 @@ def check_recipe(recipe: object) -> list[Round]:
             )
     if not rounds:
         raise ValueError("the recipe has no round; give at least one pt_dance.Round")
-    for place, (before, entry) in enumerate(itertools.pairwise(rounds), start=2):
-        for option in ("learning_rate", "warmup", "scheduler", "training_arguments"):
-            one, other = getattr(before, option), getattr(entry, option)
-            if entry.carry_optimizer and one != other:
-                raise ValueError(
-                    f"round {place} of the recipe goes on with the optimiser of the round before (carry_optimizer), "
-                    f"but has another {option}: {other!r} instead of {one!r}"
-                )
+    check_carried(rounds)
     return list(rounds)
 
 
@@ -444,11 +437,16 @@ def _named(loss: Any) -> str:
     return loss if isinstance(loss, str) else loss.__name__
 
 
-def _round(given: dict[str, Any], options: Mapping[str, Any]) -> Round:
+def _anew(rounds: list[Round], **options) -> list[Round]:
+    """Return rounds of which the first starts its optimiser anew, whatever stands before them in a recipe."""
+    return [replace(rounds[0], carry_optimizer=False, **options), *rounds[1:]] if rounds else []
+
+
+def _round(given: dict[str, Any], options: Mapping[str, Any], temperature: float | None) -> Round:
     """Return a round in which the caller's options win, and their loss options are added to the recipe's own."""
     options = dict(options)
     own = {**given.pop("loss_options", {}), **options.pop("loss_options", {})}
-    if (temperature := options.pop("temperature", None)) is not None:
+    if temperature is not None:
         own["temperature"] = temperature
     names = {f.name for f in fields(Round)}
     unknown = sorted(set(options) - names)

@@ -7,13 +7,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from ir_measures import DefaultPipeline, parse_measure
 from ir_measures.measures import Measure
 from sentence_transformers import SentenceTransformerTrainingArguments
+from torch import nn
 from transformers import SchedulerType
 
+from pt_dance import losses
 from pt_dance.storage.options import choice, path_of, whole
 
 # The others follow a loss that is measured while training; here rounds are measured.
@@ -179,3 +182,23 @@ def trainer_arguments(given: Mapping[str, object]) -> dict[str, object]:
     if importlib.util.find_spec("pytorch_optimizer") is None:
         raise ValueError("training_arguments: optim='lamb' needs a package: pip install 'pt_dance[lamb]'")
     return {name: value for name, value in given.items() if name != "optim"}
+
+
+def check_loss(loss: Any, options: object) -> None:
+    """Refuse a loss that :func:`pt_dance.losses.make` would refuse.
+
+    Args:
+        loss: as given to ``Round``.
+        options: its options, as given.
+
+    Raises:
+        TypeError: if the options are no dict, or the loss is none.
+        ValueError: if there is no such loss or option, or an option is out of its range; names it.
+    """
+    if not isinstance(options, Mapping):
+        raise TypeError(f"loss_options={options!r} must be a dict of option names and values")
+    losses.check(loss, **options)
+    try:
+        losses.make(loss, nn.Identity(), **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"loss={loss!r} with loss_options={dict(options)!r}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,3 +121,22 @@ def _schedule(rounds: Sequence, pairs: Sequence[int], seeds: Sequence[int], numb
 
 def _same_stream(before, round_) -> bool:
     return before.batch_size == round_.batch_size and before.share_of_queries == round_.share_of_queries == 1
+
+
+def check_carried(rounds: Sequence) -> None:
+    """Refuse rounds that carry the optimiser but ask for another course of learning rates.
+
+    Args:
+        rounds: a recipe's ``Round``s.
+
+    Raises:
+        ValueError: naming the round and the option.
+    """
+    for place, (before, entry) in enumerate(itertools.pairwise(rounds), start=2):
+        for option in ("learning_rate", "warmup", "scheduler", "training_arguments"):
+            one, other = getattr(before, option), getattr(entry, option)
+            if entry.carry_optimizer and one != other:
+                raise ValueError(
+                    f"round {place} of the recipe goes on with the optimiser of the round before (carry_optimizer), "
+                    f"but has another {option}: {other!r} instead of {one!r}"
+                )
