@@ -18,6 +18,7 @@ from ir_measures import nDCG
 
 from pt_dance.analysis import plot_history, write_report
 from pt_dance.analysis.notebook import run_view
+from pt_dance.analysis.trained import with_facts
 from pt_dance.corpus.corpus import Corpus
 from pt_dance.corpus.passages import open_corpus
 from pt_dance.encoder.dual_encoder import DualEncoder
@@ -29,19 +30,16 @@ from pt_dance.retriever.dense import DenseRetriever
 from pt_dance.storage.folders import remove_folder, write_json
 from pt_dance.storage.options import is_whole, path_of, whole
 from pt_dance.storage.writing import KEPT, new_folder, writing
-from pt_dance.training import negatives
-from pt_dance.training.defaults import settle
-from pt_dance.training.examples import build_examples
 from pt_dance.training.history import UNTRAINED, begins_with, best_round, describe_round, training_row, warn_if_worse
-from pt_dance.training.inputs import TrainingInput, check_in_corpus, check_query_texts, check_training_input
+from pt_dance.training.inputs import TrainingInput, check_fit, check_query_texts
+from pt_dance.training.one_round import mine_round, train_round
 from pt_dance.training.options import check_measures, check_one_process, check_options, check_path
+from pt_dance.training.outcome import Outcome
 from pt_dance.training.record import read_negatives, write_record
 from pt_dance.training.reporting import Reports
 from pt_dance.training.run_folder import META, RunFolder, read_meta
 from pt_dance.training.schedule import Span, plan
 from pt_dance.training.settings import fit_settings, restored, storable
-from pt_dance.training.teacher import TeacherScores
-from pt_dance.training.trainer import keep_frozen, train
 from pt_dance.training.validation import depth_of, try_measures, validate
 
 
@@ -131,7 +129,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     @property
     def encoder(self) -> DualEncoder:
         """The current encoder: the best round's, or the one given where nothing was trained yet."""
-        return self._encoder_of(self._round)
+        return with_facts(self._encoder_of(self._round), self, self._round, self._history)
 
     @property
     def initial_encoder(self) -> DualEncoder | None:
@@ -257,17 +255,13 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
                 "DanceRetriever(loaded.encoder, corpus, 'another/path', recipe=...)"
             )
         check_options(seed=self.seed, patience=self.patience, keep=self.keep)
-        if self.corpus is None:
-            raise ValueError("training needs the documents: give corpus=... when making the DanceRetriever")
-        if (topics_or_res_va is None) != (qrels_va is None):
-            raise ValueError("validation needs both topics and qrels; give both or neither")
-        given = dict(corpus=self.corpus, reads=self.initial_encoder, context=self)
-        training = check_training_input(topics_or_res_tr, qrels_tr, what="training", **given)
-        validation = None
-        if topics_or_res_va is not None:
-            validation = check_training_input(topics_or_res_va, qrels_va, what="validation", **given)
+        frames = topics_or_res_tr, qrels_tr, topics_or_res_va, qrels_va
+        training, validation = check_fit(*frames, corpus=self.corpus, reads=self.initial_encoder, context=self)
+        if validation is not None:
             try_measures(validation, self._measures)
-        spans = self._plan(training)
+        numbers = range(1, len(self.recipe) + 1)
+        counts = training.count_pairs(self.corpus, [self._qids(number, training) for number in numbers])
+        spans = plan(self.recipe, counts, list(map(self._seed_of, numbers)))
         reports = Reports(self.path, self.recipe)
         with writing(self.path, "the run", KEPT), contextlib.closing(reports):
             self._fit(training, validation, spans, reports)
@@ -306,12 +300,6 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self._settle(best, history)
         self._write_meta(self.path)
 
-    def _plan(self, training: TrainingInput) -> list[Span]:
-        """Lay out the steps of all rounds."""
-        numbers = range(1, len(self.recipe) + 1)
-        counts = training.count_pairs(self.corpus, [self._qids(number, training) for number in numbers])
-        return plan(self.recipe, counts, [self._seed_of(number) for number in numbers])
-
     def _qids(self, number: int, training: TrainingInput) -> pd.Series:
         """Return the topics that have their turn in a round."""
         share = self.recipe[number - 1].share_of_queries
@@ -326,8 +314,12 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         """Mine and train, reading back what was done before an interruption; return the first part of the row."""
         started = time.perf_counter()
         round_, span = self.recipe[number - 1], spans[number - 1]
-        found, mined = self._mine(number, training, "negatives")
-        query_negatives, mined_queries = self._mine(number, training, "query_negatives")
+        given: dict[str, Any] = dict(training=training, corpus=self.corpus, qids=self._qids(number, training))
+        mine = partial(
+            mine_round, self._run, number, round_=round_, retriever=partial(self.retriever, round=self._before(number)),
+            seed=self._seed_of(number), verbose=self.verbose, **given,
+        )  # fmt: skip
+        (found, mined), (query_negatives, mined_queries) = mine(what="negatives"), mine(what="query_negatives")
         mining_done = time.perf_counter()
         if found is None and round_.loss == "pairwise":
             # without any mined negative there is nothing to compare in pairs: in-batch negatives warm the model up
@@ -335,53 +327,15 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         trained = self._run.trained(number)
         if trained is None:
             loggers = reports.of_round(round_, steps_before - span.first_step)
-            trained = self._train(number, round_, span, training, found, query_negatives, loggers)
+            trained = train_round(
+                self._run, number, round_, span, self._encoder_of(self._before(number)), found, query_negatives,
+                started=self.initial_encoder, loggers=loggers, verbose=self.verbose, **given,
+            )  # fmt: skip
         if not span.carried_on:
             remove_folder(self._run.checkpoints(number))
         remove_folder(self._run.checkpoints(number - 1))  # nothing goes on from them any more
         seconds = {"mine": mining_done - started, "train": time.perf_counter() - mining_done}
         return training_row(number, round_, trained, mined, mined_queries, seconds)
-
-    def _mine(self, number: int, training: TrainingInput, what: str) -> tuple[pd.DataFrame | None, dict]:
-        """Return the negatives of a round and the report on them; read back where they were mined before."""
-        if (stored := self._run.read_frame(number, what)) is not None:
-            return stored
-        frame = negatives.mine(
-            what, self.recipe[number - 1], training, self.corpus, partial(self.retriever, round=self._before(number)),
-            qids=self._qids(number, training), seed=self._seed_of(number), verbose=self.verbose,
-        )  # fmt: skip
-        if frame is None:
-            return None, {}
-        check_in_corpus(frame["docno"], self.corpus, f"{what} of round {number}")
-        earlier = (self._run.read_frame(before, what) for before in range(number - 1, 0, -1))
-        about = negatives.report(frame, (stored[0] for stored in earlier if stored is not None))
-        self._run.write_frame(number, what, frame, about)
-        return frame, about
-
-    def _train(self, number, round_, span, training, found, query_negatives, loggers) -> dict:
-        """Train a copy of the last round's encoder and write it."""
-        teacher = None
-        if round_.teacher is not None:
-            teacher = TeacherScores(round_.teacher, self.path / "teacher.sqlite", verbose=self.verbose)
-        examples = build_examples(
-            training.topics, training.pairs, self.corpus, negatives=found, query_negatives=query_negatives,
-            negatives_per_row=round_.negatives_per_row, query_negatives_per_row=round_.query_negatives_per_row,
-            epochs=span.passes, first_epoch=span.first_pass, seed=span.stream_seed,
-            qids=self._qids(number, training), teacher=teacher, reads=training.readings,
-        )  # fmt: skip
-        encoder = self._encoder_of(self._before(number)).copy()
-        keep_frozen(self.initial_encoder, encoder)
-        if round_.similarity is not None:
-            encoder = encoder.with_similarity(round_.similarity)
-        settled = settle(round_, encoder, examples, self.initial_encoder)
-        trained = train(
-            encoder, settled.examples, settled.round, span, self._run.checkpoints(number), name=f"round {number}",
-            carried=self._run.checkpoints(number - 1), loggers=loggers, verbose=self.verbose,
-        )  # fmt: skip
-        folder = self._run.round(number) / "encoder"
-        if not folder.exists():
-            encoder.save(folder)
-        return self._run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint, settled.report)
 
     def _refresh_and_validate(self, number: int, validation: TrainingInput | None) -> dict:
         """Return the last part of a round's row: its measures, and what they took."""
@@ -430,6 +384,21 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             shutil.copytree(index.index_path, folder / "index")
             self._write_meta(building)
 
+    def build_package(self, package_path: str | None = None, *, include_corpus: bool = False, **options) -> str:
+        """Package what :meth:`save` writes (the texts too if asked), see :meth:`pyterrier.Artifact.build_package`."""
+        return self._outcome(include_corpus).build_package(package_path, **options)
+
+    def to_hf(self, repo: str, *, include_corpus: bool = False, **options) -> None:
+        """Upload what :meth:`save` writes (the texts too if asked), see :meth:`pyterrier.Artifact.to_hf`."""
+        self._outcome(include_corpus).to_hf(repo, **options)
+
+    def to_zenodo(self, *, include_corpus: bool = False, **options) -> None:
+        """Upload what :meth:`save` writes (the texts too if asked), see :meth:`pyterrier.Artifact.to_zenodo`."""
+        self._outcome(include_corpus).to_zenodo(**options)
+
+    def _outcome(self, include_corpus: bool) -> Outcome:
+        return Outcome(self, self._round, self._meta(None), include_corpus=include_corpus)
+
     @classmethod
     def load(cls, path: str | Path, *, corpus: Corpus | None = None, **kwargs) -> DanceRetriever:
         """Open a fitted run, or a folder that :meth:`save` wrote; it gives the same results as the one that was saved.
@@ -464,19 +433,13 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
 
     def _write_meta(self, folder: Path) -> None:
         corpus = None if self.corpus is None else os.path.relpath(self.corpus.path, folder)
-        meta = {
-            "type": self.ARTIFACT_TYPE,
-            "format": self.ARTIFACT_FORMAT,
-            "package_hint": self.ARTIFACT_PACKAGE_HINT,
-            "num_results": self.num_results,
-            "seed": self.seed,
-            "measure": [str(measure) for measure in self._measures],
-            "recipe": storable(self.recipe, SOURCES),
-            "corpus": corpus,
-            "round": self._round,
-            "history": self._history,
-        }
-        write_json(folder / META, meta)
+        write_json(folder / META, self._meta(corpus))
+
+    def _meta(self, corpus: str | None) -> dict[str, Any]:
+        kind = {"type": self.ARTIFACT_TYPE, "format": self.ARTIFACT_FORMAT, "package_hint": self.ARTIFACT_PACKAGE_HINT}
+        options = {"num_results": self.num_results, "seed": self.seed, "measure": list(map(str, self._measures))}
+        recipe = storable(self.recipe, SOURCES)
+        return {**kind, **options, "recipe": recipe, "corpus": corpus, "round": self._round, "history": self._history}
 
     def __rrshift__(self, left) -> pt.Compose:
         """Put the retriever behind another stage; type checkers and editors know that such a pipeline has ``fit``."""

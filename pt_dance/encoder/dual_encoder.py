@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,12 @@ from pyterrier_dr import BiEncoder, SimFn
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Router, StaticEmbedding
 
-from pt_dance.encoder import batches, models, opening, towers
+from pt_dance.encoder import batches, card, models, opening, publishing, towers
 from pt_dance.encoder.fingerprint import fingerprint
+from pt_dance.encoder.origin import FROM_NOTHING, of_weights, origin_of
 from pt_dance.encoder.precision import PRECISIONS, Choice, choose, say_if_slow
 from pt_dance.encoder.reading import reading_digests
-from pt_dance.encoder.stages import HANDED_OVER, DocEncoder, QueryEncoder, TextScorer
+from pt_dance.encoder.stages import HANDED_OVER, DocEncoder, QueryEncoder, TextScorer, stage_for
 from pt_dance.storage import options
 from pt_dance.storage.display import facts
 from pt_dance.storage.folders import write_json
@@ -88,7 +87,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         self.model = models.with_ending(opened, similarity or models.similarity_of(opened), device)
         if self.max_length is not None:
             models.set_max_length(self.model, self.max_length)
-        self.name = opening.name_of(model)
+        self.name, self.origin = opening.name_of(model), origin_of(model)
         self.verbose = verbose
         self._choice: Choice | None = None
 
@@ -123,7 +122,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         """
         texts = towers.texts_of(texts, kwargs.get("text_field", "text"))
         encoder = cls(towers.static(texts, dim, vocab_size, seed, normalize), **kwargs)
-        encoder.name = "static"
+        encoder.name, encoder.origin = "static", FROM_NOTHING
         return encoder
 
     @classmethod
@@ -141,7 +140,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
             ValueError: If the model has no token embeddings or no fast tokenizer, or fewer dimensions than ``dim``.
         """
         encoder = cls(towers.static_from(opening.model_of(model), dim), **kwargs)
-        encoder.name = f"static from {opening.name_of(model)}"
+        encoder.name, encoder.origin = f"static from {opening.name_of(model)}", origin_of(model) | {"trainings": []}
         return encoder
 
     @classmethod
@@ -175,6 +174,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         """
         queries, documents = opening.model_of(query_model), opening.model_of(doc_model)
         encoder = cls(towers.two_towers(queries, documents, shared_projection, similarity, seed), **kwargs)
+        encoder.origin = origin_of(query_model, doc_model)
         names = [opening.name_of(model) for model in (query_model, doc_model)]
         encoder.name = " + ".join(dict.fromkeys(names)) + (" (two towers)" if names[0] == names[1] else "")
         return encoder
@@ -329,17 +329,8 @@ class DualEncoder(BiEncoder, pt.Artifact):
         Args:
             inp: Rows with ``query``, the text column, or both; they get ``query_vec``, ``doc_vec``, or a score.
         """
-        text = self.text_field
-        with pt.validate.any(inp, context=self) as v:
-            v.query_frame(extra_columns=["query"], mode="query_encoder")
-            v.document_frame(extra_columns=[text], mode="doc_encoder")
-            for query in ("query", "query_vec"):
-                for doc in (text, "doc_vec"):
-                    v.columns(includes=["qid", query, doc], mode="scorer")
-            v.columns(includes=["query"], mode="query_encoder")
-            v.columns(includes=[text], mode="doc_encoder")
-        # Outside inspection exactly one mode is set; inspection asks with frames that match none.
-        return getattr(self, v.mode)()(inp) if v.mode else inp
+        stage = stage_for(self, inp)
+        return inp if stage is None else stage(inp)
 
     def copy(self) -> DualEncoder:
         """Return a deep copy, with weights of its own."""
@@ -395,9 +386,10 @@ class DualEncoder(BiEncoder, pt.Artifact):
         """Write the files of :meth:`save` to an empty folder, as a part of something larger."""
         models.write(self.model, folder)
         settings = {"batch_size": self._batch_size, "text_field": self.text_field, "dtype": self.dtype}
-        note = {"type": self.ARTIFACT_TYPE, "format": self.ARTIFACT_FORMAT, "package_hint": self.ARTIFACT_PACKAGE_HINT}
-        note |= {"name": self.name, "fingerprint": self.fingerprint, "similarity": self.similarity}
-        write_json(folder / "pt_meta.json", note | {"settings": settings | {"max_length": self.max_length}})
+        kind = {"type": self.ARTIFACT_TYPE, "format": self.ARTIFACT_FORMAT, "package_hint": self.ARTIFACT_PACKAGE_HINT}
+        about = {"name": self.name, "fingerprint": self.fingerprint, "similarity": self.similarity}
+        note = {**kind, **about, "origin": of_weights(self.origin, about["fingerprint"])}
+        write_json(folder / "pt_meta.json", {**note, "settings": {**settings, "max_length": self.max_length}})
 
     @classmethod
     def load(cls, path: str | os.PathLike, **kwargs: Any) -> DualEncoder:
@@ -426,13 +418,12 @@ class DualEncoder(BiEncoder, pt.Artifact):
 
     def build_package(self, package_path: str | None = None, **kwargs: Any) -> str:
         """Package the encoder as it is now, saved or not; see :meth:`pyterrier.Artifact.build_package`."""
-        if package_path is None:
-            if not isinstance(self.path, Path):
-                raise ValueError("say where to write the package: this encoder has not been saved to a folder")
-            package_path = f"{self.path}.tar.lz4"
-        with tempfile.TemporaryDirectory() as folder:
-            self.write(Path(folder))
-            return pt.Artifact(folder).build_package(package_path, **kwargs)
+        return publishing.build_package(self, package_path, **kwargs)
+
+    push_to_hub = publishing.push
+
+    def _hf_readme(self, *, repo: str, branch: str | None = "main", metadata: dict | None = None, **_: Any) -> str:
+        return publishing.artifact_readme(self, repo, branch, metadata or {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -452,15 +443,4 @@ class DualEncoder(BiEncoder, pt.Artifact):
         return f"DualEncoder({self.name!r})"
 
     def _repr_html_(self) -> str:
-        kind, longest = "static" if self.is_static else "transformer", self.model.max_seq_length or math.inf
-        about = {
-            "towers": f"two ({kind})" if self.has_two_towers else f"one ({kind})",
-            "dimensions": self.dim,
-            "similarity": self.similarity,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "tokens of a text": "all" if math.isinf(longest) else int(longest),
-            "device": str(self.device),
-            "encodes in": self.dtype,
-            "fingerprint": self.fingerprint,
-        }
-        return facts(f"DualEncoder: {self.name}", about)
+        return facts(f"DualEncoder: {self.name}", card.about(self))

@@ -186,6 +186,6 @@ def _shortened(module: Any, max_length: int) -> Any:
 
 
 def write(model: SentenceTransformer, folder: Path) -> None:
-    """Write a model to an empty folder, as sentence-transformers does, silently."""
+    """Write a model to an empty folder, as sentence-transformers does, silently, without the base model's card."""
     with no_bars():
-        model.save(str(folder), create_model_card=model._model_card_text is not None)
+        model.save(str(folder), create_model_card=False)

@@ -191,3 +191,18 @@ class TextScorer(_Encoding, BiScorer):
 
     def __repr__(self) -> str:
         return f"{self.bi_encoder_model!r}.scorer()"
+
+
+def stage_for(encoder: DualEncoder, frame: pd.DataFrame) -> pt.Transformer | None:
+    """Return the stage that the columns of a frame ask for; ``None`` for a frame that inspection asks with."""
+    text = encoder.text_field
+    with pt.validate.any(frame, context=encoder) as v:
+        v.query_frame(extra_columns=["query"], mode="query_encoder")
+        v.document_frame(extra_columns=[text], mode="doc_encoder")
+        for query in ("query", "query_vec"):
+            for doc in (text, "doc_vec"):
+                v.columns(includes=["qid", query, doc], mode="scorer")
+        v.columns(includes=["query"], mode="query_encoder")
+        v.columns(includes=[text], mode="doc_encoder")
+    # Outside inspection exactly one mode is set; inspection asks with frames that match none.
+    return getattr(encoder, v.mode)() if v.mode else None

@@ -46,6 +46,22 @@ class TrainingInput:
         return counts
 
 
+def check_fit(
+    topics: pd.DataFrame, qrels: pd.DataFrame, validation_topics: pd.DataFrame | None,
+    validation_qrels: pd.DataFrame | None, *, corpus, reads, context,
+) -> tuple[TrainingInput, TrainingInput | None]:  # fmt: skip
+    """Check all that ``fit`` is given; see :func:`check_training_input` for arguments and errors."""
+    if corpus is None:
+        raise ValueError("training needs the documents: give corpus=... when making the DanceRetriever")
+    if (validation_topics is None) != (validation_qrels is None):
+        raise ValueError("validation needs both topics and qrels; give both or neither")
+    given = dict(corpus=corpus, reads=reads, context=context)
+    training = check_training_input(topics, qrels, what="training", **given)
+    if validation_topics is None or validation_qrels is None:
+        return training, None
+    return training, check_training_input(validation_topics, validation_qrels, what="validation", **given)
+
+
 def check_training_input(
     topics_or_res: pd.DataFrame, qrels: pd.DataFrame, *, corpus, reads, context, what: str
 ) -> TrainingInput:

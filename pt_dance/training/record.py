@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import shlex
@@ -10,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from pt_dance.training.run_folder import RunFolder
 
@@ -40,6 +42,17 @@ def write_record(run: RunFolder, topics: pd.DataFrame, pairs: pd.DataFrame) -> N
 def read_record(run: RunFolder) -> tuple[pd.DataFrame, dict] | None:
     """Return ``qid``, ``docno``, ``query`` of the positives, and what made the run; None where it was not kept."""
     return run.read_frame(0, _NAME)
+
+
+def read_about(run: RunFolder) -> dict | None:
+    """Return what made the run, without the positives; None where it was not kept."""
+    path = run.round(0) / f"{_NAME}.parquet"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(pq.read_schema(path).metadata[b"about"])
+    except Exception:  # whatever is wrong with the file, read_record says so to whoever needs what is in it
+        return None
 
 
 def source_of(run: RunFolder, number: int) -> str:

@@ -1,0 +1,94 @@
+"""The two halves of a round, each read back from the run's folder where it was done before: mining, and training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from pt_dance.encoder.dual_encoder import DualEncoder
+from pt_dance.training import negatives
+from pt_dance.training.defaults import settle
+from pt_dance.training.examples import build_examples
+from pt_dance.training.inputs import TrainingInput, check_in_corpus
+from pt_dance.training.run_folder import RunFolder
+from pt_dance.training.schedule import Span
+from pt_dance.training.teacher import TeacherScores
+from pt_dance.training.trainer import keep_frozen, train
+
+
+def mine_round(
+    run: RunFolder, number: int, what: str, *, round_: Any, training: TrainingInput, corpus: Any, retriever: Callable,
+    qids: pd.Series, seed: int, verbose: bool,
+) -> tuple[pd.DataFrame | None, dict]:  # fmt: skip
+    """Return the negatives of a round and the report on them; read back where they were mined before.
+
+    Args:
+        run: Folder of the run.
+        number: Of the round.
+        what: "negatives" or "query_negatives".
+        round_: The ``Round``.
+        training: The checked training input.
+        corpus: ``Corpus`` with the documents.
+        retriever: Makes the ``DenseRetriever`` of the weights that the round starts from, with so many results.
+        qids: Topics that have their turn.
+        seed: Fixes the draw.
+        verbose: Shows progress.
+    """
+    if (stored := run.read_frame(number, what)) is not None:
+        return stored
+    frame = negatives.mine(what, round_, training, corpus, retriever, qids=qids, seed=seed, verbose=verbose)
+    if frame is None:
+        return None, {}
+    check_in_corpus(frame["docno"], corpus, f"{what} of round {number}")
+    earlier = (run.read_frame(before, what) for before in range(number - 1, 0, -1))
+    about = negatives.report(frame, (stored[0] for stored in earlier if stored is not None))
+    run.write_frame(number, what, frame, about)
+    return frame, about
+
+
+def train_round(
+    run: RunFolder, number: int, round_: Any, span: Span, before: DualEncoder, found: pd.DataFrame | None,
+    query_negatives: pd.DataFrame | None, *, training: TrainingInput, corpus: Any, started: DualEncoder | None,
+    qids: pd.Series, loggers: Sequence, verbose: bool,
+) -> dict:  # fmt: skip
+    """Train a copy of an encoder and write it; return what :meth:`RunFolder.trained` will.
+
+    Args:
+        run: Folder of the run.
+        number: Of the round.
+        round_: The ``Round``, as it is to be trained.
+        span: Its steps.
+        before: The encoder that it goes on from.
+        found: Document negatives, or None.
+        query_negatives: Query negatives, or None.
+        training: The checked training input.
+        corpus: ``Corpus`` with the documents.
+        started: The encoder that the run began with, whose frozen weights stay so.
+        qids: Topics that have their turn.
+        loggers: Callbacks of the trainer.
+        verbose: Shows progress.
+    """
+    teacher = None
+    if round_.teacher is not None:
+        teacher = TeacherScores(round_.teacher, run.path / "teacher.sqlite", verbose=verbose)
+    examples = build_examples(
+        training.topics, training.pairs, corpus, negatives=found, query_negatives=query_negatives,
+        negatives_per_row=round_.negatives_per_row, query_negatives_per_row=round_.query_negatives_per_row,
+        epochs=span.passes, first_epoch=span.first_pass, seed=span.stream_seed, qids=qids, teacher=teacher,
+        reads=training.readings,
+    )  # fmt: skip
+    encoder = before.copy()
+    keep_frozen(started, encoder)
+    if round_.similarity is not None:
+        encoder = encoder.with_similarity(round_.similarity)
+    settled = settle(round_, encoder, examples, started)
+    trained = train(
+        encoder, settled.examples, settled.round, span, run.checkpoints(number), name=f"round {number}",
+        carried=run.checkpoints(number - 1), loggers=loggers, verbose=verbose,
+    )  # fmt: skip
+    folder = run.round(number) / "encoder"
+    if not folder.exists():
+        encoder.save(folder)
+    return run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint, settled.report)
