@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help quickstart test test-collections lint imports format pages docs package clean
+.PHONY: help quickstart test test-collections test-notebooks lint imports format pages docs package clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -26,6 +26,9 @@ test: $(INSTALLED)  ## run all tests that need nothing but this repository
 
 test-collections: $(INSTALLED)  ## run the tests that need ../shared/data, or minutes
 	$(BIN)/python -m pytest tests -m collections
+
+test-notebooks: $(INSTALLED)  ## run all notebooks
+	$(BIN)/python -m pytest tests -m notebooks
 
 lint: imports  ## check style, types and what imports what
 	$(BIN)/python -m ruff check .

@@ -39,8 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    if config.option.markexpr == "not collections":
-        return "without the tests marked 'collections': make test-collections runs them"
+    if config.option.markexpr == "not collections and not notebooks":
+        return "without the tests marked 'collections' and 'notebooks': make test-collections, test-notebooks run them"
     return None
 
 
