@@ -12,6 +12,7 @@ static tower and about a minute with a transformer. Cells that the CSV file has 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import time
 import zlib
@@ -210,6 +211,26 @@ def cell(sample: Sample, encoder: DualEncoder, recipe: list, folder: Path, seed:
     return row
 
 
+def write(rows: list[dict], results: Path) -> None:
+    """Write the rows as .csv, and for people as .md."""
+    table = pd.DataFrame(rows).round(4)
+    table.to_csv(results.with_suffix(".csv"), index=False)
+    shown = table.assign(change=table["last"] - table["untrained"])
+    shown = shown[["collection", "encoder", "recipe", "seed", "untrained", "last", "best", "best round", "change", "p"]]
+    lines = [" | ".join(shown.columns), " | ".join("---" for _ in shown.columns)]
+    for row in shown.itertuples(index=False):
+        lines.append(" | ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+    worse = shown[(shown["change"] < 0) & (shown["p"] < 0.05)]
+    lines = [f"| {line} |" for line in lines]
+    verdict = (
+        f"{len(shown)} cells: last round above untrained in {(shown['change'] > 0).sum()}, below in "
+        f"{(shown['change'] < 0).sum()}, below by more than noise "
+        f"(paired t-test over the queries, p < .05) in {len(worse)}."
+    )
+    results.with_suffix(".md").write_text("\n".join([verdict, "", *lines, ""]))
+    print(verdict)
+
+
 def main() -> None:
     args = options()
     torch.set_num_threads(1)
@@ -227,9 +248,9 @@ def main() -> None:
                         continue
                     sample = Sample(collection, size, args.out)
                     encoder = ENCODERS[name](sample, seed)
-                    row = cell(sample, encoder, RECIPES[recipe](sample.teacher), args.out / "run", seed)
+                    row = cell(sample, encoder, RECIPES[recipe](sample.teacher), args.out / f"run-{os.getpid()}", seed)
                     rows.append(dict(collection=collection, encoder=name, recipe=recipe, seed=seed) | row)
-                    pd.DataFrame(rows).round(4).to_csv(path, index=False)
+                    write(rows, results)
                     print(collection, name, recipe, seed, row["rounds"], f"{row['seconds']:.0f} s", flush=True)
 
 

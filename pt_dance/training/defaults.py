@@ -50,18 +50,20 @@ def learning_rate(encoder) -> float:
 
     2e-5 for transformers. An entry of a static tower's table moves by about the learning rate in each step of Adam,
     so there the rate is a fiftieth of the entries' root mean square: about .01 for a tower from nothing, .001 for one
-    of MiniLM's embeddings, which the same steps would wipe out.
+    of MiniLM's embeddings, which the same steps would wipe out. Where a projection or head is behind the table, the
+    smallest of their weights count.
 
     Args:
         encoder: ``DualEncoder`` at the start of the fit.
     """
     if not encoder.is_static:
         return TRANSFORMER_RATE
-    squares, entries = 0.0, 0
-    for weights in encoder.model.parameters():
-        squares += float(weights.detach().double().square().sum())
-        entries += weights.numel()
-    return float(f"{STATIC_SHARE * (squares / max(entries, 1)) ** 0.5:.3g}")
+    sizes = [
+        float(weights.detach().double().square().mean().sqrt())
+        for weights in encoder.model.parameters()
+        if weights.ndim > 1
+    ]
+    return float(f"{STATIC_SHARE * min(size for size in sizes if size > 0):.3g}")
 
 
 def settle(round_, encoder, examples: Examples, initial) -> Settled:
