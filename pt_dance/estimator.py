@@ -23,7 +23,6 @@ from pt_dance.corpus.corpus import Corpus
 from pt_dance.corpus.passages import open_corpus
 from pt_dance.encoder.dual_encoder import DualEncoder
 from pt_dance.index.dense_index import DenseIndex
-from pt_dance.mining import share_of
 from pt_dance.recipes import SOURCES, Round, check_recipe
 from pt_dance.recipes import dance as dance_recipe
 from pt_dance.retriever.dense import DenseRetriever
@@ -31,14 +30,15 @@ from pt_dance.storage.folders import remove_folder, write_json
 from pt_dance.storage.options import is_whole, path_of, whole
 from pt_dance.storage.writing import KEPT, new_folder, writing
 from pt_dance.training.history import UNTRAINED, begins_with, best_round, describe_round, training_row, warn_if_worse
-from pt_dance.training.inputs import TrainingInput, check_fit, check_query_texts
+from pt_dance.training.inputs import check_fit, check_query_texts
+from pt_dance.training.job import Job
 from pt_dance.training.one_round import mine_round, train_round
-from pt_dance.training.options import check_measures, check_one_process, check_options, check_path
+from pt_dance.training.options import check_measures, check_options, check_path
 from pt_dance.training.outcome import Outcome
+from pt_dance.training.processes import Processes
 from pt_dance.training.record import read_negatives, write_record
 from pt_dance.training.reporting import Reports
 from pt_dance.training.run_folder import META, RunFolder, read_meta
-from pt_dance.training.schedule import Span, plan
 from pt_dance.training.settings import fit_settings, restored, storable
 from pt_dance.training.validation import depth_of, try_measures, validate
 
@@ -245,10 +245,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
 
         Raises:
             KeyError, TypeError, ValueError: one sentence on what is wrong with the frames, before any work is done.
-            RuntimeError: one of several processes called this.
+            RuntimeError: another process of the same job failed.
             OSError: the disk is full or cannot be written to; what was finished is kept.
         """
-        check_one_process()
         if self._is_loaded or self._run.is_saved:
             raise ValueError(
                 f"fit does not change what was saved in {str(self.path)!r}; to train on from it, make "
@@ -259,95 +258,92 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         training, validation = check_fit(*frames, corpus=self.corpus, reads=self.initial_encoder, context=self)
         if validation is not None:
             try_measures(validation, self._measures)
-        numbers = range(1, len(self.recipe) + 1)
-        counts = training.count_pairs(self.corpus, [self._qids(number, training) for number in numbers])
-        spans = plan(self.recipe, counts, list(map(self._seed_of, numbers)))
-        reports = Reports(self.path, self.recipe)
-        with writing(self.path, "the run", KEPT), contextlib.closing(reports):
-            self._fit(training, validation, spans, reports)
+        reports, processes = Reports(self.path, self.recipe), Processes(on_cpu=self._given.device.type == "cpu")
+        verbose = self.verbose and processes.is_first
+        job = Job(training, validation, self.corpus, self.recipe, self.seed, processes, verbose)
+        with writing(self.path, "the run", KEPT), contextlib.closing(reports), contextlib.closing(processes):
+            self._fit(job, reports)
         return self
 
-    def _fit(
-        self, training: TrainingInput, validation: TrainingInput | None, spans: list[Span], reports: Reports
-    ) -> None:
-        self._run.begin(fit_settings(self.initial_encoder, self.corpus, self.seed, self.recipe, training, validation))
-        if not (self._run.round(0) / "encoder").exists():
-            self._given.save(self._run.round(0) / "encoder")
-        write_record(self._run, training.topics, training.pairs)
-        measured = [] if validation is None else [str(measure) for measure in self._measures]
+    def _fit(self, job: Job, reports: Reports) -> None:
+        processes = job.processes
+        given = (self.initial_encoder, self.corpus, self.seed, self.recipe, job.training, job.validation)
+        settings = fit_settings(*given, processes=processes.count)
+        processes.check_same(settings)
+        with processes.first_alone():
+            self._run.begin(settings)
+            if not (self._run.round(0) / "encoder").exists():
+                self._given.save(self._run.round(0) / "encoder")
+            write_record(self._run, job.training.topics, job.training.pairs)
+        measured = [] if job.validation is None else [str(measure) for measure in self._measures]
         history: list[dict] = []
         steps = 0
         for number in range(len(self.recipe) + 1):
-            row = self._run.finished(number)
+            row = processes.from_first(partial(self._run.finished, number))
             is_new = row is None
             if row is None:
-                row = dict(UNTRAINED) if number == 0 else self._fit_round(number, training, spans, reports, steps)
+                row = dict(UNTRAINED) if number == 0 else self._fit_round(number, job, reports, steps)
             if is_new or not all(name in row for name in measured):
-                row |= self._refresh_and_validate(number, validation)
-                self._run.finish(number, row)
-                if self.verbose:
-                    print(describe_round(row, len(self.recipe), self._measures))
+                row = processes.from_first(partial(self._finish_round, number, row, job))
             history.append(row)
             steps += row["steps"]
             if is_new:
                 reports.add_round(row, steps)
             best = best_round(history, self._measures[0])
-            if self.keep == "best" and (is_new or number == len(self.recipe)):
+            if processes.is_first and self.keep == "best" and (is_new or number == len(self.recipe)):
                 self._run.drop_indexes(keep={best, number})
             if self.patience is not None and number - best >= self.patience:
                 break
-        warn_if_worse(history, self._measures[0])
+        if processes.is_first:
+            warn_if_worse(history, self._measures[0])
         self._settle(best, history)
-        self._write_meta(self.path)
+        processes.wait()  # where one is gone, the run must not look finished
+        processes.from_first(partial(self._write_meta, self.path))
 
-    def _qids(self, number: int, training: TrainingInput) -> pd.Series:
-        """Return the topics that have their turn in a round."""
-        share = self.recipe[number - 1].share_of_queries
-        return share_of(training.topics["qid"], share, turn=number, seed=self.seed)
-
-    def _seed_of(self, number: int) -> int:
-        return self.seed + 1000 * number
-
-    def _fit_round(
-        self, number: int, training: TrainingInput, spans: list[Span], reports: Reports, steps_before: int
-    ) -> dict:
+    def _fit_round(self, number: int, job: Job, reports: Reports, steps_before: int) -> dict:
         """Mine and train, reading back what was done before an interruption; return the first part of the row."""
         started = time.perf_counter()
-        round_, span = self.recipe[number - 1], spans[number - 1]
-        given: dict[str, Any] = dict(training=training, corpus=self.corpus, qids=self._qids(number, training))
+        round_, span, processes = self.recipe[number - 1], job.spans[number - 1], job.processes
+        given: dict[str, Any] = dict(training=job.training, corpus=self.corpus, qids=job.qids(number))
         mine = partial(
             mine_round, self._run, number, round_=round_, retriever=partial(self.retriever, round=self._before(number)),
-            seed=self._seed_of(number), verbose=self.verbose, **given,
+            seed=job.seed_of(number), verbose=job.verbose, **given,
         )  # fmt: skip
-        (found, mined), (query_negatives, mined_queries) = mine(what="negatives"), mine(what="query_negatives")
+        with processes.first_alone():
+            (found, mined), (query_negatives, mined_queries) = mine(what="negatives"), mine(what="query_negatives")
         mining_done = time.perf_counter()
         if found is None and round_.loss == "pairwise":
             # without any mined negative there is nothing to compare in pairs: in-batch negatives warm the model up
             round_ = replace(round_, loss="contrastive", loss_options={})
-        trained = self._run.trained(number)
+        trained = processes.from_first(partial(self._run.trained, number))
         if trained is None:
             loggers = reports.of_round(round_, steps_before - span.first_step)
             trained = train_round(
                 self._run, number, round_, span, self._encoder_of(self._before(number)), found, query_negatives,
-                started=self.initial_encoder, loggers=loggers, verbose=self.verbose, **given,
+                started=self.initial_encoder, loggers=loggers, processes=processes, verbose=job.verbose, **given,
             )  # fmt: skip
-        if not span.carried_on:
-            remove_folder(self._run.checkpoints(number))
-        remove_folder(self._run.checkpoints(number - 1))  # nothing goes on from them any more
+        if processes.is_first:
+            if not span.carried_on:
+                remove_folder(self._run.checkpoints(number))
+            remove_folder(self._run.checkpoints(number - 1))  # nothing goes on from them any more
         seconds = {"mine": mining_done - started, "train": time.perf_counter() - mining_done}
         return training_row(number, round_, trained, mined, mined_queries, seconds)
 
-    def _refresh_and_validate(self, number: int, validation: TrainingInput | None) -> dict:
-        """Return the last part of a round's row: its measures, and what they took."""
+    def _finish_round(self, number: int, row: dict, job: Job) -> dict:
+        """Refresh the index and validate; return the whole row, which says that the round is finished."""
         started = refreshed = time.perf_counter()
         measured: dict[str, float] = {}
-        if validation is not None or number > 0:
+        if job.validation is not None or number > 0:
             index = self._refreshed(number)
             refreshed = time.perf_counter()
-            if validation is not None:
-                measured = validate(index.retriever(depth_of(self._measures)), validation, self._measures)
-        done = time.perf_counter()
-        return {**measured, "refresh_seconds": refreshed - started, "validate_seconds": done - refreshed}
+            if job.validation is not None:
+                measured = validate(index.retriever(depth_of(self._measures)), job.validation, self._measures)
+        seconds = {"refresh_seconds": refreshed - started, "validate_seconds": time.perf_counter() - refreshed}
+        row = {**row, **measured, **seconds}
+        self._run.finish(number, row)
+        if job.verbose:
+            print(describe_round(row, len(self.recipe), self._measures))
+        return row
 
     def _before(self, number: int) -> int:
         """Return the round whose encoder a round begins with."""

@@ -60,7 +60,7 @@ class Round:
             first round of a recipe.
         start: which round's encoder this one begins with and mines with: that of the "last" round, or of the "best"
             one before it.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch, over all processes.
         learning_rate: peak learning rate; None follows from the encoder, see :mod:`pt_dance.training.defaults`.
         warmup: share of the steps over which the learning rate rises linearly; from 1 on, their number.
         scheduler: how it falls afterwards, a name of transformers' schedulers.

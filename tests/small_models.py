@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from pt_dance import DualEncoder
 
 
-def small_bert(texts: list[str], folder: Path, *, hidden: int = 32, seed: int = 0) -> str:
+def small_bert(texts: list[str], folder: Path, *, hidden: int = 32, seed: int = 0, dropout: float = 0.1) -> str:
     """A BERT of two layers with a vocabulary from ``texts``, mean pooling, cosine, dropout; 64 tokens at most."""
     tokenizer = DualEncoder.static(texts * 2, dim=1, vocab_size=120).model[0].tokenizer
     tokenizer.post_processor = TemplateProcessing(
@@ -26,6 +26,7 @@ def small_bert(texts: list[str], folder: Path, *, hidden: int = 32, seed: int = 
         **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
     )
     sizes = {"hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     config = BertConfig(vocab_size=fast.vocab_size, max_position_embeddings=64, initializer_range=0.2, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -541,16 +541,6 @@ def test_dense_retriever_is_what_transform_uses(fitted):
     assert fitted[0].retriever(5).num_results == 5
 
 
-def test_one_of_several_processes_is_refused_before_anything_is_written(collection, tmp_path, monkeypatch):
-    dance = make(collection, tmp_path / "run")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="WORLD_SIZE=2"):
-        dance.fit(collection.train, collection.qrels)
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    dance.fit(collection.train.head(20), collection.qrels)
-
-
 def test_rounds_that_carry_the_optimizer_share_one_schedule():
     first = Round(learning_rate=1e-3)
     for option, value in {

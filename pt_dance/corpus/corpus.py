@@ -19,7 +19,7 @@ from pt_dance.storage.display import facts, grid
 from pt_dance.storage.folders import read_json, recover_folder, write_json
 from pt_dance.storage.meta import META, TEXT, TEXT_OR_NONE, check_sizes, entry_of, list_entry, read_meta, whole_entry
 from pt_dance.storage.progress import progress_bar
-from pt_dance.storage.writing import new_folder, one_thread
+from pt_dance.storage.writing import in_turn, new_folder
 
 if TYPE_CHECKING:
     from pt_dance.corpus.passages import PassageCorpus
@@ -102,7 +102,7 @@ class Corpus(pt.Artifact):
         """Write the documents of ``source`` to a folder, as a stream: memory does not grow with them.
 
         A corpus that is at ``path`` already is compared with ``source`` document by document, and used where it is the
-        same. Threads that ask for a corpus that another thread of the process is making wait for it.
+        same. Threads, and processes of the same job, that ask for a corpus that another one is making wait for it.
 
         Args:
             source: An iterable of dicts, a DataFrame, an object with ``get_corpus_iter()`` such as a PyTerrier data
@@ -132,7 +132,7 @@ class Corpus(pt.Artifact):
             rows = source._iter_rows(range(len(source)))
         else:
             rows = rows_of(iter_documents(source, verbose=verbose, desc=f"{path.name} corpus"), fields, separator)
-        with one_thread(path):
+        with in_turn(path):
             recover_folder(path)
             if path.exists() and not overwrite:
                 return _same(path, rows, fields, separator)

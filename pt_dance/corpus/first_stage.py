@@ -13,7 +13,7 @@ from pt_dance.corpus.corpus import Corpus
 from pt_dance.corpus.quiet import quiet
 from pt_dance.storage import options
 from pt_dance.storage.folders import read_json, recover_folder, write_json
-from pt_dance.storage.writing import new_folder, one_thread
+from pt_dance.storage.writing import in_turn, new_folder
 
 BACKENDS = {"pisa": "pyterrier_pisa", "terrier": "jnius"}
 _ABOUT = "bm25.json"
@@ -82,7 +82,7 @@ def bm25(
         "num_results": options.whole("num_results", num_results),
         "threads": options.whole("threads", threads),
     }
-    with one_thread(path):
+    with in_turn(path):
         recover_folder(path)
         there = _there(path)
         if there is not None and not overwrite:

@@ -18,7 +18,7 @@ from pt_dance.storage import options
 from pt_dance.storage.digests import new_digest
 from pt_dance.storage.folders import recover_folder, write_json
 from pt_dance.storage.meta import META, TEXT, read_meta
-from pt_dance.storage.writing import new_folder, one_thread
+from pt_dance.storage.writing import in_turn, new_folder
 
 _BLOCK_DOCUMENTS = 500
 _COUNTS = "counts.u4"
@@ -117,7 +117,7 @@ def split_corpus(
         raise ValueError(f"prepend={prepend!r} must be the first of the fields, {documents.fields[0]!r}, or None")
     if isinstance(documents, PassageCorpus):
         raise TypeError(f"{documents.path} holds passages already: use its whole documents, .documents")
-    with one_thread(path):
+    with in_turn(path):
         recover_folder(path)
         if path.exists() and not holds(path, PassageCorpus):
             raise FileExistsError(f"{path} exists and is no corpus of passages: choose another path")

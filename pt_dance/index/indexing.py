@@ -27,7 +27,7 @@ from pt_dance.storage.folders import (
 )
 from pt_dance.storage.meta import META
 from pt_dance.storage.progress import progress_bar
-from pt_dance.storage.writing import KEPT, one_thread, writing
+from pt_dance.storage.writing import KEPT, in_turn, writing
 
 if TYPE_CHECKING:
     from pt_dance.index.dense_index import DenseIndex
@@ -41,7 +41,7 @@ _BYTES_PER_DOCNO = 50
 def run(index: DenseIndex, source: Any, mode: str) -> None:
     """Build, replace or extend the index at ``index.index_path``; see :meth:`pt_dance.DenseIndex.indexer`."""
     path = Path(index.index_path)
-    with one_thread(path), writing(path, "the index", KEPT):
+    with in_turn(path), writing(path, "the index", KEPT):
         base = _base(index, source) if mode == "append" else None
         documents = ShardReader(
             source.passages if isinstance(source, PassageCorpus) else source,

@@ -19,7 +19,7 @@ from pt_dance.storage import options
 from pt_dance.storage.digests import file_digest
 from pt_dance.storage.folders import read_json, remove_folder, write_json
 from pt_dance.storage.progress import progress_bar
-from pt_dance.storage.writing import new_folder, one_thread
+from pt_dance.storage.writing import in_turn, new_folder
 
 # Options that decide what is built, with their defaults, and options of the search.
 BUILD_OPTIONS: dict[str, dict[str, int | None]] = {
@@ -97,7 +97,7 @@ class AnnRetriever(DenseRetriever):
             OSError: If the disk is full or cannot be written to.
         """
         folder = self._folder()
-        with one_thread(folder):
+        with in_turn(folder):
             if self._is_there(folder):
                 return self
             with new_folder(folder, "the approximate index") as building:

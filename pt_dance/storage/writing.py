@@ -15,6 +15,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; processes of a job do not wait for each other there
+    fcntl = None  # type: ignore[assignment]
+
 from pt_dance.storage.folders import (
     DiskError,
     building_path,
@@ -45,6 +50,8 @@ _NEARLY_FULL = 64 << 20
 # A lock goes when no thread holds it or waits for it.
 _LOCKS: weakref.WeakValueDictionary[Path, Any] = weakref.WeakValueDictionary()
 _GUARD = threading.Lock()
+# Turns that this process has now.
+_TURNS: set[Path] = set()
 
 KEPT = "what was finished is kept, and the same call goes on from there"
 NOTHING = "nothing of it is left"
@@ -117,17 +124,58 @@ def new_folder(path: Path, what: str, *, replace: bool = False) -> Iterator[Path
 
 
 @contextlib.contextmanager
-def one_thread(path: Path) -> Iterator[None]:
-    """Let the threads of this process that ask for the folder ``path`` come one after the other.
+def in_turn(path: Path) -> Iterator[None]:
+    """Let those who ask for the folder ``path`` come one after the other: threads, and processes of the same job.
 
-    Whoever comes second finds what the first one made. Other processes are told apart by :func:`new_folder`.
+    Whoever comes second finds what the first one made. Processes of other jobs are told apart by :func:`new_folder`.
     """
     with _GUARD:
         lock = _LOCKS.get(path)
         if lock is None:
             lock = _LOCKS[path] = threading.RLock()
-    with lock:
+    with lock, _one_process(path) if number_of_processes() > 1 else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def _one_process(path: Path) -> Iterator[None]:
+    """Wait for other processes that are in such a block for the same path; this one may be in it already."""
+    lock = path.with_name(f".{path.name}.turn")
+    if fcntl is None or lock in _TURNS:
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # where nothing can be written, there is nothing to wait for
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            _lock_file(lock, held)
+            _TURNS.add(lock)
+            held.callback(_TURNS.discard, lock)
+        yield
+
+
+def _lock_file(lock: Path, held: contextlib.ExitStack) -> None:
+    while True:
+        file = open(lock, "w")  # noqa: SIM115, closed with the others that are held
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Whoever had it before has removed it: by now there may be a new file of that name, which others lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                held.callback(file.close)
+                held.callback(lock.unlink, missing_ok=True)
+                return
+        file.close()
+
+
+def number_of_processes() -> int:
+    """Return how many processes ``torchrun`` or another launcher started for this job, 1 without one.
+
+    Raises:
+        ValueError: If the environment does not say it as a number.
+    """
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) < 1:
+        raise ValueError(f"the environment says WORLD_SIZE={said!r}, which is no number of processes; unset it")
+    return int(said)
 
 
 def _cause(err: Exception, path: Path) -> tuple[int | None, Path | None]:

@@ -20,25 +20,38 @@ class RoundBatches(DefaultBatchSampler):
     the round before, by leaving out as many batches as were trained; there is no epoch to be set. Batches of other
     rounds are placeholders: those before are left out unread, and of those after at most one is read ahead.
 
+    Several processes divide each batch between them: the sequence then holds the part of the first process, that of the
+    second and so on, then those of the next batch, and accelerate gives each process its own. The parts of a batch are
+    of one size; the row -1 fills up what is missing, see :class:`~pt_dance.losses.RetrievalLoss`.
+
     Args:
         examples: the rows of the round, for the passes of its span.
         span: the part of the schedule that the round trains.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch, over all processes.
         drop_last: whether a pass leaves out what makes no whole batch.
+        processes: how many processes divide a batch.
     """
 
-    def __init__(self, examples: Examples, span: Span, batch_size: int, drop_last: bool):
+    def __init__(self, examples: Examples, span: Span, batch_size: int, drop_last: bool, processes: int = 1):
         super().__init__(range(examples.pairs), batch_size=batch_size, drop_last=drop_last, seed=span.stream_seed)
         self.examples = examples
         self.span = span
+        self.rows_of_batch = batch_size
+        self.processes = processes
+        if processes > 1:
+            self.batch_size = None  # or accelerate would take a part that is smaller than others for the last one
 
     def __len__(self) -> int:
-        return self.span.total_batches
+        return self.span.total_batches * self.processes
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield lists of row numbers."""
+        for batch in self._whole():
+            yield from parts_of(batch, self.processes)
+
+    def _whole(self) -> Iterator[list[int]]:
         span = self.span
-        placeholder = list(range(min(self.batch_size, self.examples.pairs)))
+        placeholder = list(range(min(self.rows_of_batch, self.examples.pairs)))
         for _ in range(span.first_batch):
             yield placeholder
         yield from islice(self._stream(), span.batches)
@@ -49,10 +62,17 @@ class RoundBatches(DefaultBatchSampler):
         begun = self.span.stream_batch % self.span.per_pass
         for number in range(self.span.passes):
             batches = batches_of_pass(
-                self.examples, number, self.batch_size, drop_last=self.drop_last,
+                self.examples, number, self.rows_of_batch, drop_last=self.drop_last,
                 seed=[self.span.stream_seed, self.span.first_pass + number],
             )  # fmt: skip
             yield from islice(batches, begun if number == 0 else 0, None)
+
+
+def parts_of(batch: list[int], processes: int) -> list[list[int]]:
+    """Divide a batch into parts of one size, one a process, in order; -1 fills up what is missing at the end."""
+    size = -(-len(batch) // processes)
+    filled = batch + [-1] * (size * processes - len(batch))
+    return [filled[start : start + size] for start in range(0, len(filled), size)]
 
 
 def batches_of_pass(

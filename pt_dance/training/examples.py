@@ -24,7 +24,8 @@ class Examples:
 
     Attributes:
         dataset: one row a training row of every epoch, columns query, positive, negative_1.., negative_query_1..
-            (str) and label (int, the row's number), texts read on access.
+            (str) and label (int, the row's number), texts read on access. The last row, -1, fills batches up: it has
+            the texts of the first one and the label -1.
         rows: what the loss knows of each row.
         pairs: how many (query, positive) pairs an epoch has.
         epochs: how many epochs the rows hold, each with its own draw of negatives.
@@ -240,7 +241,8 @@ def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
         return np.where(numbers >= 0, query_texts[np.maximum(numbers, 0)], "").tolist()
 
     def read(batch: dict[str, list[int]]) -> dict[str, list]:
-        number = np.asarray(batch["label"])
+        labels = np.asarray(batch["label"])
+        number = np.maximum(labels, 0)
         columns: dict[str, list] = {
             "query": of_queries(rows.query[number]),
             **of_passages("positive", rows.positive[number]),
@@ -249,10 +251,10 @@ def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
             columns |= of_passages(f"negative_{i + 1}", rows.negatives[number, i])
         for i in range(rows.query_negatives.shape[1]):
             columns[f"negative_query_{i + 1}"] = of_queries(rows.query_negatives[number, i])
-        columns["label"] = number.tolist()
+        columns["label"] = labels.tolist()
         return columns
 
-    return Dataset.from_dict({"label": np.arange(len(rows.query))}).with_transform(read)
+    return Dataset.from_dict({"label": np.append(np.arange(len(rows.query)), -1)}).with_transform(read)
 
 
 def columns_of(rows: TrainingRows) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from pt_dance.training import negatives
 from pt_dance.training.defaults import settle
 from pt_dance.training.examples import build_examples
 from pt_dance.training.inputs import TrainingInput, check_in_corpus
+from pt_dance.training.processes import Processes
 from pt_dance.training.run_folder import RunFolder
 from pt_dance.training.schedule import Span
 from pt_dance.training.teacher import TeacherScores
@@ -51,7 +53,7 @@ def mine_round(
 def train_round(
     run: RunFolder, number: int, round_: Any, span: Span, before: DualEncoder, found: pd.DataFrame | None,
     query_negatives: pd.DataFrame | None, *, training: TrainingInput, corpus: Any, started: DualEncoder | None,
-    qids: pd.Series, loggers: Sequence, verbose: bool,
+    qids: pd.Series, loggers: Sequence, processes: Processes, verbose: bool,
 ) -> dict:  # fmt: skip
     """Train a copy of an encoder and write it; return what :meth:`RunFolder.trained` will.
 
@@ -68,27 +70,34 @@ def train_round(
         started: The encoder that the run began with, whose frozen weights stay so.
         qids: Topics that have their turn.
         loggers: Callbacks of the trainer.
+        processes: Those that train together.
         verbose: Shows progress.
     """
     teacher = None
     if round_.teacher is not None:
         teacher = TeacherScores(round_.teacher, run.path / "teacher.sqlite", verbose=verbose)
-    examples = build_examples(
-        training.topics, training.pairs, corpus, negatives=found, query_negatives=query_negatives,
-        negatives_per_row=round_.negatives_per_row, query_negatives_per_row=round_.query_negatives_per_row,
-        epochs=span.passes, first_epoch=span.first_pass, seed=span.stream_seed, qids=qids, teacher=teacher,
-        reads=training.readings,
-    )  # fmt: skip
+    with contextlib.nullcontext() if teacher is None else processes.first_alone():
+        examples = build_examples(
+            training.topics, training.pairs, corpus, negatives=found, query_negatives=query_negatives,
+            negatives_per_row=round_.negatives_per_row, query_negatives_per_row=round_.query_negatives_per_row,
+            epochs=span.passes, first_epoch=span.first_pass, seed=span.stream_seed, qids=qids, teacher=teacher,
+            reads=training.readings,
+        )  # fmt: skip
     encoder = before.copy()
     keep_frozen(started, encoder)
     if round_.similarity is not None:
         encoder = encoder.with_similarity(round_.similarity)
     settled = settle(round_, encoder, examples, started)
-    trained = train(
-        encoder, settled.examples, settled.round, span, run.checkpoints(number), name=f"round {number}",
-        carried=run.checkpoints(number - 1), loggers=loggers, verbose=verbose,
-    )  # fmt: skip
-    folder = run.round(number) / "encoder"
-    if not folder.exists():
-        encoder.save(folder)
-    return run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint, settled.report)
+    with processes.together():
+        trained = train(
+            encoder, settled.examples, settled.round, span, run.checkpoints(number), name=f"round {number}",
+            carried=run.checkpoints(number - 1), loggers=loggers, verbose=verbose,
+        )  # fmt: skip
+
+    def write() -> dict:
+        folder = run.round(number) / "encoder"
+        if not folder.exists():
+            encoder.save(folder)
+        return run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint, settled.report)
+
+    return processes.from_first(write)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -83,20 +82,6 @@ def check_path(path: object) -> Path:
     if not above.is_dir():
         raise FileExistsError(f"{str(folder)!r} cannot be made, since {str(above)!r} is a file; give another path")
     return folder
-
-
-def check_one_process() -> None:
-    """Refuse to train in one of several processes, which would write to one folder at once.
-
-    Raises:
-        RuntimeError: if ``torchrun`` or ``accelerate launch`` started more than one process.
-    """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes.isdecimal() and int(processes) > 1:
-        raise RuntimeError(
-            f"fit runs in one process, but {processes} were started (WORLD_SIZE={processes}); start it with plain "
-            "python, without torchrun or accelerate launch"
-        )
 
 
 def check_measures(measure: object) -> list[Measure]:

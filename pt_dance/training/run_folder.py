@@ -49,7 +49,8 @@ class RunFolder:
             raise FileExistsError(f"{str(self.path)!r} is a file; give the path of a new folder or of a pt_dance run")
         if self.path.is_dir():
             names = {entry.name for entry in self.path.iterdir()}
-            ours = {SETTINGS, META, "rounds", "corpus", ".corpus.building", f".{SETTINGS}.new", f".{META}.new"}
+            ours = {SETTINGS, META, "rounds", "corpus", ".corpus.building", ".corpus.turn"}
+            ours |= {f".{SETTINGS}.new", f".{META}.new"}
             if names and not names & ours:
                 raise FileExistsError(
                     f"the folder {str(self.path)!r} exists and is no pt_dance run; give a new path, or empty the folder"
@@ -82,6 +83,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / SETTINGS, settings)
             return
+        before.setdefault("processes", 1)  # there was one only in older versions
         # options that an older version did not have are off in its runs
         differing = [key for key in settings if before.get(key) != settings[key] and (key in before or settings[key])]
         if not differing:

@@ -19,7 +19,14 @@ _FILTERS = {filter_.__name__: filter_ for filter_ in (NearDuplicate, PositiveMar
 
 
 def fit_settings(
-    encoder, corpus, seed: int, recipe: Sequence, training: TrainingInput, validation: TrainingInput | None
+    encoder,
+    corpus,
+    seed: int,
+    recipe: Sequence,
+    training: TrainingInput,
+    validation: TrainingInput | None,
+    *,
+    processes: int = 1,
 ) -> dict[str, object]:
     """Return everything the weights of a fit depend on, and what its rounds are measured on.
 
@@ -30,6 +37,7 @@ def fit_settings(
         recipe: its ``Round``s.
         training: its checked training input.
         validation: its checked validation input, or None.
+        processes: how many processes train together.
 
     Returns:
         Names and JSON values; content is represented by digests.
@@ -39,6 +47,7 @@ def fit_settings(
         "frozen weights": _frozen(encoder),
         "corpus": corpus.fingerprint,
         "seed": seed,
+        "processes": processes,
         "training topics": frame_id(training.topics[["qid", "query"]]),
         "training qrels": frame_id(training.qrels[["qid", "docno", "label"]]),
         "first stage": None if training.first_stage is None else frame_id(training.first_stage[["qid", "docno"]]),

@@ -25,6 +25,7 @@ from pt_dance.training.defaults import learning_rate
 from pt_dance.training.examples import Examples, columns_of
 from pt_dance.training.kept_memory import keep_freed_memory
 from pt_dance.training.options import trainer_arguments
+from pt_dance.training.processes import freeze_unused
 from pt_dance.training.schedule import Span
 from pt_dance.training.token_cache import TokenCache
 
@@ -67,13 +68,14 @@ class RoundTrainer(SentenceTransformerTrainer):
     """The trainer, with the batches of :class:`RoundBatches` and without a word on stdout unless asked.
 
     Its checkpoints are whole or not there, see :mod:`pt_dance.training.checkpoints`. ``loss_sum``, float64, is the sum
-    of the losses of all steps of the round, also of those before an interruption, which the trainer's own mean leaves
-    out.
+    of this process's losses of all steps of the round, also of those before an interruption, which the trainer's own
+    mean leaves out.
     """
 
-    def __init__(self, *args, examples: Examples, span: Span, verbose: bool, **kwargs):
+    def __init__(self, *args, examples: Examples, span: Span, drops_last: bool, verbose: bool, **kwargs):
         self.examples = examples
         self.span = span
+        self.drops_last = drops_last
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self._writes_to: Path | None = None
         super().__init__(*args, train_dataset=examples.dataset, **kwargs)
@@ -87,13 +89,18 @@ class RoundTrainer(SentenceTransformerTrainer):
 
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
         """Return the batches of the schedule."""
-        return RoundBatches(self.examples, self.span, batch_size, drop_last)
+        # for several processes sentence-transformers says to drop the last rows, which is not needed here
+        return RoundBatches(self.examples, self.span, batch_size, self.drops_last, self.accelerator.num_processes)
 
     def training_step(self, *args, **kwargs):
         """Take a step as the trainer does, and add up its loss."""
         loss = super().training_step(*args, **kwargs)
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach().double()
         return loss
+
+    def mean_loss_sum(self) -> float:
+        """Return the mean of ``loss_sum`` over all processes, each of which must ask for it."""
+        return self.accelerator.reduce(self.loss_sum, "mean").item()
 
     def _save(self, output_dir=None, state_dict=None):
         # no model card, which takes longer than the weights, and no pickled arguments, which nobody reads
@@ -115,10 +122,11 @@ class RoundTrainer(SentenceTransformerTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._writes_to = None
+        loss_sum = self.mean_loss_sum()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             written = building / f"checkpoint-{self.state.global_step}"
-            checkpoints.publish(written, folder, {"loss_sum": self.loss_sum.item()})
+            checkpoints.publish(written, folder, {"loss_sum": loss_sum})
             remove_folder(building)
         self.accelerator.wait_for_everyone()
 
@@ -190,6 +198,9 @@ def train(
     if isinstance(round_.loss, str):
         # train with the similarity that retrieval will use
         options.setdefault("similarity", encoder.similarity)
+    if arguments.world_size > 1:
+        options.setdefault("gather_across_devices", True)
+        freeze_unused(encoder.model)
     loss = losses.make(round_.loss, encoder.model, examples.rows, **options)
     collator = SentenceTransformerDataCollator(
         preprocess_fn=TokenCache(encoder.model).preprocess if encoder.is_static else encoder.model.preprocess,
@@ -198,7 +209,8 @@ def train(
     )
     trainer = RoundTrainer(
         model=encoder.model, args=arguments, loss=loss, data_collator=collator, examples=examples, span=span,
-        callbacks=list(loggers), verbose=verbose, optimizer_cls_and_kwargs=_optimizer(round_, arguments),
+        drops_last=bool(round_.training_arguments.get("dataloader_drop_last")), callbacks=list(loggers),
+        verbose=verbose, optimizer_cls_and_kwargs=_optimizer(round_, arguments),
     )  # fmt: skip
     _check_gradients(loss, examples, span, round_.batch_size, encoder.dim, name)
     checkpoint = checkpoints.newest(folder)
@@ -212,8 +224,11 @@ def train(
             trainer._load_from_checkpoint(str(checkpoint))  # killed when all was trained but the encoder not written
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if trainer.state.global_step != span.last_step:
+                taken = trainer.state.global_step
+                raise RuntimeError(f"{name} ended after step {taken} of {span.last_step}: its batches ran out")
     encoder.model.eval()
-    mean = trainer.loss_sum.item() / span.steps
+    mean = trainer.mean_loss_sum() / span.steps
     if not math.isfinite(mean):
         raise ValueError(
             f"the training loss of {name} became {mean}: lower its learning_rate "
@@ -241,11 +256,15 @@ def _check_gradients(loss, examples: Examples, span: Span, batch_size: int, dim:
     """
     columns = len(columns_of(examples.rows))
     generator = torch.Generator().manual_seed(0)
-    for rows in batches_of_pass(examples, 0, batch_size, seed=span.stream_seed):
-        vectors = torch.randn(columns, len(rows), dim, generator=generator, dtype=torch.float64).requires_grad_()
-        value = loss.compute_loss_from_embeddings(list(vectors), torch.tensor(rows))
-        if value.requires_grad and torch.autograd.grad(value, vectors)[0].any():
-            return
+    gathers, loss.gather_across_devices = loss.gather_across_devices, False  # here each process has whole batches
+    try:
+        for rows in batches_of_pass(examples, 0, batch_size, seed=span.stream_seed):
+            vectors = torch.randn(columns, len(rows), dim, generator=generator, dtype=torch.float64).requires_grad_()
+            value = loss.compute_loss_from_embeddings(list(vectors), torch.tensor(rows))
+            if value.requires_grad and torch.autograd.grad(value, vectors)[0].any():
+                return
+    finally:
+        loss.gather_across_devices = gathers
     raise ValueError(
         f"there is nothing to learn from in {name}: none of its {examples.pairs} (query, positive) pairs has a "
         f"negative; give it a source that finds some, or more pairs in a batch (batch_size={batch_size})"
@@ -285,7 +304,7 @@ def training_arguments(encoder, examples: Examples, round_, span: Span, folder: 
     arguments = dict(
         output_dir=str(folder),
         num_train_epochs=1,  # the whole schedule, see RoundBatches
-        per_device_train_batch_size=round_.batch_size,
+        per_device_train_batch_size=round_.batch_size,  # of all processes together, see RoundBatches
         learning_rate=round_.learning_rate or learning_rate(encoder),
         warmup_steps=round_.warmup,
         lr_scheduler_type=round_.scheduler,
@@ -300,6 +319,10 @@ def training_arguments(encoder, examples: Examples, round_, span: Span, folder: 
         # Adam's steps do not grow with the gradient, and the norm of a whole table costs a pass over it
         max_grad_norm=0.0 if encoder.is_static else 1.0,
         use_cpu=encoder.device.type == "cpu",
+        # several processes: no weight is left without a gradient, see freeze_unused, but where each part of a batch has
+        # a backward pass of its own (gradient caching), which may be of one tower only
+        ddp_find_unused_parameters=round_.loss_options.get("mini_batch_size") is not None,
+        ddp_broadcast_buffers=False,  # nothing here changes them
         dataloader_pin_memory=encoder.device.type == "cuda",
         prompts={column: prompt for column, prompt in prompts.items() if prompt} or None,
         router_mapping=columns if encoder.has_two_towers else {},

@@ -1,0 +1,189 @@
+"""Several processes that call the same ``fit``, as ``torchrun`` starts them: who works, who waits, and who failed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from sentence_transformers import SentenceTransformer
+
+from pt_dance.storage.writing import number_of_processes
+
+# Mining and indexing may take days, during which the other processes wait.
+_LONGEST_WAIT = timedelta(days=30)
+# By what torch.distributed's errors are told apart, which are mostly plain RuntimeErrors.
+_SAID = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+class Processes:
+    """The processes of a job; with one, nothing is sent and nobody waits.
+
+    The first one alone writes what a run keeps. The others wait for it, however long it takes, and then read. What is
+    sent is JSON.
+
+    Args:
+        on_cpu: whether training is on a CPU.
+
+    Attributes:
+        count: how many processes there are.
+        is_first: whether this is the one that writes.
+    """
+
+    def __init__(self, *, on_cpu: bool):
+        self.count = number_of_processes()
+        self.is_first = True
+        self._group: Any = None
+        if self.count > 1:
+            PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
+            with self.together():
+                # the other one may be of GPUs, which are not to be kept busy, or made by the user's script
+                self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+            self.is_first = dist.get_rank() == 0
+
+    def check_same(self, settings: dict[str, object]) -> None:
+        """Refuse to train where the processes were not given the same.
+
+        Args:
+            settings: what the fit depends on, as JSON values.
+
+        Raises:
+            ValueError: in all of the processes; says what differs where it is known.
+        """
+        if self.count == 1:
+            return
+        firsts = self._broadcast(settings)
+        differing = [name for name in settings if settings[name] != firsts.get(name)]
+        wrong = torch.tensor(len(differing))
+        with self.together():
+            dist.all_reduce(wrong, dist.ReduceOp.MAX, group=self._group)
+        if wrong:
+            names = f" ({', '.join(differing)})" if differing else ""
+            raise ValueError(
+                f"the {self.count} processes of the job call fit with different settings or data{names}; "
+                "give all of them the same"
+            )
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Let the first process go through the block while the others wait; then they do, and find it done.
+
+        Raises:
+            RuntimeError: in the others, where the first one failed.
+        """
+        if not self.is_first:
+            self._broadcast()
+        try:
+            yield
+        except BaseException:
+            if self.is_first:
+                self._tell_failure()
+            raise
+        if self.is_first:
+            self._broadcast(True)
+
+    def from_first(self, work: Callable[[], Any]) -> Any:
+        """Return what ``work`` gives in the first process, which alone calls it; JSON values.
+
+        Raises:
+            RuntimeError: in the others, where it failed.
+        """
+        if not self.is_first:
+            return self._broadcast()
+        try:
+            value = work()
+        except BaseException:
+            self._tell_failure()
+            raise
+        return self._broadcast(value)
+
+    def wait(self) -> None:
+        """Wait until all processes have come to here.
+
+        Raises:
+            RuntimeError: where one of them is gone.
+        """
+        if self.count > 1:
+            with self.together():
+                dist.barrier(group=self._group)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Do what takes all processes; where one of them is gone, say so in one sentence.
+
+        Raises:
+            RuntimeError: where one of them is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not _is_of_another(error):
+                raise
+            raise RuntimeError(
+                f"one of the {self.count} processes of the job ended early (its own error, if any, says why), so that "
+                "the others cannot go on; what was finished is kept, and the same call goes on from there"
+            ) from None
+
+    def close(self) -> None:
+        """End the waiting for each other."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _tell_failure(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._send({"failed": True})
+
+    def _broadcast(self, value: object = None) -> Any:
+        """Send a value from the first process to the others; return it in all of them."""
+        if self.count == 1:
+            return value
+        with self.together():
+            message = self._send({"value": value})
+        if "failed" in message:
+            raise RuntimeError(
+                f"the first of the {self.count} processes of the job failed, for which the others waited; its own "
+                "error says why"
+            )
+        return value if self.is_first else message["value"]
+
+    def _send(self, message: dict) -> dict:
+        if self.count == 1:
+            return message
+        data = json.dumps(message).encode() if self.is_first else b""
+        size = torch.tensor(len(data))
+        dist.broadcast(size, 0, group=self._group)
+        content = torch.frombuffer(bytearray(data or int(size)), dtype=torch.uint8)
+        dist.broadcast(content, 0, group=self._group)
+        return json.loads(content.numpy().tobytes())
+
+
+def freeze_unused(model: SentenceTransformer) -> None:
+    """Freeze the weights that no embedding depends on, such as a BERT's pooler, which get no gradient anyway.
+
+    For other weights without a gradient, processes that train together would wait.
+
+    Args:
+        model: the model to be trained; its mode, gradients and the random numbers stay as they are.
+    """
+    was_training = model.training
+    model.eval()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total = torch.zeros((), device=model.device)
+    for task in ("query", "document"):
+        features = model.preprocess(["a text"], task=task)
+        features = {name: v.to(model.device) if isinstance(v, torch.Tensor) else v for name, v in features.items()}
+        total = total + model(features)["sentence_embedding"].sum()
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    model.train(was_training)
+
+
+def _is_of_another(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _SAID)

@@ -1,0 +1,104 @@
+"""What each process of a job does in ``test_torchrun.py``: the calls of ``fit`` that a user's script makes.
+
+It is told with what by a JSON object on the command line, and writes what came out of it to a file of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyterrier as pt
+from ir_measures import nDCG
+
+from pt_dance import Corpus, DanceRetriever, DualEncoder, recipes
+from pt_dance.training.processes import Processes
+from pt_dance.training.trainer import RoundTrainer
+
+FRAMES = ("documents", "candidates", "dev", "qrels")
+
+
+def shared_words(row) -> float:
+    """A teacher that needs no model: the share of the query's words that are in the text."""
+    words = set(row["query"].lower().split())
+    return 8 * len(words & set(row["text"].lower().split())) / len(words)
+
+
+class ProgramError(Exception):
+    """What a negative source of the user's own raises."""
+
+
+def failing(results):
+    raise ProgramError("no such model")
+
+
+FAST = dict(batch_size=7, learning_rate=1e-3, checkpoint_steps=4)
+# Batches of 7 rows, 8 to a pass with the last one smaller: all have to be filled up for two processes.
+RECIPES = {
+    "mnrl": recipes.mnrl(3, **FAST),
+    "ance": recipes.ance(1, **FAST),
+    "dance": recipes.dance(1, **FAST),
+    "margin_mse": recipes.margin_mse(pt.apply.doc_score(shared_words), **FAST),
+    "bert": recipes.mnrl(3, **FAST),
+    "cached": recipes.mnrl(1, **FAST, loss_options={"mini_batch_size": 2}),
+    "failing": recipes.mnrl(1, negatives=pt.apply.generic(failing), **FAST),
+}
+
+
+def fit(name: str, path: Path, given: Path, corpus: Corpus, seed: int = 3) -> DanceRetriever:
+    """Fit one of the recipes on the frames in the folder ``given``."""
+    _, candidates, dev, qrels = (pd.read_parquet(given / f"{frame}.parquet") for frame in FRAMES)
+    encoder = DualEncoder.load(given / ("transformer" if name in ("bert", "cached") else "static"), device="cpu")
+    options = dict(recipe=RECIPES[name], measure=nDCG @ 10, seed=seed, verbose=False)
+    return DanceRetriever(encoder, corpus, path, **options).fit(candidates, qrels, dev, qrels)
+
+
+def outcome(dance: DanceRetriever) -> dict:
+    """What two fits are compared by, but for their weights."""
+    timed = [name for name in dance.history.columns if name.endswith("_seconds")]
+    return {
+        "history": json.loads(dance.history.drop(columns=timed).to_json(orient="records", double_precision=15)),
+        "best": dance.encoder.fingerprint,
+    }
+
+
+def die(step: int | None, round_: int | None) -> None:
+    """Be killed in the middle of a step, or while the first process refreshes the index after a round and validates."""
+    training_step, from_first = RoundTrainer.training_step, Processes.from_first
+
+    def step_or_die(self, *args, **kwargs):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(self, *args, **kwargs)
+
+    def wait_or_die(self, work):
+        if getattr(work, "func", work).__name__ == "_finish_round" and work.args[0] == round_:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return from_first(self, work)
+
+    RoundTrainer.training_step, Processes.from_first = step_or_die, wait_or_die
+
+
+def main(job: dict) -> None:
+    rank, given, out = int(os.environ["RANK"]), Path(job["given"]), Path(job["out"])
+    corpus = Corpus.build(pd.read_parquet(given / "documents.parquet"), out / "corpus", verbose=False)
+    if rank == job.get("dying"):
+        die(job.get("step"), job.get("round"))
+    found = {}
+    for name in job["fits"]:
+        seed = 4 if name == job.get("differing") and rank == 1 else 3
+        try:
+            found[name] = outcome(fit(name, out / name, given, corpus, seed))
+        except Exception as error:
+            found[name] = {"error": type(error).__name__, "message": str(error)}
+    (out / f"process {rank}.json").write_text(json.dumps(found))
+    if any("error" in result for result in found.values()) and not job.get("may_fail"):
+        sys.exit("; ".join(result["message"] for result in found.values() if "error" in result))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
