@@ -1,0 +1,1 @@
+"""The study: what each method is worth, by a protocol written down before the runs."""

@@ -1,0 +1,228 @@
+"""One cell: a method trained with one setting and one seed on one collection, and what is measured of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyterrier as pt
+
+from common import minilm_path
+from evidence.data import Collection
+from evidence.evaluate import (
+    MEASURES,
+    Target,
+    measure_bm25,
+    measure_own,
+    measure_zero_shot,
+    own_target,
+    zero_shot_target,
+)
+from evidence.methods import BASELINES, METHODS, Setting, first_encoder, grid
+from evidence.protocol import Protocol
+from evidence.teacher import cross_fitted
+from pt_dance import DanceRetriever, DualEncoder
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Which cell: everything but the setting, which tuning finds."""
+
+    collection: str
+    encoder: str
+    method: str
+    seed: int
+
+    def file(self, runs: Path) -> Path:
+        """Where its measures are kept."""
+        return runs / "cells" / self.collection / self.encoder / f"{self.method}-{self.seed}.parquet"
+
+
+class Study:
+    """The study at one size, with what its cells share opened once in this process.
+
+    Args:
+        protocol: sizes.
+        data: folder of the collections.
+        runs: folder for everything that is made.
+    """
+
+    def __init__(self, protocol: Protocol, data: Path, runs: Path) -> None:
+        self.protocol, self.data, self.runs = protocol, data, runs
+        self._collections: dict[tuple, Collection] = {}
+        self._teachers: dict[str, pt.Transformer] = {}
+
+    def collection(self, name: str, encoder: str) -> Collection:
+        """A training collection with the queries of an encoder's budget."""
+        budget = self.protocol.budgets[encoder]
+        key = (name, budget.queries)
+        if key not in self._collections:
+            self._collections[key] = Collection(name, self.data, self.runs / "data", self.protocol, budget)
+        return self._collections[key]
+
+    def teacher(self, collection: Collection) -> pt.Transformer:
+        """The cross-fitted teacher of a collection."""
+        key = collection.folder.name
+        if key not in self._teachers:
+            self._teachers[key] = cross_fitted(collection)
+        return self._teachers[key]
+
+    def cells(self, methods: Sequence[str] | None = None) -> list[Cell]:
+        """Every cell, those that others start from first; collections in turn, so that all fill evenly."""
+        return [
+            Cell(collection, encoder, method, seed)
+            for encoder in self.protocol.encoders
+            for seed in self.protocol.budgets[encoder].seeds
+            for method in (*BASELINES, *METHODS)
+            if methods is None or method in methods
+            for collection in self.protocol.training
+        ]
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def train(
+        self, collection: Collection, encoder: str, method: str, seed: int, setting: Setting, unit: int, folder: Path
+    ) -> tuple[DualEncoder, dict]:
+        """Train a method, or what it starts from and then it; returns its encoder and what it cost.
+
+        Args:
+            collection: what is trained on.
+            encoder: name of the encoder.
+            method: name of the method.
+            seed: fixes first weights, order of training and dropout.
+            setting: a point of the grid.
+            unit: steps of a unit.
+            folder: where the run is kept while it trains.
+        """
+        chosen = METHODS[method]
+        before: dict = {}
+        if chosen.after is None:
+            start = first_encoder(encoder, chosen.start, collection, seed, minilm_path())
+        else:
+            # The same learning rate: a stage goes on as its checkpoint was trained.
+            shared = folder.parent / f"{chosen.after}-{setting.learning_rate:g}-{unit}"
+            start, before = self.train(
+                collection, encoder, chosen.after, seed, Setting(setting.learning_rate), unit, shared
+            )
+        done = folder / "about.json"
+        if done.exists():
+            return DualEncoder.load(folder / "encoder"), json.loads(done.read_text())
+        teacher = self.teacher(collection) if chosen.teacher else None
+        size = collection.budget.batch_size
+        recipe = [replace(r, batch_size=size) for r in chosen.rounds(setting, unit, collection, teacher)]
+        began = time.perf_counter()
+        dance = DanceRetriever(
+            start, collection.corpus, folder / "run", recipe=recipe, num_results=100, seed=seed, keep="best",
+            verbose=False,
+        )  # fmt: skip
+        dance.fit(collection.document_pool, collection.train[1])
+        history = dance.history
+        trained = history[history["round"] > 0]
+        mined = int((recipe_mines(recipe)).count(True))
+        about = {
+            "seconds": time.perf_counter() - began + before.get("seconds", 0.0),
+            "steps": int(trained["steps"].sum()) + before.get("steps", 0),
+            "last_loss": float(trained["training_loss"].iloc[-1]),
+            "mine_seconds": float(trained["mine_seconds"].sum()) + before.get("mine_seconds", 0.0),
+            "train_seconds": float(trained["train_seconds"].sum()) + before.get("train_seconds", 0.0),
+            "texts_for_mining": mined * (len(collection.corpus) + len(collection.train[0]))
+            + before.get("texts_for_mining", 0),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        encoder_of_last = dance.encoder
+        if not (folder / "encoder").exists():
+            encoder_of_last.save(folder / "encoder")
+        done.write_text(json.dumps(about))
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        return encoder_of_last, about
+
+    # --- tuning -------------------------------------------------------------------------------------------------------
+
+    def tune(self, collection: Collection, encoder: str, method: str) -> Setting:
+        """The best setting by nDCG@10 of the tuning queries, by successive halving; read back where it was found."""
+        file = self.runs / "tuned" / collection.name / encoder / f"{method}.json"
+        if file.exists():
+            return Setting(**json.loads(file.read_text())["chosen"])
+        settings = grid(METHODS[method], collection)
+        target = own_target(collection, "tune")
+        tried = []
+        unit = collection.budget.unit
+        for share in (*self.protocol.halving, 1.0)[: 1 + (len(settings) > 3) + (len(settings) > 1)] or (1.0,):
+            if len(settings) == 1:
+                break
+            ranked = []
+            for setting in settings:
+                steps = max(1, round(unit * share))
+                name = "-".join(f"{value:g}" for value in asdict(setting).values() if value is not None)
+                folder = self.runs / "tuning" / collection.name / encoder / f"{method}-{name}-{steps}"
+                trained, _ = self.train(collection, encoder, method, 0, setting, steps, folder)
+                value = float(measure_own(target, trained, only_main=True)["value"].mean())
+                tried.append({**asdict(setting), "unit": steps, "nDCG@10": value})
+                ranked.append((value, setting))
+            ranked.sort(key=lambda pair: -pair[0])
+            settings = [setting for _, setting in ranked[: max(1, len(ranked) // 3)]]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"chosen": asdict(settings[0]), "tried": tried}, indent=1))
+        return settings[0]
+
+    # --- measuring ----------------------------------------------------------------------------------------------------
+
+    def targets(self, without: str) -> list[Target]:
+        """The zero-shot collections; a collection's own documents are left out."""
+        names = [name for name in self.protocol.zero_shot if name != without]
+        return [zero_shot_target(name, self.data, self.runs / "data", self.protocol) for name in names]
+
+    def run(self, cell: Cell) -> None:
+        """Make a cell, unless it is there."""
+        file = cell.file(self.runs)
+        if file.exists():
+            return
+        collection = self.collection(cell.collection, cell.encoder)
+        target = own_target(collection, "reported")
+        about: dict = asdict(cell)
+        if cell.method == "bm25":
+            measured = measure_bm25(target, collection.folder, MEASURES)
+            others = [measure_bm25(t, t.folder, MEASURES[:1]) for t in self.targets(cell.collection)]
+        else:
+            folder = self.runs / "training" / cell.collection / cell.encoder / str(cell.seed)
+            if cell.method == "untrained":
+                encoder = first_encoder(cell.encoder, "sde", collection, cell.seed, minilm_path())
+            else:
+                setting = self.tune(collection, cell.encoder, cell.method)
+                encoder, cost = self.train(
+                    collection, cell.encoder, cell.method, cell.seed, setting, collection.budget.unit,
+                    folder / cell.method,
+                )  # fmt: skip
+                about |= {"setting": asdict(setting), **cost}
+            measured = measure_own(target, encoder)
+            others = [measure_zero_shot(self.targets(cell.collection), encoder)]
+        write(file, pd.concat([measured, *others], ignore_index=True), about)
+
+
+def recipe_mines(recipe: list) -> list[bool]:
+    """Which rounds encode the collection to mine from the model."""
+    from pt_dance.recipes import current_model
+
+    return [r.negatives is current_model or r.query_negatives == "dense" for r in recipe]
+
+
+def write(file: Path, frame: pd.DataFrame, about: dict) -> None:
+    """A frame and what is to be known of it, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata({b"about": json.dumps(about).encode()})
+    pq.write_table(table, file.with_suffix(".new"), compression="zstd")
+    file.with_suffix(".new").rename(file)
+
+
+def read(file: Path) -> tuple[pd.DataFrame, dict]:
+    """What :func:`write` wrote."""
+    table = pq.read_table(file, partitioning=None)
+    return table.to_pandas(), json.loads(table.schema.metadata[b"about"])
