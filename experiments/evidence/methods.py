@@ -1,9 +1,9 @@
 """The rows of the study: each method as rounds of equal budget, spelled out, and the encoder it starts from.
 
-Every method takes eight units of steps. Cross-entropies and squared margins take four rounds of two units; pairs, as in
+Every method takes eight units of steps. Where negatives are refreshed, that is four rounds of two units. Pairs, as in
 ANCE's and DANCE's releases, take one unit on BM25's negatives and one on their own (the checkpoint that DANCE's four
-cells share), then three rounds of two units, of which DANCE's second stage is the last two. Optimiser and schedule go on
-over all rounds of a method, or of a stage that starts from a checkpoint.
+cells share), then three rounds of two units, of which DANCE's second stage is the last two. Optimiser and schedule go
+on over all rounds of a method, or of a stage that starts from a checkpoint.
 """
 
 from __future__ import annotations
@@ -56,9 +56,14 @@ class Method:
     teacher: bool = False
 
 
-def _four(unit: int, first: Round, later: Round | None = None) -> list[Round]:
-    """Four rounds of two units, the first of its own kind where one is given."""
-    later = replace(first if later is None else later, steps=2 * unit, carry_optimizer=True)
+def _whole(unit: int, only: Round) -> list[Round]:
+    """All steps in one round: what is learnt from does not change."""
+    return [replace(only, steps=8 * unit)]
+
+
+def _refreshed(unit: int, first: Round, later: Round) -> list[Round]:
+    """Four rounds of two units, the first on BM25's negatives and each later one on the model's own."""
+    later = replace(later, steps=2 * unit, carry_optimizer=True)
     return [replace(first, steps=2 * unit), later, later, later]
 
 
@@ -70,18 +75,18 @@ def _contrastive(setting: Setting, *, loss: str = "contrastive", dual: bool = Fa
 
 
 def _mnrl(setting, unit, collection, teacher):
-    return _four(unit, _contrastive(setting, name="mnrl"))
+    return _whole(unit, _contrastive(setting, name="mnrl"))
 
 
 def _mnrl_ance(setting, unit, collection, teacher):
     number, depth = collection.protocol.pool
     refreshed = dict(negatives=current_model, negatives_per_query=number, depth=depth)
-    return _four(unit, _contrastive(setting, name="bm25"), _contrastive(setting, name="refreshed", **refreshed))
+    return _refreshed(unit, _contrastive(setting, name="bm25"), _contrastive(setting, name="refreshed", **refreshed))
 
 
 def _samtone(sides: str):
     def rounds(setting, unit, collection, teacher):
-        return _four(unit, _contrastive(setting, loss="samtone", loss_options={"sides": sides}, name="samtone"))
+        return _whole(unit, _contrastive(setting, loss="samtone", loss_options={"sides": sides}, name="samtone"))
 
     return rounds
 
@@ -89,7 +94,7 @@ def _samtone(sides: str):
 def _mnrl_dual(mined: bool):
     def rounds(setting, unit, collection, teacher):
         more = dict(query_negatives=collection.query_source(), query_negatives_per_row=2) if mined else {}
-        return _four(unit, _contrastive(setting, dual=True, name="mnrl-dual", **more))
+        return _whole(unit, _contrastive(setting, dual=True, name="mnrl-dual", **more))
 
     return rounds
 
@@ -108,9 +113,9 @@ def _pairs(setting: Setting, collection: Collection, *, norm: bool, dual: bool =
 
 
 def _pairwise(setting, unit, collection, teacher):
-    """What ANCE's loss learns from BM25's negatives alone, with the rounds of ANCE."""
+    """What ANCE's loss learns from BM25's negatives alone, with the two schedules of checkpoint and stage."""
     plain = _pairs(setting, collection, norm=False)
-    return [replace(plain, steps=unit)] + [replace(plain, steps=n * unit, carry_optimizer=True) for n in (1, 2, 2, 2)]
+    return [replace(plain, steps=2 * unit), replace(plain, steps=6 * unit)]
 
 
 def _checkpoint(setting, unit, collection, teacher):
@@ -140,10 +145,10 @@ def _distilled(loss: str | list, *, dual: bool = False):
         if isinstance(loss, list):
             chosen = [(loss[0], 1.0), (loss[1], 1.0, {"temperature": setting.temperature})]
         if not dual:
-            return _four(unit, Round(loss=chosen, **given))
+            return _whole(unit, Round(loss=chosen, **given))
         options = {"dual": True, "dual_weight": setting.weight}
         queries = dict(query_negatives=collection.query_source(), query_negatives_per_row=2)
-        return _four(unit, Round(loss=chosen, loss_options=options, **queries, **given))
+        return _whole(unit, Round(loss=chosen, loss_options=options, **queries, **given))
 
     return rounds
 

@@ -26,9 +26,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "evidence"
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="collections (default: %(default)s)")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/evidence"), help="work in progress (default: %(default)s)"
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="work (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="what is committed (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="the whole study at toy size")
     parser.add_argument("--pilot", action="store_true", help="one collection, one seed, every method and setting")
@@ -82,17 +80,16 @@ def main() -> None:
         work(args, protocol)
         return
     if not args.pages:
-        threads = {
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+        threads["TOKENIZERS_PARALLELISM"] = "false"
         workers = [
             subprocess.Popen(
                 [sys.executable, __file__, *sys.argv[1:], "--worker", str(number)], env={**os.environ, **threads}
             )
             for number in range(args.jobs)
         ]
-        if any([worker.wait() for worker in workers]):
+        codes = [worker.wait() for worker in workers]
+        if any(codes):
             raise SystemExit("a worker failed; the same command goes on after what was made")
     from evidence.pages import collect, write_pages
 
