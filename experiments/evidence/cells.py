@@ -29,6 +29,7 @@ from evidence.methods import BASELINES, METHODS, Setting, first_encoder, grid
 from evidence.protocol import Protocol
 from evidence.teacher import cross_fitted
 from pt_dance import DanceRetriever, DualEncoder
+from pt_dance.recipes import current_model
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Study:
             for encoder in self.protocol.encoders
             for seed in self.protocol.budgets[encoder].seeds
             for method in (*BASELINES, *METHODS)
-            if methods is None or method in methods
+            if (methods is None or method in methods) and not (method in BASELINES and is_fixed(method, encoder, seed))
             for collection in self.protocol.training
         ]
 
@@ -125,7 +126,7 @@ class Study:
         dance.fit(collection.document_pool, collection.train[1])
         history = dance.history
         trained = history[history["round"] > 0]
-        mined = int((recipe_mines(recipe)).count(True))
+        mined = recipe_mines(recipe).count(True)
         about = {
             "seconds": time.perf_counter() - began + before.get("seconds", 0.0),
             "steps": int(trained["steps"].sum()) + before.get("steps", 0),
@@ -203,13 +204,18 @@ class Study:
                 about |= {"setting": asdict(setting), **cost}
             measured = measure_own(target, encoder)
             others = [measure_zero_shot(self.targets(cell.collection), encoder)]
+        measured = measured.assign(cluster=collection.cluster_of(measured))
+        others = [other.assign(cluster=other["qid"]) for other in others]
         write(file, pd.concat([measured, *others], ignore_index=True), about)
+
+
+def is_fixed(method: str, encoder: str, seed: int) -> bool:
+    """Whether another seed would give the same numbers as the first one, which is seed 1."""
+    return seed != 1 and (method == "bm25" or encoder != "static")
 
 
 def recipe_mines(recipe: list) -> list[bool]:
     """Which rounds encode the collection to mine from the model."""
-    from pt_dance.recipes import current_model
-
     return [r.negatives is current_model or r.query_negatives == "dense" for r in recipe]
 
 

@@ -107,6 +107,13 @@ class Collection:
 
         return self._stored("queries", mine)
 
+    def cluster_of(self, measured: pd.DataFrame) -> pd.Series:
+        """The cluster of each measured row of the reported queries, or of documents that search for them."""
+        by_query = self.reported_clusters
+        relevant = self.reported[1][self.reported[1]["label"] > 0]
+        by_document = relevant.drop_duplicates("docno").set_index("docno")["qid"].map(by_query)
+        return measured["qid"].map(pd.concat([by_query, by_document[~by_document.index.isin(by_query.index)]]))
+
     def query_source(self, *, shuffled: bool = False) -> pt.Transformer:
         """The pool of query negatives as a source for a round.
 

@@ -1,0 +1,165 @@
+"""From cells to what is committed, and from that to tables and pages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evidence.inference import MAIN, ZERO_SHOT, decide, select
+from evidence.methods import BASELINES, CHECKPOINT, METHODS
+from evidence.protocol import Protocol
+
+DOCS = Path(__file__).resolve().parents[2] / "pt_dance" / "pt_docs"
+BACKWARDS = "d→q nDCG@10"
+NAMES = {"bm25": "BM25", "untrained": "untrained", **{name: method.text for name, method in METHODS.items()}}
+ENCODERS = {
+    "static": "a static tower from nothing",
+    "static-minilm": "a static tower from MiniLM's token embeddings",
+    "minilm": "all-MiniLM-L6-v2",
+}
+
+
+def collect(protocol: Protocol, runs: Path, results: Path) -> None:
+    """Put the cells that are there together: one Parquet file an encoder and collection, and what each cell cost.
+
+    Args:
+        protocol: which cells there are.
+        runs: where they were made.
+        results: where the files go.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    for folder in sorted((runs / "cells").glob("*/*")):
+        parts, abouts = [], []
+        for file in sorted(folder.glob("*.parquet")):
+            table = pq.read_table(file, partitioning=None)
+            about = json.loads(table.schema.metadata[b"about"])
+            abouts.append(about)
+            parts.append(table.to_pandas().assign(method=about["method"], seed=about["seed"]))
+        frame = pd.concat(parts, ignore_index=True).assign(trained_on=folder.parent.name)
+        frame = frame.sort_values(["method", "seed", "collection", "measure", "qid"]).reset_index(drop=True)
+        words = ["collection", "measure", "qid", "cluster", "method", "trained_on"]
+        frame = frame.astype(dict.fromkeys(words, "category") | {"seed": "int16", "value": "float32"})
+        name = f"{folder.parent.name}-{folder.name}"
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        pq.write_table(table, results / f"{name}.parquet", compression="zstd", compression_level=19)
+        (results / f"{name}.json").write_text(json.dumps(abouts, indent=1) + "\n")
+    tuned = {
+        f"{file.parts[-3]}/{file.parts[-2]}/{file.stem}": json.loads(file.read_text())
+        for file in sorted((runs / "tuned").glob("*/*/*.json"))
+    }
+    (results / "tuning.json").write_text(json.dumps(tuned, indent=1) + "\n")
+
+
+def load(results: Path, encoder: str) -> pd.DataFrame:
+    """All committed cells of an encoder; empty where there are none."""
+    files = [file for file in sorted(results.glob("*.parquet")) if file.stem.endswith(f"-{encoder}")]
+    files = [f for f in files if f.stem.removesuffix(f"-{encoder}") not in ENCODERS and _encoder_of(f) == encoder]
+    parts = [pq.read_table(file, partitioning=None).to_pandas() for file in files]
+    words = ["collection", "measure", "qid", "cluster", "method", "trained_on"]
+    return pd.concat(parts, ignore_index=True).astype(dict.fromkeys(words, "str")) if parts else pd.DataFrame()
+
+
+def _encoder_of(file: Path) -> str:
+    return max((name for name in ENCODERS if file.stem.endswith(f"-{name}")), key=len)
+
+
+def means(results: pd.DataFrame, method: str, trained_on: str, measure: str) -> tuple[float, float, int] | None:
+    """Mean over queries and seeds (and over collections, where zero-shot), its deviation over seeds, how many seeds."""
+    found = select(results, method, trained_on, measure)
+    if not found:
+        return None
+    by_seed = pd.concat([values.mean() for values in found.values()], axis=1).mean(axis=1)
+    return float(by_seed.mean()), float(by_seed.std(ddof=1)) if len(by_seed) > 1 else float("nan"), len(by_seed)
+
+
+def table(results: pd.DataFrame, measure: str) -> list[list[str]]:
+    """A row a method, a column a training collection."""
+    collections = list(dict.fromkeys(results["trained_on"]))
+    rows = [["method", *collections]]
+    for method in (*BASELINES, *(name for name in METHODS if name != CHECKPOINT)):
+        cells = [means(results, method, name, measure) for name in collections]
+        if any(cells):
+            rows.append([NAMES[method], *(_cell(cell) for cell in cells)])
+    return rows
+
+
+def _cell(cell: tuple[float, float, int] | None) -> str:
+    if cell is None:
+        return ""
+    mean, deviation, seeds = cell
+    spread = "" if seeds < 2 else f" ± {deviation:.3f}".replace("0.", ".")
+    return f"{mean:.3f}".replace("0.", ".", 1) + spread
+
+
+def zero_shot(results: pd.DataFrame) -> list[list[str]]:
+    """A row a method, a column a collection that it was not trained on, averaged over the training collections."""
+    own = results["collection"] == results["trained_on"]
+    mine = results[~own & (results["measure"] == MAIN)]
+    by = mine.groupby(["method", "collection"], observed=True)["value"].mean().unstack()
+    rows = [["method", *by.columns, "mean"]]
+    for method in (*BASELINES, *(name for name in METHODS if name != CHECKPOINT)):
+        if method in by.index:
+            values = by.loc[method]
+            rows.append([NAMES[method], *(f"{v:.3f}".replace("0.", ".", 1) for v in (*values, values.mean()))])
+    return rows
+
+
+def verdicts(results: pd.DataFrame, number: int) -> list[list[str]]:
+    """The claims of one encoder."""
+    rows = [["claim", "source", "difference", "interval", "p (Holm)", "could have seen", "verdict"]]
+    for c in decide(results, number=number).itertuples():
+        rows.append(
+            [
+                f"{c.text} ({c.better} against {c.than}, {c.measure})", c.source, f"{c.mean:+.4f}",
+                f"{c.low:+.4f} to {c.high:+.4f}", f"{c.p:.3g}", f"{c.could_see:.4f}", c.verdict,
+            ]
+        )  # fmt: skip
+    return rows
+
+
+def rst_table(rows: list[list[str]], title: str) -> str:
+    """A list-table of reStructuredText."""
+    lines = [f".. list-table:: {title}", "   :header-rows: 1", "   :widths: auto", ""]
+    for row in rows:
+        lines += [f"   {'* -' if i == 0 else '  -'} {value}".rstrip() for i, value in enumerate(row)]
+    return "\n".join(lines) + "\n"
+
+
+def page(protocol: Protocol, results: Path) -> str:
+    """The page of the results."""
+    text = [
+        "What each method is worth", "=" * 25, "",
+        ".. Made by experiments/evidence/run.py --pages from the committed cells; do not edit.", "",
+        "Every number below is the mean over seeds (± its standard deviation over them) of the last round, on queries "
+        "that chose nothing. Settings were chosen on clusters of training queries that are in neither part. "
+        "``experiments/evidence`` has the protocol, ``experiments/evidence/claims.toml`` the claims, written down before "
+        "the runs, and ``experiments/results/evidence`` the values of every query.", "",
+    ]  # fmt: skip
+    for encoder, words in ENCODERS.items():
+        cells = load(results, encoder)
+        if not len(cells):
+            continue
+        head = f"With {words}"
+        text += [head, "-" * len(head), ""]
+        seeds = cells.groupby(["trained_on", "method"])["seed"].nunique()
+        text += [f"{len(seeds)} pairs of collection and method, {seeds.min()} to {seeds.max()} seeds.", ""]
+        for measure, title in (
+            (MAIN, "nDCG@10 by training collection, reported queries"),
+            (BACKWARDS, "nDCG@10 of queries found by documents"),
+            (ZERO_SHOT, "nDCG@10 on all other collections, zero-shot, by training collection"),
+        ):
+            text += [rst_table(table(cells, measure), title)]
+        text += [rst_table(zero_shot(cells), "nDCG@10 zero-shot by collection, mean over training collections")]
+        text += [rst_table(verdicts(cells, protocol.resamples), "The sources' claims")]
+    return "\n".join(text)
+
+
+def write_pages(protocol: Protocol, results: Path) -> None:
+    """Print the tables, and write them beside the committed cells."""
+    made = page(protocol, results)
+    (results / "results.rst").write_text(made)
+    print(made)
