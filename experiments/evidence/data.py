@@ -56,7 +56,7 @@ class Collection:
         )
 
     def _parts(self, topics: pd.DataFrame, qrels: pd.DataFrame) -> pd.Series:
-        """ "train", "tune" or "cut" for each qid: whole clusters, by a hash of the cluster's name."""
+        """Part of each qid (train, tune or cut): whole clusters, by a hash of the name of the cluster."""
         cluster = clusters(self.name, topics, qrels)
         share = cluster.map(lambda name: _hash(f"part {name}") / 2**64)
         part = pd.Series("train", index=cluster.index)

@@ -136,8 +136,8 @@ def page(protocol: Protocol, results: Path) -> str:
         ".. Made by experiments/evidence/run.py --pages from the committed cells; do not edit.", "",
         "Every number below is the mean over seeds (± its standard deviation over them) of the last round, on queries "
         "that chose nothing. Settings were chosen on clusters of training queries that are in neither part. "
-        "``experiments/evidence`` has the protocol, ``experiments/evidence/claims.toml`` the claims, written down before "
-        "the runs, and ``experiments/results/evidence`` the values of every query.", "",
+        "``experiments/evidence`` has the protocol, ``claims.toml`` there the claims, written before the runs, and "
+        "``experiments/results/evidence`` the values of every query.", "",
     ]  # fmt: skip
     for encoder, words in ENCODERS.items():
         cells = load(results, encoder)
