@@ -178,7 +178,8 @@ class Study:
     def targets(self, without: str) -> list[Target]:
         """The zero-shot collections; a collection's own documents are left out."""
         names = [name for name in self.protocol.zero_shot if name != without]
-        return [zero_shot_target(name, self.data, self.runs / "data", self.protocol) for name in names]
+        most = self.protocol.zero_shot_queries
+        return [zero_shot_target(name, self.data, self.runs / "data", most) for name in names]
 
     def run(self, cell: Cell) -> None:
         """Make a cell, unless it is there."""

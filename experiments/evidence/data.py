@@ -12,9 +12,9 @@ import xxhash
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from common import bm25, open_corpus
+from common import open_corpus
 from evidence.protocol import REPORTED, Budget, Protocol
-from pt_dance import Corpus, mining
+from pt_dance import Corpus, bm25, mining
 
 # Sentences of SQuAD that lie in a row make a cluster: the collection does not say where an article ends.
 _SENTENCES = 50

@@ -14,10 +14,9 @@ import torch
 import xxhash
 from ir_measures import RR, R, nDCG
 
-from common import bm25
 from evidence.data import Collection, _some
-from evidence.protocol import ZERO_SHOT, Protocol
-from pt_dance import Corpus, DualEncoder
+from evidence.protocol import ZERO_SHOT
+from pt_dance import Corpus, DualEncoder, bm25
 
 MEASURES = (nDCG @ 10, RR @ 10, R @ 100)
 BACKWARDS = "d→q nDCG@10"
@@ -89,7 +88,7 @@ def own_target(collection: Collection, part: str) -> Target:
 
 
 @lru_cache
-def zero_shot_target(name: str, data: Path, folder: Path, protocol: Protocol) -> Target:
+def zero_shot_target(name: str, data: Path, folder: Path, most: int) -> Target:
     """A collection that nothing was trained on, whole, with a fixed part of its queries where there are many."""
     dataset = pt.get_dataset(f"dance:{data / name}")
     folder = folder / "zero-shot" / name
@@ -99,7 +98,7 @@ def zero_shot_target(name: str, data: Path, folder: Path, protocol: Protocol) ->
     topics, qrels = dataset.get_topics(ZERO_SHOT[name]), dataset.get_qrels(ZERO_SHOT[name])
     judged = qrels.loc[qrels["label"] > 0, "qid"]
     topics = topics[topics["qid"].isin(judged)]
-    kept = _some(pd.Index(topics["qid"]), protocol.zero_shot_queries)
+    kept = _some(pd.Index(topics["qid"]), most)
     return Target(name, corpus, topics[topics["qid"].isin(kept)], qrels, folder)
 
 
