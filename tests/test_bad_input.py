@@ -276,7 +276,7 @@ RECIPES = {
     "learning rate 0": (lambda: Round(learning_rate=0), ValueError, "learning_rate=0"),
     "learning rate NaN": (lambda: Round(learning_rate=float("nan")), ValueError, "learning_rate=nan"),
     "learning rate text": (lambda: Round(learning_rate="1e-3"), ValueError, "learning_rate='1e-3'"),
-    "warmup 1": (lambda: Round(warmup=1), ValueError, "warmup=1"),
+    "warmup 1.5": (lambda: Round(warmup=1.5), ValueError, "warmup=1.5"),
     "warmup text": (lambda: Round(warmup="x"), ValueError, "warmup='x'"),
     "scheduler unknown": (lambda: Round(scheduler="steps"), ValueError, "scheduler='steps'", "linear"),
     "scheduler that needs a loss": (lambda: Round(scheduler="reduce_lr_on_plateau"), ValueError, "on_plateau"),

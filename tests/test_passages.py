@@ -26,6 +26,7 @@ from pt_dance import (
 )
 from pt_dance.storage import writing
 from pt_dance.training.examples import build_examples, columns_of
+from pt_dance.training.schedule import plan
 from pt_dance.training.validation import documents_to_queries
 from small_collection import standard_library
 from small_models import small_bert
@@ -460,7 +461,8 @@ def test_a_transformer_is_trained_with_each_passage_as_it_is_retrieved(small, tm
                 module.p = 0.0
         before = encoder.copy()
         round_ = Round(batch_size=8, learning_rate=1e-12, steps=1)
-        train(encoder, examples, round_, tmp_path / "checkpoints", seed=1, verbose=False)
+        (span,) = plan([round_], [examples.pairs], [1])
+        train(encoder, examples, round_, span, tmp_path / "checkpoints")
     embeddings, labels = seen[0]
     batch = examples.dataset[labels.tolist()]
     for name, column in zip(columns_of(examples.rows), embeddings, strict=True):

@@ -112,6 +112,8 @@ def check_training_input(
     if is_results:
         topics = topics[[c for c in topics.columns if c in ("qid", "query") or c.startswith("query_")]]
     rewritten = [c for c in topics.columns if re.fullmatch(r"query_\d+", c)]
+    if not isinstance(topics["query"].dtype, pd.StringDtype):
+        check_query_texts(topics, f"{what} topic")  # what is no text may not be hashable either
     topics = topics.drop_duplicates(["qid", "query", *rewritten])
     # what rewriters left, and vectors of whatever encoder, belong to other texts than those that are learnt from
     topics = topics.assign(query=users_queries(topics)).drop(columns=[*rewritten, "query_vec"], errors="ignore")

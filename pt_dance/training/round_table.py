@@ -26,7 +26,8 @@ def round_settings(round_: Any) -> dict[str, str]:
         "length": f"{round_.steps} steps" if round_.steps else f"{round_.epochs} epoch{'s' * (round_.epochs != 1)}",
         "batch size": str(round_.batch_size),
         "learning rate": "as suits the encoder" if round_.learning_rate is None else f"{round_.learning_rate:g}",
-        "schedule": f"{round_.scheduler}, warm-up {round_.warmup:.0%}"
+        "schedule": f"{round_.scheduler}, warm-up "
+        + (f"{round_.warmup:.0%}" if round_.warmup < 1 else f"{round_.warmup:,} steps")
         + (", goes on from the round before" if round_.carry_optimizer else ""),
         "similarity": round_.similarity,
         "training arguments": _options(round_.training_arguments).strip(" ()") or None,
