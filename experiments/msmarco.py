@@ -2,7 +2,6 @@
 
     python experiments/msmarco.py                                        # passages, dev and TREC DL 2019 and 2020
     python experiments/msmarco.py --train-topics 50000 --rounds 4        # a first look
-    torchrun --nproc_per_node=8 experiments/msmarco.py                   # eight GPUs, the same command
 
 What it does, step by step, each step skipped where its result lies in ``--out`` already, so that the same command goes
 on after a crash:
@@ -12,9 +11,9 @@ on after a crash:
    that are asked block by block, so that no frame of all candidates is ever in memory.
 3. The table: BM25, each method as a retriever of the whole collection, and as re-ranker of BM25's best 1,000.
 
-Cost on one H100, on paper, not measured: an encoder of base size takes some 22 GFLOP for a passage of 128 tokens, so at
-a third of the card's 990 TFLOP/s in bfloat16 some 15,000 passages a second at best; with a third of that the 8.8 million
-passages take half an hour a refresh, 500,000 pairs with one negative (three texts, forwards and backwards) half an hour
+Cost on one H100, on paper, not measured: an encoder of base size takes some 22 GFLOP for a passage of 128 tokens, so
+at a third of the card's 990 TFLOP/s in bfloat16 some 15,000 passages a second at best; with a third of that the 8.8
+million passages take half an hour a refresh, 500,000 pairs with one negative (three texts, forwards and backwards) half an hour
 an epoch. ANCE with three refreshes takes about five hours, DANCE with four about six; an index of 768 float32 numbers a
 passage is 27 GB on disk.
 """
@@ -57,7 +56,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--encoder", default="distilbert/distilroberta-base",
-        help="a model: folder or name on the Hugging Face hub; 'static' for a tower from nothing (default: %(default)s)",
+        help="folder or name on the Hugging Face hub; 'static' for a tower from nothing (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--pooling", choices=["cls", "mean"], help="of a plain transformer; the model's own otherwise")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text (default: %(default)s)")

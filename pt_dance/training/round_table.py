@@ -13,6 +13,7 @@ from pt_dance.storage.display import grid
 def round_settings(round_: Any) -> dict[str, str]:
     """Return a round's settings by the names that papers give them; what a round does not use is left out."""
     settings = {
+        "starts from": "the best round so far" if round_.start == "best" else None,
         "loss": round_.loss_name + _options(round_.loss_options),
         "negatives": _source(round_.negatives),
         "query negatives": _source(round_.query_negatives) if round_.is_dual else None,
