@@ -13,9 +13,9 @@ on after a crash:
 
 Cost on one H100, on paper, not measured: an encoder of base size takes some 22 GFLOP for a passage of 128 tokens, so
 at a third of the card's 990 TFLOP/s in bfloat16 some 15,000 passages a second at best; with a third of that the 8.8
-million passages take half an hour a refresh, 500,000 pairs with one negative (three texts, forwards and backwards) half an hour
-an epoch. ANCE with three refreshes takes about five hours, DANCE with four about six; an index of 768 float32 numbers a
-passage is 27 GB on disk.
+million passages take half an hour a refresh, 500,000 pairs with one negative (three texts, forwards and backwards)
+half an hour an epoch. ANCE with three refreshes takes about five hours, DANCE with four about six; an index of 768
+float32 numbers a passage is 27 GB on disk.
 """
 
 from __future__ import annotations
