@@ -30,6 +30,8 @@ from pt_dance.training import checkpoints
 
 SETTINGS = "settings.json"
 META = "pt_meta.json"
+# What runs of version 0.1 did where their settings say nothing of it.
+_THEN = {"processes": 1, "start": "last"}
 _ADVICE = "remove pt_meta.json, this round's folder and those of later rounds, and fit goes on from there"
 
 
@@ -83,8 +85,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / SETTINGS, settings)
             return
-        before.setdefault("processes", 1)  # there was one only in older versions
-        # options that an older version did not have are off in its runs
+        before = {**{key: _THEN[key.split()[-1]] for key in settings if key.split()[-1] in _THEN}, **before}
+        # other options that an older version did not have are off in its runs
         differing = [key for key in settings if before.get(key) != settings[key] and (key in before or settings[key])]
         if not differing:
             return
