@@ -19,13 +19,15 @@ ANCE = {
     "depth": 200, "negatives_per_query": 20, "share_of_queries": 0.2,
 }  # fmt: skip
 
-#: 8 GPUs x 4 rows x 2 accumulated, 5e-6, all queries' 20 of the top 200, a checkpoint every 5,000 steps.
+#: 8 GPUs x 4 rows x 2 accumulated, 5e-6, 20 of the top 200, a checkpoint every 5,000 steps; that a refresh takes a
+#: fifth of the queries is the default of ANCE's script, assumed here.
 DANCE = {
     "learning_rate": 5e-6, "batch_size": 64, "warmup": 3000, "training_arguments": _LAMB, "steps": 5_000, "depth": 200,
     "negatives_per_query": 20, "share_of_queries": 0.2,
 }  # fmt: skip
 
-#: Hofstätter et al., section 4: Adam, 7e-6, 32 triples of a query, a positive and a BM25 negative.
+#: Hofstätter et al., section 4: Adam, 7e-6, 32 triples of a query, a positive and a BM25 negative. Rate and batch size
+#: were not checked against the authors' code, which is not at hand.
 MARGIN_MSE = {
     "similarity": "dot", "loss_options": {"temperature": 1.0}, "learning_rate": 7e-6, "batch_size": 32, "warmup": 0.0,
     "scheduler": "constant", "training_arguments": {"weight_decay": 0.0},
