@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help quickstart test test-collections test-notebooks lint imports format pages docs package clean
+.PHONY: help evidence quickstart test test-collections test-notebooks lint imports format pages docs package clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -29,6 +29,9 @@ test-collections: $(INSTALLED)  ## run the tests that need ../shared/data, or mi
 
 test-notebooks: $(INSTALLED)  ## run all notebooks
 	$(BIN)/python -m pytest tests -m notebooks
+
+evidence: $(INSTALLED)  ## measure what each method is worth, cell by cell; SMALL=1 at toy size
+	$(BIN)/python experiments/evidence/run.py $(if $(SMALL),--small)
 
 lint: imports  ## check style, types and what imports what
 	$(BIN)/python -m ruff check .
