@@ -200,7 +200,7 @@ def is_refused(call, folder, *words):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         call()
     message = str(caught.value.args[0])
-    assert "\n" not in message and len(message) < 500, message
+    assert "\n" not in message and len(message.replace(str(folder), "")) < 500, message
     for word in words:
         assert word in message, message
     assert not list(folder.rglob("canary")), "something was unpickled"

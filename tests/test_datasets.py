@@ -566,4 +566,5 @@ def test_entry_points_load(name):
 def test_no_entry_point_of_ours_is_untested():
     ours = {f"{point.group}/{point.name}" for point in distribution("pt_dance").entry_points}
     parameters = test_entry_points_load.pytestmark[0].args[1]
-    assert ours == set(parameters)
+    # pyterrier_dr has an entry of the same name; test_flex.py sees that ours opens our folders
+    assert ours - {"pyterrier.artifact/dense_index.flex"} == set(parameters)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -171,7 +173,8 @@ def test_page_tells_what_was_trained(hostile):
     text = parsed(path).text
     for told in (
         "DualEncoder('static'), 16 dimensions, cosine similarity", "200 documents", dance.corpus.fingerprint,
-        "60 queries, 60 relevant pairs", "Python 3.", "torch ", "pytest", "Round 2, ance: 1 epoch in batches of 16",
+        "60 queries, 60 relevant pairs", "Python 3.", "torch ", shlex.join(sys.argv),
+        "Round 2, ance: 1 epoch in batches of 16",
         "drawn at random from the top 200 of current model", "Results on 60 queries", "all 60 relevant pairs",
     ):  # fmt: skip
         assert told in text, told
