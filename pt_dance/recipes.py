@@ -15,7 +15,7 @@ import pyterrier as pt
 from pt_dance.mining.candidates import check_options
 from pt_dance.mining.sources import FIRST_STAGE, check_source
 from pt_dance.storage.display import facts
-from pt_dance.storage.options import number, whole
+from pt_dance.storage.options import choice, number, whole
 from pt_dance.training import published as release
 from pt_dance.training.defaults import TEACHER_LOSSES
 from pt_dance.training.options import SCHEDULERS, check_loss, check_training_arguments
@@ -120,18 +120,17 @@ class Round:
         self._set("warmup", share if share < 1 else whole("warmup", self.warmup))
         if self.teacher is not None and not isinstance(self.teacher, pt.Transformer):
             raise TypeError(f"teacher={self.teacher!r} must be a PyTerrier pipeline that scores (query, text) rows")
-        taught = [loss for loss in self._losses() if loss in TEACHER_LOSSES]
+        parts = [part[0] for part in self.loss] if isinstance(self.loss, (list, tuple)) else [self.loss]
+        taught = [loss for loss in parts if loss in TEACHER_LOSSES]
         if self.teacher is None and taught:
             raise ValueError(f"the loss {taught[0]!r} learns from a teacher; give teacher=... (a pipeline that scores)")
-        if self.scheduler not in SCHEDULERS:
-            raise ValueError(f"scheduler={self.scheduler!r} is unknown; choose one of {', '.join(SCHEDULERS)}")
+        choice("scheduler", self.scheduler, SCHEDULERS)
         if not isinstance(self.filters, (list, tuple)) or not all(callable(entry) for entry in self.filters):
             raise TypeError(f"filters={self.filters!r} must be a list of filters, such as mining.RankRange(10, 200)")
         check_training_arguments(self.training_arguments)
         if self.start not in ("last", "best") or (self.start == "best" and self.carry_optimizer):
             raise ValueError(f"start={self.start!r} must be 'last', or 'best' without carry_optimizer")
-        if self.similarity not in (None, "cosine", "dot"):
-            raise ValueError(f"similarity={self.similarity!r} is unknown; choose 'cosine', 'dot' or None")
+        choice("similarity", self.similarity, ("cosine", "dot"), or_none=True)
         if self.negatives_per_row > self.negatives_per_query:
             more, pool = self.negatives_per_row, self.negatives_per_query
             raise ValueError(f"negatives_per_row={more} is more than negatives_per_query={pool}")
@@ -140,15 +139,12 @@ class Round:
         """Keep an option as a plain number, whichever library's number was given."""
         object.__setattr__(self, option, value)
 
-    def _losses(self) -> list[object]:
-        return [part[0] for part in self.loss] if isinstance(self.loss, (list, tuple)) else [self.loss]
-
     @property
     def loss_name(self) -> str:
         """The loss in words: its name, or the weighted sum."""
         if isinstance(self.loss, (list, tuple)):
-            return " + ".join(f"{part[1]:g} {_named(part[0])}" for part in self.loss)
-        return _named(self.loss)
+            return " + ".join(f"{part[1]:g} {getattr(part[0], '__name__', part[0])}" for part in self.loss)
+        return str(getattr(self.loss, "__name__", self.loss))
 
     @property
     def is_dual(self) -> bool:
@@ -431,10 +427,6 @@ def check_recipe(recipe: object) -> list[Round]:
         raise ValueError("the recipe has no round; give at least one pt_dance.Round")
     check_carried(rounds)
     return list(rounds)
-
-
-def _named(loss: Any) -> str:
-    return loss if isinstance(loss, str) else loss.__name__
 
 
 def _anew(rounds: list[Round], **options) -> list[Round]:
