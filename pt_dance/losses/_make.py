@@ -118,26 +118,16 @@ def make(loss: LossName, model: SentenceTransformer, rows: TrainingRows | None =
         built = DualLoss(built, around["dual_weight"], around["document_weight"])
     if around["alignment"] or around["uniformity"]:
         built = RegularizedLoss(
-            built,
-            around["alignment"],
-            around["uniformity"],
-            around["alignment_alpha"],
-            around["uniformity_t"],
-            around["uniformity_sum"],
-        )
+            built, alignment=around["alignment"], uniformity=around["uniformity"], alpha=around["alignment_alpha"],
+            t=around["uniformity_t"], uniformity_sum=around["uniformity_sum"],
+        )  # fmt: skip
     return built
 
 
 def check(loss: LossName, **options_given: Any) -> None:
     """Refuse what :func:`make` would refuse about names: an unknown loss or option, or one that would do nothing.
 
-    Args:
-        loss: as :func:`make` takes it.
-        **options_given: as :func:`make` takes them.
-
-    Raises:
-        ValueError: naming the loss or option and the valid ones.
-        TypeError: neither a name, a loss class nor a list.
+    Arguments and errors are those of :func:`make`.
     """
     valid = options(loss)
     _refuse_unknown(options_given, valid, "a list of losses" if _is_list(loss) else f"loss {_label(loss)}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pt_dance.losses._batch import Batch, BatchRows
 from pt_dance.losses.rows import TrainingRows
+from pt_dance.storage.options import choice, number, whole
 
 SIMILARITIES = ("cosine", "dot")
 
@@ -34,6 +35,12 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
 
     A subclass implements :meth:`loss_of`, from a :class:`~pt_dance.losses.Batch` to a scalar. Since a batch can be
     mirrored, every loss has its dual form through :class:`~pt_dance.losses.DualLoss`.
+
+    Attributes:
+        needs_negatives: whether the loss has nothing to learn from without mined texts.
+        needs_teacher: whether it also needs a teacher's score of each of them and of the positives.
+        two_sided: whether it has both directions in itself, so that DualLoss would count them twice.
+        shown: names of the options that model cards give.
 
     Args:
         model: the SentenceTransformer to train.
@@ -55,6 +62,10 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
 
     temperature: float = 1.0
     similarity: str = "cosine"
+    needs_negatives = False
+    needs_teacher = False
+    two_sided = False
+    shown: tuple[str, ...] = ("similarity", "temperature", "mini_batch_size", "gather_across_devices")
 
     def __init__(
         self,
@@ -67,37 +78,23 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
-        similarity = self.similarity if similarity is None else similarity
-        temperature = self.temperature if temperature is None else temperature
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a SentenceTransformer, not {type(model).__name__}")
         if rows is not None and not isinstance(rows, TrainingRows):
             raise TypeError(f"rows must be a TrainingRows, not {type(rows).__name__}")
-        if query_negatives is not None:
-            if rows is not None:
-                raise ValueError("query_negatives is known from rows: give one of them, not both")
-            check_number("query_negatives", query_negatives, lowest=0, whole=True)
-        if similarity not in SIMILARITIES:
-            raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, not {similarity!r}")
-        check_number("temperature", temperature, above=0)
-        if mini_batch_size is not None:
-            check_number("mini_batch_size", mini_batch_size, lowest=1, whole=True)
+        if rows is not None and query_negatives is not None:
+            raise ValueError("query_negatives is known from rows: give one of them, not both")
         self.model = model
         self.rows = rows
-        self.query_negatives = query_negatives
-        self.similarity = similarity
-        self.temperature = temperature
-        self.mini_batch_size = mini_batch_size
+        self.query_negatives = whole("query_negatives", query_negatives, 0, or_none=True)
+        self.similarity = choice("similarity", self.similarity if similarity is None else similarity, SIMILARITIES)
+        self.temperature = number("temperature", self.temperature if temperature is None else temperature, above=0)
+        self.mini_batch_size = whole("mini_batch_size", mini_batch_size, or_none=True)
         self.gather_across_devices = bool(gather_across_devices)
         self.uses_gradient_cache = mini_batch_size is not None and not _is_static(model)
         if rows is not None:
             self.check_rows(rows)
-
-    @property
-    def two_sided(self) -> bool:
-        """Whether the loss has both directions in itself, so that DualLoss would count them twice."""
-        return False
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Return the loss of a batch.
@@ -122,6 +119,20 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         Raises:
             ValueError: something is missing from the rows.
         """
+        name = type(self).__name__
+        if (self.needs_negatives or self.needs_teacher) and rows.negatives.shape[1] == 0:
+            raise ValueError(
+                f"{name} has nothing to learn from: it has no in-batch negatives and the training rows have no {mined}"
+            )
+        if self.needs_teacher:
+            needed = f"{name} needs the teacher's scores of the positives and of the {mined}"
+            if rows.teacher_positive is None or rows.teacher_negatives is None:
+                raise ValueError(f"{needed}: the training rows have none")
+            missing = ~np.isfinite(rows.teacher_negatives) & (rows.negatives >= 0)
+            unscored = ~np.isfinite(rows.teacher_positive) | missing.any(axis=1)
+            if unscored.any():
+                first = int(unscored.argmax())
+                raise ValueError(f"{needed}: {int(unscored.sum())} rows lack some, the first of them row {first}")
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Return the loss of a batch of embeddings as the model gives them; shape ()."""
@@ -185,13 +196,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the options, as sentence-transformers writes them on model cards."""
-        return {
-            "similarity": self.similarity,
-            "temperature": self.temperature,
-            "mini_batch_size": self.mini_batch_size,
-            "gather_across_devices": self.gather_across_devices,
-            "known_positives_masked": self.rows is not None,
-        }
+        return {name: getattr(self, name) for name in self.shown} | {"known_positives_masked": self.rows is not None}
 
     def _split(self, columns: list) -> tuple[list, list]:
         """Return columns of documents, but for the first one, and of mined queries."""
@@ -285,6 +290,8 @@ class WrappedLoss(RetrievalLoss):
         ValueError: losses that do not agree.
     """
 
+    shown: tuple[str, ...] = ("mini_batch_size", "gather_across_devices")
+
     def __init__(self, *losses: RetrievalLoss) -> None:
         for loss in losses:
             if not isinstance(loss, RetrievalLoss):
@@ -302,51 +309,6 @@ class WrappedLoss(RetrievalLoss):
     def evaluate(self, batch: Batch) -> Tensor:
         """Return the loss of a batch; each loss inside applies its own similarity and temperature."""
         return self.loss_of(batch)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return the options that are not those of the losses inside."""
-        return {"mini_batch_size": self.mini_batch_size, "gather_across_devices": self.gather_across_devices}
-
-
-def check_teacher_scores(rows: TrainingRows, mined: str, loss: RetrievalLoss) -> None:
-    """Refuse rows without mined negatives or without the teacher's score of any pair.
-
-    Args:
-        rows: the training rows, mirrored for the dual direction.
-        mined: how messages call the mined texts of this direction.
-        loss: the loss that needs them.
-
-    Raises:
-        ValueError: saying what is missing.
-    """
-    name = type(loss).__name__
-    if rows.negatives.shape[1] == 0:
-        raise ValueError(f"{name} has nothing to learn from: the training rows have no {mined}")
-    if rows.teacher_positive is None or rows.teacher_negatives is None:
-        raise ValueError(f"{name} needs the teacher's scores of the positives and of the {mined}")
-    missing = ~np.isfinite(rows.teacher_negatives) & (rows.negatives >= 0)
-    unscored = ~np.isfinite(rows.teacher_positive) | missing.any(axis=1)
-    if unscored.any():
-        raise ValueError(
-            f"{name} needs the teacher's scores of the positives and of the {mined}: "
-            f"{int(unscored.sum())} rows lack some, the first of them row {int(unscored.argmax())}"
-        )
-
-
-def check_number(
-    name: str, value: Any, *, lowest: float | None = None, above: float | None = None, whole: bool = False
-) -> None:
-    """Refuse an option that is no finite number of its range.
-
-    Raises:
-        ValueError: naming the option, its range and the value.
-    """
-    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-    good = isinstance(value, kinds) and not isinstance(value, bool) and np.isfinite(value)
-    good = good and (lowest is None or value >= lowest) and (above is None or value > above)
-    if not good:
-        bound = f"{lowest} or more" if lowest is not None else f"above {above}"
-        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, {bound}; it is {value!r}")
 
 
 def _embed_bags(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor]:

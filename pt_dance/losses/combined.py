@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pt_dance.losses._batch import Batch
-from pt_dance.losses.base import RetrievalLoss, WrappedLoss, check_number
+from pt_dance.losses.base import RetrievalLoss, WrappedLoss
 from pt_dance.losses.rows import TrainingRows
+from pt_dance.storage.options import number
 
 
 class SumLoss(WrappedLoss):
@@ -41,12 +42,10 @@ class SumLoss(WrappedLoss):
         if not losses or any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in losses):
             raise ValueError("SumLoss needs a list of (loss, weight) pairs, one or more")
         super().__init__(*(loss for loss, _ in losses))
-        for _, weight in losses:
-            check_number("weight", weight, lowest=0)
-        if not any(weight for _, weight in losses):
-            raise ValueError("the weights of a SumLoss are all 0: nothing is left to train on")
         self.losses = nn.ModuleList(loss for loss, _ in losses)
-        self.weights = [float(weight) for _, weight in losses]
+        self.weights = [number("weight", weight, lowest=0) for _, weight in losses]
+        if not any(self.weights):
+            raise ValueError("the weights of a SumLoss are all 0: nothing is left to train on")
 
     def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
         """Refuse rows that one of the losses cannot be computed of."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pt_dance.losses._batch import Batch
 from pt_dance.losses.base import RetrievalLoss
-from pt_dance.losses.rows import TrainingRows
 
 
 class ContrastiveLoss(RetrievalLoss):
@@ -66,35 +65,8 @@ class ContrastiveLoss(RetrievalLoss):
     """
 
     temperature = 0.05
-
-    def __init__(self, model: SentenceTransformer, *args: Any, in_batch: bool = True, **options: Any) -> None:
-        self.in_batch = bool(in_batch)
-        super().__init__(model, *args, **options)
-
-    def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
-        """Refuse rows without mined negatives where there are no in-batch negatives either."""
-        if not self.in_batch and rows.negatives.shape[1] == 0:
-            raise ValueError(
-                f"{type(self).__name__}(in_batch=False) has nothing to learn from: the training rows have no {mined}"
-            )
-
-    def loss_of(self, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of the local rows."""
-        if self.in_batch:
-            return cross_entropy(batch, batch.candidate_scores() / self.temperature, batch.local.start)
-        positive, negatives = batch.row_scores()
-        if (usable := batch.rows.usable_negatives) is not None:
-            negatives = negatives.masked_fill(~usable[batch.local], -torch.inf)
-        return cross_entropy(batch, torch.cat([positive, negatives], dim=1) / self.temperature)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return the options, as sentence-transformers writes them on model cards."""
-        return {**super().get_config_dict(), "in_batch": self.in_batch}
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the source."""
-        return """
+    shown = (*RetrievalLoss.shown, "in_batch")
+    citation = """
 @misc{oord2019representationlearningcontrastivepredictive,
       title={Representation Learning with Contrastive Predictive Coding},
       author={Aaron van den Oord and Yazhe Li and Oriol Vinyals},
@@ -105,6 +77,19 @@ class ContrastiveLoss(RetrievalLoss):
       url={https://arxiv.org/abs/1807.03748},
 }
 """
+
+    def __init__(self, model: SentenceTransformer, *args: Any, in_batch: bool = True, **options: Any) -> None:
+        self.in_batch, self.needs_negatives = bool(in_batch), not in_batch
+        super().__init__(model, *args, **options)
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of the local rows."""
+        if self.in_batch:
+            return cross_entropy(batch, batch.candidate_scores() / self.temperature, batch.local.start)
+        positive, negatives = batch.row_scores()
+        if (usable := batch.rows.usable_negatives) is not None:
+            negatives = negatives.masked_fill(~usable[batch.local], -torch.inf)
+        return cross_entropy(batch, torch.cat([positive, negatives], dim=1) / self.temperature)
 
 
 def cross_entropy(batch: Batch, logits: Tensor, first: int | None = None) -> Tensor:

@@ -9,8 +9,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from pt_dance.losses._batch import Batch
-from pt_dance.losses.base import RetrievalLoss, check_number, check_teacher_scores
-from pt_dance.losses.rows import TrainingRows
+from pt_dance.losses.base import RetrievalLoss
+from pt_dance.storage.options import number
 
 
 class DistillKLLoss(RetrievalLoss):
@@ -61,17 +61,25 @@ class DistillKLLoss(RetrievalLoss):
     """
 
     temperature = 0.05
+    needs_teacher = True
+    shown = (*RetrievalLoss.shown, "teacher_temperature")
+    citation = """
+@misc{lin2020distillingdenserepresentationsranking,
+      title={Distilling Dense Representations for Ranking using Tightly-Coupled Teachers},
+      author={Sheng-Chieh Lin and Jheng-Hong Yang and Jimmy Lin},
+      year={2020},
+      eprint={2010.11386},
+      archivePrefix={arXiv},
+      primaryClass={cs.IR},
+      url={https://arxiv.org/abs/2010.11386},
+}
+"""
 
     def __init__(
         self, model: SentenceTransformer, *args: Any, teacher_temperature: float = 1.0, **options: Any
     ) -> None:
-        check_number("teacher_temperature", teacher_temperature, above=0)
-        self.teacher_temperature = teacher_temperature
+        self.teacher_temperature = number("teacher_temperature", teacher_temperature, above=0)
         super().__init__(model, *args, **options)
-
-    def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
-        """Refuse rows without mined negatives or without the teacher's score of any pair."""
-        check_teacher_scores(rows, mined, self)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Return the mean divergence of the rows that have a usable mined negative."""
@@ -88,22 +96,3 @@ class DistillKLLoss(RetrievalLoss):
         # Where a candidate is hidden both are -inf, and its difference counts as 0.
         divergence = (teacher.exp() * (teacher - student).masked_fill(hidden, 0)).sum(dim=1)
         return batch.mean(divergence, counted)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return the options, as sentence-transformers writes them on model cards."""
-        return {**super().get_config_dict(), "teacher_temperature": self.teacher_temperature}
-
-    @property
-    def citation(self) -> str:
-        """Return the BibTeX of the source."""
-        return """
-@misc{lin2020distillingdenserepresentationsranking,
-      title={Distilling Dense Representations for Ranking using Tightly-Coupled Teachers},
-      author={Sheng-Chieh Lin and Jheng-Hong Yang and Jimmy Lin},
-      year={2020},
-      eprint={2010.11386},
-      archivePrefix={arXiv},
-      primaryClass={cs.IR},
-      url={https://arxiv.org/abs/2010.11386},
-}
-"""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pt_dance.losses._batch import Batch
-from pt_dance.losses.base import RetrievalLoss, WrappedLoss, check_number
+from pt_dance.losses.base import RetrievalLoss, WrappedLoss
 from pt_dance.losses.rows import TrainingRows
+from pt_dance.storage.options import number
 
 
 class DualLoss(WrappedLoss):
@@ -48,18 +48,26 @@ class DualLoss(WrappedLoss):
     """
 
     two_sided = True
+    shown = ("loss", "weight", "document_weight", *WrappedLoss.shown)
+    citation = """
+@article{li2021more,
+    title={More Robust Dense Retrieval with Contrastive Dual Learning},
+    author={Yizhi Li and Zhenghao Liu and Chenyan Xiong and Zhiyuan Liu},
+    journal={arXiv preprint arXiv:2107.07773},
+    year={2021},
+    url={https://arxiv.org/abs/2107.07773},
+}
+"""
 
     def __init__(self, loss: RetrievalLoss, weight: float = 0.1, document_weight: float = 1.0) -> None:
-        check_number("weight", weight, lowest=0)
-        check_number("document_weight", document_weight, lowest=0)
         if weight == document_weight == 0:
             raise ValueError("weight and document_weight are both 0: nothing is left to train on")
         super().__init__(loss)
         if any(getattr(module, "two_sided", False) for module in loss.modules()):
             raise ValueError(f"{type(loss).__name__} has both directions already: DualLoss would count them twice")
         self.loss = loss
-        self.weight = weight
-        self.document_weight = document_weight
+        self.weight = number("weight", weight, lowest=0)
+        self.document_weight = number("document_weight", document_weight, lowest=0)
         if self.rows is not None:
             self.check_rows(self.rows)
 
@@ -76,25 +84,3 @@ class DualLoss(WrappedLoss):
         if self.weight:
             terms.append(self.weight * self.loss.evaluate(batch.mirrored()))
         return reduce(torch.add, terms)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return the options, as sentence-transformers writes them on model cards."""
-        return {
-            "loss": self.loss,
-            "weight": self.weight,
-            "document_weight": self.document_weight,
-            **super().get_config_dict(),
-        }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the source."""
-        return """
-@article{li2021more,
-    title={More Robust Dense Retrieval with Contrastive Dual Learning},
-    author={Yizhi Li and Zhenghao Liu and Chenyan Xiong and Zhiyuan Liu},
-    journal={arXiv preprint arXiv:2107.07773},
-    year={2021},
-    url={https://arxiv.org/abs/2107.07773},
-}
-"""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pt_dance.losses._batch import Batch
-from pt_dance.losses.base import RetrievalLoss, check_teacher_scores
-from pt_dance.losses.rows import TrainingRows
+from pt_dance.losses.base import RetrievalLoss
 
 
 class MarginMSELoss(RetrievalLoss):
@@ -57,21 +56,8 @@ class MarginMSELoss(RetrievalLoss):
     """
 
     similarity = "dot"
-
-    def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
-        """Refuse rows without mined negatives or without the teacher's score of any pair."""
-        check_teacher_scores(rows, mined, self)
-
-    def loss_of(self, batch: Batch) -> Tensor:
-        """Return the mean over the usable mined negatives."""
-        positive, negatives = batch.row_scores()
-        margins = (positive - negatives) / self.temperature
-        return batch.mean((margins - batch.teacher_margins().to(margins)).square(), batch.rows.usable_negatives)
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the source."""
-        return """
+    needs_teacher = True
+    citation = """
 @misc{hofstätter2021improving,
     title={Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation},
     author={Sebastian Hofstätter and Sophia Althammer and Michael Schröder and Mete Sertkan and Allan Hanbury},
@@ -81,3 +67,9 @@ class MarginMSELoss(RetrievalLoss):
     primaryClass={cs.IR}
 }
 """
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Return the mean over the usable mined negatives."""
+        positive, negatives = batch.row_scores()
+        margins = (positive - negatives) / self.temperature
+        return batch.mean((margins - batch.teacher_margins().to(margins)).square(), batch.rows.usable_negatives)

@@ -7,7 +7,6 @@ from torch.nn.functional import softplus
 
 from pt_dance.losses._batch import Batch
 from pt_dance.losses.base import RetrievalLoss
-from pt_dance.losses.rows import TrainingRows
 
 
 class PairwiseLoss(RetrievalLoss):
@@ -56,24 +55,8 @@ class PairwiseLoss(RetrievalLoss):
     """
 
     similarity = "dot"
-
-    def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
-        """Refuse rows without mined negatives: this loss has no others."""
-        if rows.negatives.shape[1] == 0:
-            raise ValueError(
-                f"PairwiseLoss has nothing to learn from: the training rows have no {mined}. "
-                "Mine some, or use ContrastiveLoss, which has in-batch negatives"
-            )
-
-    def loss_of(self, batch: Batch) -> Tensor:
-        """Return the mean over the usable mined negatives."""
-        positive, negatives = batch.row_scores()
-        return batch.mean(softplus((negatives - positive) / self.temperature), batch.rows.usable_negatives)
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the source."""
-        return """
+    needs_negatives = True
+    citation = """
 @inproceedings{xiong2021approximate,
     title={Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval},
     author={Lee Xiong and Chenyan Xiong and Ye Li and Kwok-Fung Tang and Jialin Liu and Paul N. Bennett and
@@ -83,3 +66,8 @@ class PairwiseLoss(RetrievalLoss):
     url={https://arxiv.org/abs/2007.00808},
 }
 """
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """Return the mean over the usable mined negatives."""
+        positive, negatives = batch.row_scores()
+        return batch.mean(softplus((negatives - positive) / self.temperature), batch.rows.usable_negatives)

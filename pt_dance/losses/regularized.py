@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pt_dance.losses._batch import Batch, all_scores
-from pt_dance.losses.base import RetrievalLoss, WrappedLoss, check_number
+from pt_dance.losses.base import RetrievalLoss, WrappedLoss
 from pt_dance.losses.rows import TrainingRows
+from pt_dance.storage.options import number
 
 
 class RegularizedLoss(WrappedLoss):
@@ -50,6 +49,18 @@ class RegularizedLoss(WrappedLoss):
             loss = RegularizedLoss(dance, alignment=0.1, uniformity=0.1)
     """
 
+    two_sided = True  # both regularisers are the same for queries and for documents
+    shown = ("loss", "alignment", "uniformity", "alpha", "t", "uniformity_sum", *WrappedLoss.shown)
+    citation = """
+@inproceedings{wang2020understanding,
+    title={Understanding Contrastive Representation Learning through Alignment and Uniformity on the Hypersphere},
+    author={Tongzhou Wang and Phillip Isola},
+    booktitle={International Conference on Machine Learning},
+    year={2020},
+    url={https://arxiv.org/abs/2005.10242},
+}
+"""
+
     def __init__(
         self,
         loss: RetrievalLoss,
@@ -59,28 +70,19 @@ class RegularizedLoss(WrappedLoss):
         t: float = 5.0,
         uniformity_sum: bool = False,
     ) -> None:
-        check_number("alignment", alignment, lowest=0)
-        check_number("uniformity", uniformity, lowest=0)
-        check_number("alpha", alpha, above=0)
-        check_number("t", t, above=0)
         if alignment == uniformity == 0:
             raise ValueError("alignment and uniformity are both 0: RegularizedLoss would change nothing")
         super().__init__(loss)
         self.loss = loss
-        self.alignment = alignment
-        self.uniformity = uniformity
-        self.alpha = alpha
-        self.t = t
+        self.alignment = number("alignment", alignment, lowest=0)
+        self.uniformity = number("uniformity", uniformity, lowest=0)
+        self.alpha = number("alpha", alpha, above=0)
+        self.t = number("t", t, above=0)
         self.uniformity_sum = bool(uniformity_sum)
 
     def check_rows(self, rows: TrainingRows, mined: str = "negatives") -> None:
         """Refuse rows that the loss inside cannot be computed of."""
         self.loss.check_rows(rows, mined)
-
-    @property
-    def two_sided(self) -> bool:
-        """True: both regularisers are the same for queries and for documents."""
-        return True
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Return the loss inside and the weighted regularisers."""
@@ -108,21 +110,3 @@ class RegularizedLoss(WrappedLoss):
             return batch.queries.sum() * 0
         squared = 2 - 2 * all_scores(batch.queries, batch.queries)
         return torch.logsumexp((-self.t * squared)[distinct], dim=0) - torch.log(squared.new_tensor(count))
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return the options, as sentence-transformers writes them on model cards."""
-        options = {name: getattr(self, name) for name in ("alignment", "uniformity", "alpha", "t", "uniformity_sum")}
-        return {"loss": self.loss, **options, **super().get_config_dict()}
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the source."""
-        return """
-@inproceedings{wang2020understanding,
-    title={Understanding Contrastive Representation Learning through Alignment and Uniformity on the Hypersphere},
-    author={Tongzhou Wang and Phillip Isola},
-    booktitle={International Conference on Machine Learning},
-    year={2020},
-    url={https://arxiv.org/abs/2005.10242},
-}
-"""

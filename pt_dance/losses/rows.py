@@ -116,13 +116,8 @@ class TrainingRows:
         Returns:
             bool (a, b). Time and memory beyond it grow with the queries' judgements, not with the collection.
         """
-        of, judged = _entries(self.relevance, queries)
-        order = np.argsort(documents, kind="stable")
-        ranked = documents[order]
-        first = np.searchsorted(ranked, judged, side="left")
-        count = np.searchsorted(ranked, judged, side="right") - first
         found = np.zeros((len(queries), len(documents)), dtype=bool)
-        found[np.repeat(of, count), order[_runs(first, count)]] = True
+        found[_matches(*_entries(self.relevance, queries), documents)] = True
         return found
 
     def relevant_to_own(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -154,11 +149,8 @@ class TrainingRows:
         of, documents = _entries(self.relevance, queries)
         other_of, other_documents = (of, documents) if others is queries else _entries(self.relevance, others)
         related = queries[:, None] == others[None, :]
-        order = np.argsort(other_documents, kind="stable")
-        ranked = other_documents[order]
-        first = np.searchsorted(ranked, documents, side="left")
-        count = np.searchsorted(ranked, documents, side="right") - first
-        related[np.repeat(of, count), other_of[order[_runs(first, count)]]] = True
+        row, entry = _matches(of, documents, other_documents)
+        related[row, other_of[entry]] = True
         return related
 
     def related_documents(self, documents: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -211,6 +203,15 @@ def _entries(matrix: sp.csr_matrix, rows: np.ndarray) -> tuple[np.ndarray, np.nd
     first = matrix.indptr[rows]
     count = matrix.indptr[np.asarray(rows) + 1] - first
     return np.repeat(np.arange(len(count)), count), matrix.indices[_runs(first, count)]
+
+
+def _matches(of: np.ndarray, values: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where values occur among others: of each match the value's entry in ``of``, and its position there."""
+    order = np.argsort(others, kind="stable")
+    ranked = others[order]
+    first = np.searchsorted(ranked, values, side="left")
+    count = np.searchsorted(ranked, values, side="right") - first
+    return np.repeat(of, count), order[_runs(first, count)]
 
 
 def _runs(first: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pt_dance.losses._batch import Batch, all_scores
 from pt_dance.losses.base import RetrievalLoss
 from pt_dance.losses.contrastive import cross_entropy
+from pt_dance.storage.options import choice
 
 SIDES = ("query", "both")
 
@@ -60,17 +61,22 @@ class SamToneLoss(RetrievalLoss):
     """
 
     temperature = 0.05
+    shown = (*RetrievalLoss.shown, "sides")
+    citation = """
+@inproceedings{moiseev2023samtone,
+    title={SamToNe: Improving Contrastive Loss for Dual Encoder Retrieval Models with Same Tower Negatives},
+    author={Fedor Moiseev and Gustavo Hernandez Abrego and Peter Dornbach and Imed Zitouni and
+        Enrique Alfonseca and Zhe Dong},
+    booktitle={Findings of the Association for Computational Linguistics: ACL 2023},
+    year={2023},
+    url={https://arxiv.org/abs/2306.02516},
+}
+"""
 
     def __init__(self, model: SentenceTransformer, *args: Any, sides: str = "query", **options: Any) -> None:
-        if sides not in SIDES:
-            raise ValueError(f"sides must be one of {', '.join(SIDES)}, not {sides!r}")
-        self.sides = sides
+        self.sides = choice("sides", sides, SIDES)
+        self.two_sided = sides == "both"
         super().__init__(model, *args, **options)
-
-    @property
-    def two_sided(self) -> bool:
-        """Whether the mirrored term is in the loss already."""
-        return self.sides == "both"
 
     def loss_of(self, batch: Batch) -> Tensor:
         """Return the query side, and with ``sides="both"`` the mirrored one added to it."""
@@ -82,21 +88,3 @@ class SamToneLoss(RetrievalLoss):
         same_tower = same_tower.masked_fill(batch.rows.hidden_queries, -torch.inf)
         logits = torch.cat([batch.candidate_scores(), same_tower], dim=1) / self.temperature
         return cross_entropy(batch, logits, batch.local.start)
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return the options, as sentence-transformers writes them on model cards."""
-        return {**super().get_config_dict(), "sides": self.sides}
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of the source."""
-        return """
-@inproceedings{moiseev2023samtone,
-    title={SamToNe: Improving Contrastive Loss for Dual Encoder Retrieval Models with Same Tower Negatives},
-    author={Fedor Moiseev and Gustavo Hernandez Abrego and Peter Dornbach and Imed Zitouni and
-        Enrique Alfonseca and Zhe Dong},
-    booktitle={Findings of the Association for Computational Linguistics: ACL 2023},
-    year={2023},
-    url={https://arxiv.org/abs/2306.02516},
-}
-"""
