@@ -2,13 +2,14 @@
 
 Each child is a Python process started anew: it shares no lock, no thread and no open file with the one that kills it.
 It imports the script it is named, says so, and runs the script's function ``work`` once it is told with what. Then it
-is killed with SIGKILL, after some seconds or right before one of its operations on the disk. A child that hangs prints
-where and ends by itself.
+is killed with SIGKILL, after some seconds or right before one of its operations on the disk. A child that hangs is told
+to print where it does, and ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -23,7 +24,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-HANGS_AFTER = 150  # seconds; a child needs some ten on a busy machine
+import psutil
+
+HANGS_AFTER = 120  # seconds without use of the processor: on a busy machine a child may need minutes, but goes on
+ENDS_AFTER = 1500  # seconds, from which on a child is ended whatever it does
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Compiled files are written with os.replace, and only the first time: operations would not be numbered alike.
 SURROUNDINGS = {**ONE_THREAD, "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -72,12 +76,27 @@ def killed(script: str, job: dict[str, Any], *, seconds: float | None = None, op
         if seconds is not None:
             time.sleep(seconds)
             child.kill()
-        status = child.wait(2 * HANGS_AFTER)
+        status = _wait(child)
     finally:
         child.kill()
         child.communicate()
     assert status in (0, -signal.SIGKILL), f"a child failed with {status}"
     return status != 0
+
+
+def _wait(child: subprocess.Popen) -> int:
+    """Wait for a child to end; one that hangs says where."""
+    used, since = 0.0, time.monotonic()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(1)
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            times = psutil.Process(child.pid).cpu_times()
+            if times.user + times.system > used + 0.05:
+                used, since = times.user + times.system, time.monotonic()
+        if time.monotonic() - since > HANGS_AFTER:
+            child.send_signal(signal.SIGABRT)  # at which faulthandler prints what every thread does
+            return child.wait(HANGS_AFTER)
 
 
 def kill_at_random(
@@ -164,7 +183,8 @@ class Operations:
 
 def main() -> None:
     """Be the child."""
-    faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(ENDS_AFTER, exit=True)
     script = importlib.import_module(sys.argv[1])
     print("ready", flush=True)
     line = sys.stdin.readline()

@@ -11,7 +11,7 @@ from pt_dance.storage.folders import write_json
 from pt_dance.training import checkpoints
 
 
-@pytest.mark.timeout(600)  # each child imports everything anew
+@pytest.mark.timeout(1800)  # each child imports everything anew, and a busy machine has little time for it
 def test_killed_at_a_random_moment_and_between_operations_on_the_disk():
     options = ["--kills", "1", "--seed", "5", "--topics", "24", "--keep", "best"]
     summary = kill_fit.main([*options, "--first", "60", "--boundaries", "100"])

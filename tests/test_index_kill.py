@@ -7,7 +7,7 @@ import pytest
 import kill_indexing
 
 
-@pytest.mark.timeout(600)  # each child imports everything anew
+@pytest.mark.timeout(1800)  # each child imports everything anew, and a busy machine has little time for it
 def test_killed_between_operations_on_the_disk():
     options = ["--kills", "0", "--seed", "3", "--documents", "600", "--shard", "60", "--first", "47"]
     summary = kill_indexing.main([*options, "--boundaries", "100"])
