@@ -25,7 +25,7 @@ from evidence.evaluate import (
     own_target,
     zero_shot_target,
 )
-from evidence.methods import BASELINES, METHODS, Setting, first_encoder, grid
+from evidence.methods import BASELINES, METHODS, Setting, first_encoder, grid, with_start
 from evidence.protocol import Protocol
 from evidence.teacher import cross_fitted
 from pt_dance import DanceRetriever, DualEncoder
@@ -75,14 +75,29 @@ class Study:
             self._teachers[key] = cross_fitted(collection)
         return self._teachers[key]
 
+    def first_encoder(self, name: str, start: str, collection: Collection, seed: int) -> DualEncoder:
+        """The untrained encoder of a cell; one tower is made once, as its tokenizer reads all documents."""
+        budget = self.protocol.budgets[name]
+        folder = self.runs / "first" / collection.name / f"{name}-{budget.queries}-{seed}"
+        if not folder.exists():
+            first_encoder(name, collection, seed, minilm_path()).save(folder)
+        return with_start(DualEncoder.load(folder), start, seed)
+
     def cells(self, methods: Sequence[str] | None = None) -> list[Cell]:
-        """Every cell, those that others start from first; collections in turn, so that all fill evenly."""
+        """Every cell, in the order in which they are made.
+
+        A seed after the other, so that all methods are compared wherever the study ends; methods with a teacher last;
+        collections in turn.
+        """
+        names = [name for name in (*BASELINES, *METHODS) if methods is None or name in methods]
+        taught = [name for name in names if name in METHODS and METHODS[name].teacher]
         return [
             Cell(collection, encoder, method, seed)
             for encoder in self.protocol.encoders
+            for part in ([name for name in names if name not in taught], taught)
             for seed in self.protocol.budgets[encoder].seeds
-            for method in (*BASELINES, *METHODS)
-            if (methods is None or method in methods) and not (method in BASELINES and is_fixed(method, encoder, seed))
+            for method in part
+            if not (method in BASELINES and is_fixed(method, encoder, seed))
             for collection in self.protocol.training
         ]
 
@@ -105,7 +120,7 @@ class Study:
         chosen = METHODS[method]
         before: dict = {}
         if chosen.after is None:
-            start = first_encoder(encoder, chosen.start, collection, seed, minilm_path())
+            start = self.first_encoder(encoder, chosen.start, collection, seed)
         else:
             # The same learning rate: a stage goes on as its checkpoint was trained.
             shared = folder.parent / f"{chosen.after}-{setting.learning_rate:g}-{unit}"
@@ -178,8 +193,8 @@ class Study:
     def targets(self, without: str) -> list[Target]:
         """The zero-shot collections; a collection's own documents are left out."""
         names = [name for name in self.protocol.zero_shot if name != without]
-        most = self.protocol.zero_shot_queries
-        return [zero_shot_target(name, self.data, self.runs / "data", most) for name in names]
+        most, words = self.protocol.zero_shot_queries, self.protocol.words
+        return [zero_shot_target(name, self.data, self.runs / "data", most, words) for name in names]
 
     def run(self, cell: Cell) -> None:
         """Make a cell, unless it is there."""
@@ -195,7 +210,7 @@ class Study:
         else:
             folder = self.runs / "training" / cell.collection / cell.encoder / str(cell.seed)
             if cell.method == "untrained":
-                encoder = first_encoder(cell.encoder, "sde", collection, cell.seed, minilm_path())
+                encoder = self.first_encoder(cell.encoder, "sde", collection, cell.seed)
             else:
                 setting = self.tune(collection, cell.encoder, cell.method)
                 encoder, cost = self.train(

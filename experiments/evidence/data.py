@@ -71,15 +71,20 @@ class Collection:
         return clusters(self.name, *self.reported)
 
     @cached_property
-    def corpus(self) -> Corpus:
-        """All documents, or a part that holds every relevant one."""
+    def documents(self) -> Corpus:
+        """All documents, or a part that holds every relevant one: what BM25 reads."""
         needed = {docno for _, qrels in (self.train, self.tune, self.reported) for docno in qrels["docno"]}
         return open_corpus(self.dataset, self.folder / "corpus", most=self.protocol.documents, needed=needed)
 
     @cached_property
+    def corpus(self) -> Corpus:
+        """The beginning of each of these documents: what encoders read."""
+        return beginnings(self.documents, self.folder / f"beginnings-{len(self.documents)}", self.protocol.words)
+
+    @cached_property
     def bm25(self) -> pt.Transformer:
         """The first stage."""
-        return bm25(self.corpus, self.folder / f"bm25-{len(self.corpus)}")
+        return bm25(self.documents, self.folder / f"bm25-{len(self.documents)}")
 
     @cached_property
     def document_pool(self) -> pd.DataFrame:
@@ -140,6 +145,23 @@ class Collection:
         """Sizes, for the pages."""
         sizes = {f"{part}_queries": len(getattr(self, part)[0]) for part in ("train", "tune", "reported")}
         return sizes | {"documents": len(self.corpus), "clusters": int(self.reported_clusters.nunique())}
+
+
+def beginnings(documents: Corpus, path: Path, words: int) -> Corpus:
+    """The first words of each document, on disk after the first use.
+
+    Args:
+        documents: whole documents.
+        path: folder of the corpus that is made.
+        words: how many of each are kept.
+    """
+    if path.exists():
+        return Corpus(path)
+    cut = (
+        {"docno": document["docno"], "text": " ".join(document["text"].split()[:words])}
+        for document in documents.get_corpus_iter(verbose=False)
+    )
+    return Corpus.build(cut, path, fields=["text"], verbose=False)
 
 
 def clusters(name: str, topics: pd.DataFrame, qrels: pd.DataFrame) -> pd.Series:

@@ -58,7 +58,7 @@ def systems(study: Study, args: argparse.Namespace) -> dict[str, pt.Transformer]
     teacher = study.teacher(collection).models[0]
     cross = CrossEncoderScorer(teacher.model, max_length=teacher.max_length, batch_size=64)
     bm25 = collection.bm25
-    text = pt.text.get_text(collection.corpus, "text")
+    text = pt.text.get_text(collection.documents, "text")
     found = {"BM25": bm25 % 10, "dense": dense.retriever(num_results=10)}
     for depth in DEPTHS:
         found[f"BM25 % {depth} >> dense"] = bm25 % depth >> dense.retriever(num_results=10)

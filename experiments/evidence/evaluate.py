@@ -14,7 +14,7 @@ import torch
 import xxhash
 from ir_measures import RR, R, nDCG
 
-from evidence.data import Collection, _some
+from evidence.data import Collection, _some, beginnings
 from evidence.protocol import ZERO_SHOT
 from pt_dance import Corpus, DualEncoder, bm25
 
@@ -28,14 +28,17 @@ class Target:
 
     Args:
         name: tells tokens of one target from another's.
-        corpus: the documents.
+        documents: whole documents, which BM25 reads.
+        corpus: their beginnings, which encoders read.
         topics: ``qid``, ``query``.
         qrels: judgements, with their grades.
         folder: where tokens are kept.
     """
 
-    def __init__(self, name: str, corpus: Corpus, topics: pd.DataFrame, qrels: pd.DataFrame, folder: Path) -> None:
-        self.name, self.corpus, self.folder = name, corpus, folder
+    def __init__(
+        self, name: str, documents: Corpus, corpus: Corpus, topics: pd.DataFrame, qrels: pd.DataFrame, folder: Path
+    ) -> None:
+        self.name, self.documents, self.corpus, self.folder = name, documents, corpus, folder
         self.topics = topics.drop_duplicates("qid").reset_index(drop=True)
         self.qrels = qrels[qrels["qid"].isin(self.topics["qid"])].reset_index(drop=True)
         self.docnos = np.array(corpus.docno(np.arange(len(corpus))), dtype=object)
@@ -84,22 +87,25 @@ class Target:
 
 def own_target(collection: Collection, part: str) -> Target:
     """The reported or the tuning queries of a training collection."""
-    return Target(f"{collection.name} {part}", collection.corpus, *getattr(collection, part), collection.folder)
+    topics, qrels = getattr(collection, part)
+    name = f"{collection.name} {part}"
+    return Target(name, collection.documents, collection.corpus, topics, qrels, collection.folder)
 
 
 @lru_cache
-def zero_shot_target(name: str, data: Path, folder: Path, most: int) -> Target:
+def zero_shot_target(name: str, data: Path, folder: Path, most: int, words: int) -> Target:
     """A collection that nothing was trained on, whole, with a fixed part of its queries where there are many."""
     dataset = pt.get_dataset(f"dance:{data / name}")
     folder = folder / "zero-shot" / name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "corpus"
-    corpus = Corpus(path) if path.exists() else Corpus.build(dataset, path, verbose=False)
+    documents = Corpus(path) if path.exists() else Corpus.build(dataset, path, verbose=False)
+    corpus = beginnings(documents, folder / "beginnings", words)
     topics, qrels = dataset.get_topics(ZERO_SHOT[name]), dataset.get_qrels(ZERO_SHOT[name])
     judged = qrels.loc[qrels["label"] > 0, "qid"]
     topics = topics[topics["qid"].isin(judged)]
     kept = _some(pd.Index(topics["qid"]), most)
-    return Target(name, corpus, topics[topics["qid"].isin(kept)], qrels, folder)
+    return Target(name, documents, corpus, topics[topics["qid"].isin(kept)], qrels, folder)
 
 
 def ranking(queries: np.ndarray, documents: np.ndarray, qids, docnos: np.ndarray, depth: int) -> pd.DataFrame:
@@ -156,6 +162,6 @@ def measure_zero_shot(targets: list[Target], encoder: DualEncoder) -> pd.DataFra
 
 def measure_bm25(target: Target, folder: Path, measures: tuple) -> pd.DataFrame:
     """The same of BM25."""
-    found = (bm25(target.corpus, folder / f"bm25-{len(target.corpus)}") % 100)(target.topics[["qid", "query"]])
+    found = (bm25(target.documents, folder / f"bm25-{len(target.documents)}") % 100)(target.topics[["qid", "query"]])
     run = found.rename(columns={"qid": "query_id", "docno": "doc_id"})[["query_id", "doc_id", "score"]]
     return per_query(run, target.qrels, measures, target.name.split()[0])

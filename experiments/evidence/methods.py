@@ -196,28 +196,36 @@ def grid(method: Method, collection: Collection) -> list[Setting]:
     ]
 
 
-def first_encoder(name: str, start: str, collection: Collection, seed: int, minilm: str) -> DualEncoder:
-    """The untrained encoder of a cell.
+def first_encoder(name: str, collection: Collection, seed: int, minilm: str) -> DualEncoder:
+    """The untrained encoder of a cell, as one tower.
 
     Args:
         name: "static", "static-minilm" or "minilm".
-        start: see :class:`Method`.
         collection: its texts train a static tower's tokenizer.
-        seed: fixes the first weights of a static tower and of a projection.
+        seed: fixes the first weights of a static tower.
         minilm: folder of all-MiniLM-L6-v2.
     """
     protocol, length = collection.protocol, collection.budget.max_length
     if name == "static":
         texts = (document["text"] for document in collection.corpus.get_corpus_iter(verbose=False))
         texts = [*texts, *collection.train[0]["query"]]
-        encoder = DualEncoder.static(texts, dim=protocol.dim, vocab_size=protocol.vocab_size, seed=seed)
-    elif name == "static-minilm":
-        encoder = DualEncoder.static_from(minilm, dim=protocol.dim)
-    else:
-        encoder = DualEncoder(minilm, max_length=length)
+        return DualEncoder.static(texts, dim=protocol.dim, vocab_size=protocol.vocab_size, seed=seed, max_length=length)
+    if name == "static-minilm":
+        return DualEncoder.static_from(minilm, dim=protocol.dim, max_length=length)
+    return DualEncoder(minilm, max_length=length)
+
+
+def with_start(encoder: DualEncoder, start: str, seed: int) -> DualEncoder:
+    """What a method starts from, made of one tower.
+
+    Args:
+        encoder: the tower.
+        start: see :class:`Method`.
+        seed: fixes the first weights of a head or a projection.
+    """
     if start == "head":
-        return encoder.with_head("layernorm", dim=encoder.dim)
+        return encoder.with_head("layernorm", dim=encoder.dim, seed=seed)
     if start in ("ade", "ade-spl"):
         projection = encoder.dim if start == "ade-spl" else None
-        return DualEncoder.two_towers(encoder.model, encoder.model, shared_projection=projection)
+        return DualEncoder.two_towers(encoder.model, encoder.model, shared_projection=projection, seed=seed)
     return encoder

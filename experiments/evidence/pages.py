@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
+from evidence.cells import Cell, read, write
 from evidence.inference import MAIN, ZERO_SHOT, decide, select
 from evidence.methods import BASELINES, CHECKPOINT, METHODS
 from evidence.protocol import Protocol
 
 DOCS = Path(__file__).resolve().parents[2] / "pt_dance" / "pt_docs"
 BACKWARDS = "d→q nDCG@10"
+IN_CELL = ["collection", "measure", "qid", "cluster"]
+WORDS = [*IN_CELL, "method", "trained_on"]
 NAMES = {"bm25": "BM25", "untrained": "untrained", **{name: method.text for name, method in METHODS.items()}}
 ENCODERS = {
     "static": "a static tower from nothing",
     "static-minilm": "a static tower from MiniLM's token embeddings",
     "minilm": "all-MiniLM-L6-v2",
 }
+
+
+def name_of(protocol: Protocol, encoder: str) -> str:
+    """What tells cells of one protocol from another's: a digest of everything that a cell of an encoder depends on."""
+    fixed = replace(protocol, name="", training=(), encoders=(), resamples=0, budgets={})
+    budget = replace(protocol.budgets[encoder], seeds=())
+    return xxhash.xxh3_64_hexdigest(f"{fixed} {budget}".encode())
 
 
 def collect(protocol: Protocol, runs: Path, results: Path) -> None:
@@ -35,32 +47,48 @@ def collect(protocol: Protocol, runs: Path, results: Path) -> None:
     for folder in sorted((runs / "cells").glob("*/*")):
         parts, abouts = [], []
         for file in sorted(folder.glob("*.parquet")):
-            table = pq.read_table(file, partitioning=None)
-            about = json.loads(table.schema.metadata[b"about"])
+            frame, about = read(file)
             abouts.append(about)
-            parts.append(table.to_pandas().assign(method=about["method"], seed=about["seed"]))
+            parts.append(frame.assign(method=about["method"], seed=about["seed"]))
         frame = pd.concat(parts, ignore_index=True).assign(trained_on=folder.parent.name)
         frame = frame.sort_values(["method", "seed", "collection", "measure", "qid"]).reset_index(drop=True)
-        words = ["collection", "measure", "qid", "cluster", "method", "trained_on"]
-        frame = frame.astype(dict.fromkeys(words, "category") | {"seed": "int16", "value": "float32"})
+        frame = frame.astype(dict.fromkeys(WORDS, "category") | {"seed": "int16", "value": "float32"})
         name = f"{folder.parent.name}-{folder.name}"
         table = pa.Table.from_pandas(frame, preserve_index=False)
         pq.write_table(table, results / f"{name}.parquet", compression="zstd", compression_level=19)
-        (results / f"{name}.json").write_text(json.dumps(abouts, indent=1) + "\n")
-    tuned = {
-        f"{file.parts[-3]}/{file.parts[-2]}/{file.stem}": json.loads(file.read_text())
-        for file in sorted((runs / "tuned").glob("*/*/*.json"))
-    }
-    (results / "tuning.json").write_text(json.dumps(tuned, indent=1) + "\n")
+        tuned = {
+            file.stem: json.loads(file.read_text())
+            for file in sorted((runs / "tuned" / folder.parent.name / folder.name).glob("*.json"))
+        }
+        told = {"protocol": name_of(protocol, folder.name), "cells": abouts, "tuning": tuned}
+        (results / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def unpack(protocol: Protocol, results: Path, runs: Path) -> None:
+    """Put the committed cells of this protocol back where they were made, so that they are not made again."""
+    for file in sorted(results.glob("*.json")):
+        told, encoder = json.loads(file.read_text()), _encoder_of(file)
+        if encoder not in protocol.budgets or told["protocol"] != name_of(protocol, encoder):
+            continue
+        frame = pq.read_table(file.with_suffix(".parquet"), partitioning=None).to_pandas()
+        for about in told["cells"]:
+            cell = Cell(about["collection"], about["encoder"], about["method"], about["seed"])
+            if not cell.file(runs).exists():
+                mine = frame[(frame["method"] == cell.method) & (frame["seed"] == cell.seed)]
+                mine = mine.drop(columns=["method", "seed", "trained_on"]).astype(dict.fromkeys(IN_CELL, "str"))
+                write(cell.file(runs), mine.reset_index(drop=True), about)
+            for method, found in told["tuning"].items():
+                tuned = runs / "tuned" / cell.collection / encoder / f"{method}.json"
+                if not tuned.exists():
+                    tuned.parent.mkdir(parents=True, exist_ok=True)
+                    tuned.write_text(json.dumps(found, indent=1))
 
 
 def load(results: Path, encoder: str) -> pd.DataFrame:
     """All committed cells of an encoder; empty where there are none."""
-    files = [file for file in sorted(results.glob("*.parquet")) if file.stem.endswith(f"-{encoder}")]
-    files = [f for f in files if f.stem.removesuffix(f"-{encoder}") not in ENCODERS and _encoder_of(f) == encoder]
+    files = [file for file in sorted(results.glob("*.parquet")) if _encoder_of(file) == encoder]
     parts = [pq.read_table(file, partitioning=None).to_pandas() for file in files]
-    words = ["collection", "measure", "qid", "cluster", "method", "trained_on"]
-    return pd.concat(parts, ignore_index=True).astype(dict.fromkeys(words, "str")) if parts else pd.DataFrame()
+    return pd.concat(parts, ignore_index=True).astype(dict.fromkeys(WORDS, "str")) if parts else pd.DataFrame()
 
 
 def _encoder_of(file: Path) -> str:

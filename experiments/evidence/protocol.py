@@ -63,6 +63,7 @@ class Protocol:
         zero_shot_queries: queries measured of each of them at most, drawn once.
         teacher_queries: training queries the teacher learns from at most.
         documents: documents kept of a training collection at most; None keeps all.
+        words: words of a document that encoders read; BM25 reads all.
         resamples: bootstrap samples.
     """
 
@@ -71,21 +72,22 @@ class Protocol:
     encoders: tuple[str, ...] = ENCODERS
     budgets: dict[str, Budget] = field(
         default_factory=lambda: {
-            "static": Budget(250, 64, None, None, (1, 2, 3, 4, 5), (0.003, 0.01, 0.03)),
-            "static-minilm": Budget(250, 64, None, None, (1, 2, 3, 4, 5), (0.001, 0.003, 0.01)),
-            "minilm": Budget(40, 32, 4000, 64, (1, 2, 3), (1e-5, 3e-5, 1e-4)),
+            "static": Budget(250, 32, 4000, None, (1, 2, 3, 4, 5), (0.003, 0.01, 0.03)),
+            "static-minilm": Budget(250, 32, 4000, None, (1, 2, 3, 4, 5), (0.001, 0.003, 0.01)),
+            "minilm": Budget(25, 16, 2000, 64, (1, 2, 3), (1e-5, 3e-5, 1e-4)),
         }
     )
     temperatures: tuple[float, ...] = (0.02, 0.05)
     weights: tuple[float, ...] = (0.1, 1.0)
-    halving: tuple[float, ...] = (0.15, 0.4)
+    halving: tuple[float, ...] = (0.1, 0.3)
     pool: tuple[int, int] = (8, 100)
-    dim: int = 128
-    vocab_size: int = 20000
+    dim: int = 96
+    vocab_size: int = 12000
     zero_shot: tuple[str, ...] = tuple(ZERO_SHOT)
     zero_shot_queries: int = 1000
-    teacher_queries: int = 4000
+    teacher_queries: int = 2000
     documents: int | None = None
+    words: int = 100
     resamples: int = 2000
 
 

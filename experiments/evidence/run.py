@@ -9,10 +9,13 @@ python experiments/evidence/run.py --pages                               # table
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,23 +56,39 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     return protocol
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Whether no other process holds a lock, which is then held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def work(args: argparse.Namespace, protocol: Protocol) -> None:
-    """Make this worker's cells, one after the other; every worker takes whatever nobody has begun."""
+    """Make cells until none is left: always the first one whose collection no other worker is at."""
     from evidence.cells import Study
 
     study = Study(protocol, args.data, args.runs)
     ends = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    for cell in study.cells(args.methods):
+    while left := [cell for cell in study.cells(args.methods) if not cell.file(args.runs).exists()]:
         if ends is not None and time.monotonic() > ends:
-            print("no time is left for the other cells: the same command goes on with them", flush=True)
+            print(f"no time is left for {len(left)} cells: the same command goes on with them", flush=True)
             return
-        # All methods and seeds of a collection and encoder share tuning and checkpoints: one worker makes them.
-        turn = protocol.training.index(cell.collection)
-        if turn % args.jobs != args.worker % args.jobs or cell.file(args.runs).exists():
-            continue
-        began = time.monotonic()
-        study.run(cell)
-        print(f"{cell}: {time.monotonic() - began:.0f} s", flush=True)
+        for cell in left:
+            # All methods and seeds of a collection share tuning and checkpoints: one worker at a time makes them.
+            with alone(args.runs / "locks" / cell.collection) as mine:
+                if mine and not cell.file(args.runs).exists():
+                    began = time.monotonic()
+                    study.run(cell)
+                    print(f"{cell}: {time.monotonic() - began:.0f} s", flush=True)
+                    break
+        else:
+            time.sleep(1)  # others are at every collection that has cells left
 
 
 def main() -> None:
@@ -79,7 +98,11 @@ def main() -> None:
     if args.worker is not None:
         work(args, protocol)
         return
+    results = args.runs / "results" if args.small or args.pilot else args.results
+    from evidence.pages import collect, unpack, write_pages
+
     if not args.pages:
+        unpack(protocol, results, args.runs)
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
         threads["TOKENIZERS_PARALLELISM"] = "false"
         workers = [
@@ -89,13 +112,10 @@ def main() -> None:
             for number in range(args.jobs)
         ]
         codes = [worker.wait() for worker in workers]
+        collect(protocol, args.runs, results)
         if any(codes):
             raise SystemExit("a worker failed; the same command goes on after what was made")
-    from evidence.pages import collect, write_pages
-
-    if not args.pages:
-        collect(protocol, args.runs, args.results if not (args.small or args.pilot) else args.runs / "results")
-    write_pages(protocol, args.results if not (args.small or args.pilot) else args.runs / "results")
+    write_pages(protocol, results)
 
 
 if __name__ == "__main__":

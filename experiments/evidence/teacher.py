@@ -16,7 +16,7 @@ from train_teacher import train, training_pairs
 
 FOLDS = 2
 _OPTIONS = dict(
-    layers=6, max_length=80, negatives=1, epochs=1, batch_size=32, learning_rate=7e-5, bf16=True, seed=0,
+    layers=3, max_length=64, negatives=1, epochs=1, batch_size=32, learning_rate=7e-5, bf16=True, seed=0,
 )  # fmt: skip
 
 
