@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformerTrainer
 
 from pt_dance import Corpus
+from pt_dance.encoder.token_memory import TokenMemory
 from pt_dance.mining import positive_pairs
 from pt_dance.training.batches import batches_of_pass
 from pt_dance.training.examples import build_examples, columns_of
@@ -126,7 +127,7 @@ def test_token_cache_gives_what_the_model_gives(corpus):
     tower = DualEncoder.static(texts, dim=8, vocab_size=200)
     towers = DualEncoder.two_towers(tower, DualEncoder.static(texts[:20], dim=8, vocab_size=100))
     for model, tasks in ((tower.model, [None]), (towers.model, ["query", "document"])):
-        cache = TokenCache(model, most_tokens=100)
+        cache = TokenCache(model, TokenMemory(100))
         for task in tasks:
             for start in (0, 20, 10, 0):
                 part = texts[start : start + 25]

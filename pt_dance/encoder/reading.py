@@ -14,10 +14,13 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Router, 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pt_dance.encoder.token_memory import MEMORY, mark_of
 from pt_dance.storage.digests import short_text_digest
 
 # A tokenizer cannot be used by two threads at once (it is reconfigured at every call), and encoders may share one.
 _TOKENIZING = threading.Lock()
+# Fewer texts are a search's queries: to tell the tokenizer from others would take longer than to read them.
+_REMEMBERED = 256
 
 _DIGEST_BLOCK = 4096
 
@@ -77,6 +80,7 @@ class TransformerReader:
     def __init__(self, module: Transformer, task: str, prompt: str | None):
         self.tokenizer = module.tokenizer
         self.prompt = prompt or ""
+        self._mark: int | None = None
         self.max_length = module.query_length if task == "query" else module.document_length
         self.pads_left = self.tokenizer.padding_side == "left"
         self.padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
@@ -120,22 +124,21 @@ class TransformerReader:
 class BagOfTexts:
     """Tokenised texts for a static tower: one row of token ids after the other, no padding."""
 
-    def __init__(self, encodings: list[list[int]]):
+    def __init__(self, encodings: list[np.ndarray]):
         self._ids = encodings
         self.lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
 
     def features(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """``input_ids`` (tokens of all rows) and ``offsets`` (len(rows)), int64."""
-        total = int(self.lengths[rows].sum())
-        ids = np.fromiter(chain.from_iterable(self._ids[row] for row in rows), np.int64, total)
+        ids = np.concatenate([np.empty(0, np.int32), *(self._ids[row] for row in rows)]).astype(np.int64)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])[:-1]]).astype(np.int64)
         return {"input_ids": torch.from_numpy(ids), "offsets": torch.from_numpy(offsets)}
 
     def digests(self) -> np.ndarray:
         """Return a hash of each text's token ids and how often each occurs, uint64 (texts,): a mean knows no order."""
 
-        def shares(ids: list[int]) -> np.ndarray:
-            tokens, counts = np.unique(np.array(ids, dtype=np.int64), return_counts=True)
+        def shares(ids: np.ndarray) -> np.ndarray:
+            tokens, counts = np.unique(ids.astype(np.int64), return_counts=True)
             return np.stack([tokens, counts // (np.gcd.reduce(counts) or 1)])
 
         return np.fromiter((_hash(shares(ids)) for ids in self._ids), np.uint64, len(self._ids))
@@ -149,14 +152,20 @@ class StaticReader:
     def __init__(self, module: StaticEmbedding, prompt: str | None):
         self.tokenizer = module.tokenizer
         self.prompt = prompt or ""
+        self._mark: int | None = None
 
     def read(self, texts: list[str]) -> BagOfTexts:
         """Tokenise texts, prompt included."""
         if self.prompt:
             texts = [self.prompt + text for text in texts]
+        if len(texts) < _REMEMBERED:
+            with _TOKENIZING:
+                encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return BagOfTexts([np.array(encoding.ids, dtype=np.int32) for encoding in encodings])
+        if self._mark is None:
+            self._mark = mark_of(self.tokenizer)
         with _TOKENIZING:
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return BagOfTexts([encoding.ids for encoding in encodings])
+            return BagOfTexts(MEMORY.tokens(self.tokenizer, self._mark, texts))
 
 
 class AnyTexts:
