@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
+import pyterrier as pt
 import pytest
 
 from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, mining, recipes
+from pt_dance.analysis.words import recipe_in_words
 from pt_dance.training.round_table import recipe_table, round_settings
 from small_collection import standard_library
 
@@ -90,3 +93,31 @@ def test_retriever_before_and_after_fit(encoder, tmp_path):
     after = dance._repr_html_()
     assert "not trained yet" not in after
     assert f"{dance.history['nDCG@10'].iloc[-1]:.4g}" in after
+
+
+def test_what_a_round_chose_is_among_its_settings(encoder, tmp_path):
+    """What a round left open is in the history, the folder's settings, their words, and the notebook's table."""
+    collection = standard_library()
+    teacher = pt.apply.doc_score(lambda row: 50.0 * len(set(row["query"].split()) & set(row["text"].split())))
+    recipe = [*recipes.mnrl(batch_size=32), *recipes.distill_kl(teacher, learning_rate=0.001, batch_size=32)]
+    dance = DanceRetriever(encoder.with_similarity("dot"), collection, tmp_path / "run", recipe=recipe, verbose=False)
+    first_stage = (DanceRetriever(encoder, collection, tmp_path / "first", verbose=False) % 20)(collection.topics)
+    dance.fit(first_stage, collection.qrels)
+    rows = dance.history.iloc[1:]
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    words = recipe_in_words(settings)
+    by_name = {cells(row)[0]: cells(row)[1:] for row in re.findall("<tr>(.*?)</tr>", dance._repr_html_())}
+    for place, (text, (number, row)) in enumerate(zip(words, rows.iterrows(), strict=True)):
+        chosen = {name: row[name] for name in ("learning_rate", "similarity", "temperature")}
+        assert row["similarity"] == "dot" and 0 < row["temperature"] != recipe[place].loss_options.get("temperature")
+        if place:
+            chosen["teacher_scale"] = row["teacher_scale"]
+            assert row["teacher_scale"] > 50 and f"teacher scale {row['teacher_scale']:.4g}" in text
+            assert by_name["teacher scale"] == ["–", f"{row['teacher_scale']:.4g}"]
+        assert settings[f"round {number} chosen"] == chosen
+        assert f"learning rate {row['learning_rate']:g}" in text and f"temperature {row['temperature']:.4g}" in text
+        assert by_name["temperature"][place] == f"{row['temperature']:.4g}"
+    assert by_name["learning rate"] == [f"{rows['learning_rate'].iloc[0]:g}, as suits the encoder", "0.001"]
+    again = DanceRetriever(encoder.with_similarity("dot"), collection, tmp_path / "run", recipe=recipe, verbose=False)
+    again.fit(first_stage, collection.qrels)  # what was chosen is no other setting
+    assert again.history.equals(dance.history)

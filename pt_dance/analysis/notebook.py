@@ -25,7 +25,8 @@ def run_view(dance: Any, schematic: str) -> str:
         "results a query": dance.num_results,
         "seed": dance.seed,
     }
-    return schematic + facts("DanceRetriever", about, recipe_table(dance.recipe), _rounds(dance))
+    rounds = recipe_table(dance.recipe or [], history.to_dict("records"))
+    return schematic + facts("DanceRetriever", about, rounds, _rounds(dance))
 
 
 def _rounds(dance: Any) -> str:

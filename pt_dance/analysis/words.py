@@ -28,11 +28,15 @@ def round_in_words(round_: Mapping[str, Any], number: int) -> str:
     """Say what a round does, from its options by name."""
     title = f"Round {number}" + (f", {round_['name']}" if round_.get("name") else "")
     length = f"{round_['steps']} steps" if round_.get("steps") else _plural(round_.get("epochs", 1), "epoch")
-    rate = round_.get("learning_rate")
+    chosen = round_.get("chosen") or {}
+    rate = round_.get("learning_rate") or chosen.get("learning_rate")
     rate = "the encoder's usual learning rate" if rate is None else f"learning rate {rate:g}"
     sentences = [f"{title}: {length} in batches of {round_.get('batch_size')} at {rate}"]
     options = _plain(round_.get("loss_options"))
     sentences.append(f"Loss: {_plain(round_.get('loss'))}" + (f" with {options}" if options else ""))
+    left_open = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in chosen.items() if _is_scale(name, options)]
+    if left_open:
+        sentences[-1] += (", " if options else " with ") + ", ".join(left_open)
     if round_.get("similarity"):
         sentences[-1] += f"; {round_['similarity']} similarity from here on"
     sentences.append(_source("Negatives", "query", round_))
@@ -48,6 +52,12 @@ def round_in_words(round_: Mapping[str, Any], number: int) -> str:
     if round_.get("carry_optimizer"):
         sentences.append("The optimiser goes on from the round before")
     return ". ".join(sentences) + "."
+
+
+def _is_scale(name: str, options: str) -> bool:
+    """Return whether what a round chose is a temperature or scale that its options do not give."""
+    is_open = name.startswith("temperature") and not re.search(rf"(^|, ){re.escape(name)} ", options)
+    return name == "teacher_scale" or is_open
 
 
 def _source(what: str, of: str, round_: Mapping[str, Any], key: str = "negatives") -> str:

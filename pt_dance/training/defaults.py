@@ -104,7 +104,8 @@ def settle(round_, encoder, examples: Examples, initial) -> Settled:
                 looked = looked or _look(encoder, examples, similarity)
             if name in TEACHER_LOSSES:
                 own["temperature"] = looked["margin"]
-                examples = _normalised(examples)
+                report["teacher_scale"] = scale = _scale(examples)
+                examples = _in_units(examples, scale)
             else:
                 own["temperature"] = TEMPERATURE * (looked["length"] if similarity == "dot" else 1.0)
         if "temperature" in own:
@@ -133,14 +134,18 @@ def _look(encoder, examples: Examples, similarity: str) -> dict[str, float]:
     return {"length": float(lengths.mean()), "margin": margin or 1.0}
 
 
-def _normalised(examples: Examples) -> Examples:
-    """Return the rows with the teacher's scores divided by the root mean square of its margins."""
+def _scale(examples: Examples) -> float:
+    """Return the root mean square of the teacher's margins; 1 where it has none."""
     rows = examples.rows
     assert rows.teacher_positive is not None and rows.teacher_negatives is not None  # checked when the loss is made
     margins = (rows.teacher_positive[:, None] - rows.teacher_negatives)[rows.negatives >= 0]
     scale = float(np.sqrt(np.mean(np.square(margins, dtype=np.float64)))) if len(margins) else 1.0
-    if not scale or not np.isfinite(scale):
-        return examples
+    return scale if scale and np.isfinite(scale) else 1.0
+
+
+def _in_units(examples: Examples, scale: float) -> Examples:
+    """Return the rows with the teacher's scores divided by a scale."""
+    rows = examples.rows
     scaled = {
         name: (values / scale).astype(np.float32)
         for name in ("teacher_positive", "teacher_negatives", "teacher_query_negatives")

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pt_dance.mining.sources import describe_source
 from pt_dance.storage.display import grid
 
 
-def round_settings(round_: Any) -> dict[str, str]:
-    """Return a round's settings by the names that papers give them; what a round does not use is left out."""
+def round_settings(round_: Any, chosen: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return a round's settings by the names that papers give them; what a round does not use is left out.
+
+    Args:
+        round_: ``Round``.
+        chosen: the round's row of the history, where it was trained: what it left open and the encoder decided.
+    """
+    chosen = chosen or {}
+    rate = chosen.get("learning_rate") if round_.learning_rate is None else round_.learning_rate
+    suits = ["as suits the encoder"] if round_.learning_rate is None else []
+    open_ = {name: value for name, value in chosen.items() if name.startswith("temperature") or name == "teacher_scale"}
     settings = {
         "starts from": "the best round so far" if round_.start == "best" else None,
         "loss": round_.loss_name + _options(round_.loss_options),
@@ -26,11 +35,16 @@ def round_settings(round_: Any) -> dict[str, str]:
         "queries": None if round_.share_of_queries == 1 else f"{round_.share_of_queries:.0%} in turn",
         "length": f"{round_.steps} steps" if round_.steps else f"{round_.epochs} epoch{'s' * (round_.epochs != 1)}",
         "batch size": str(round_.batch_size),
-        "learning rate": "as suits the encoder" if round_.learning_rate is None else f"{round_.learning_rate:g}",
+        "learning rate": ", ".join(([] if _missing(rate) else [f"{rate:g}"]) + suits),
         "schedule": f"{round_.scheduler}, warm-up "
         + (f"{round_.warmup:.0%}" if round_.warmup < 1 else f"{round_.warmup:,} steps")
         + (", goes on from the round before" if round_.carry_optimizer else ""),
-        "similarity": round_.similarity,
+        "similarity": round_.similarity or chosen.get("similarity"),
+        **{
+            name.replace("_", " "): f"{value:.4g}"
+            for name, value in open_.items()
+            if not _missing(value) and name not in round_.loss_options
+        },
         "training arguments": _options(round_.training_arguments).strip(" ()") or None,
     }
     if round_.negatives is None:
@@ -38,14 +52,25 @@ def round_settings(round_: Any) -> dict[str, str]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def recipe_table(rounds: Sequence[Any]) -> str:
-    """Return a table of rounds as HTML, a column a round."""
-    settings = [round_settings(round_) for round_ in rounds]
+def recipe_table(rounds: Sequence[Any], history: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Return a table of rounds as HTML, a column a round.
+
+    Args:
+        rounds: ``Round``s.
+        history: rows of those that were trained.
+    """
+    rows = {row["round"]: row for row in history}
+    settings = [round_settings(round_, rows.get(number)) for number, round_ in enumerate(rounds, start=1)]
     names = list(dict.fromkeys(name for columns in settings for name in columns))
     # dictionaries of different rounds keep one order
     order = list(dict.fromkeys([*max(settings, key=len, default={}), *names]))
     titles = [f"round {n}" + (f": {r.name}" if r.name else "") for n, r in enumerate(rounds, start=1)]
     return grid(["", *titles], [[name, *(columns.get(name) for columns in settings)] for name in order])
+
+
+def _missing(value: Any) -> bool:
+    """Return whether a cell of a history is empty."""
+    return value is None or value != value
 
 
 def _options(options: Any) -> str:

@@ -68,7 +68,7 @@ class RunFolder:
         return self.path / "rounds" / f"{number:02d}"
 
     def settings(self) -> dict | None:
-        """Return what the fit on this path depends on, None before the first."""
+        """Return what the fit on this path depends on, and what trained rounds chose; None before the first."""
         return read_json(self.path / SETTINGS)
 
     def begin(self, settings: dict) -> None:
@@ -149,8 +149,9 @@ class RunFolder:
     def finish_training(self, number: int, loss: float, steps: int, fingerprint: str, settled: dict) -> dict:
         """Mark the training of a round, whose encoder is written, as done; return what :meth:`trained` will.
 
-        ``settled`` is what the encoder decided, see :mod:`pt_dance.training.defaults`.
+        ``settled`` is what the encoder decided, see :mod:`pt_dance.training.defaults`; the settings show it, too.
         """
+        write_json(self.path / SETTINGS, {**(self.settings() or {}), f"round {number} chosen": settled})
         trained = {"loss": loss, "steps": steps, "fingerprint": fingerprint, "settled": settled}
         write_json(self.round(number) / "trained.json", trained)
         return trained
