@@ -1,4 +1,4 @@
-"""What the experiments share: encoders by a short name, and corpora and splits of a collection."""
+"""What the experiments share: encoders by a short name, recipes by name, corpora and splits of a collection."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import zlib
 from pathlib import Path
 
 import pandas as pd
+import pyterrier as pt
 
-from pt_dance import Corpus, DualEncoder
+from pt_dance import Corpus, DualEncoder, Round, recipes
 
 
 def open_corpus(dataset, path: Path, *, most: int | None = None, needed: set[str] = frozenset()) -> Corpus:
@@ -58,6 +59,25 @@ def make_encoder(
     if name == "static-minilm":
         return DualEncoder.static_from(minilm_path())
     return DualEncoder(name)
+
+
+def default_recipes(teacher: pt.Transformer) -> dict[str, list[Round]]:
+    """Return every recipe with its defaults, by name.
+
+    Args:
+        teacher: for those that learn from one.
+    """
+    return {
+        "mnrl": recipes.mnrl(),
+        "ance": recipes.ance(),
+        "dance": recipes.dance(),
+        "samtone": recipes.samtone(),
+        "mnrl_dual": recipes.mnrl_dual(),
+        "margin_mse": recipes.margin_mse(teacher),
+        "margin_mse_dual": recipes.margin_mse_dual(teacher),
+        "margin_mse_mnrl_dual": recipes.margin_mse_mnrl_dual(teacher),
+        "distill_kl": recipes.distill_kl(teacher),
+    }
 
 
 def minilm_path() -> str:

@@ -4,9 +4,12 @@ A cell is a collection, an encoder, a recipe and a seed. Its row says what the e
 after the last round and after the best round, each on queries that nothing was trained or chosen on, with the paired
 t-test of last against untrained. Collections are samples, always the same ones, so that a cell takes seconds with a
 static tower and about a minute with a transformer. Cells that the CSV file has are not computed again.
+``--held-out`` is for choosing defaults: it trains on two thirds of the training queries and measures on the others, so
+that no query of the table is looked at.
 
     python experiments/recipes_table.py --out runs/recipes --results experiments/results/recipes
     python experiments/recipes_table.py --encoders static --collections medquad --recipes ance dance --seeds 1
+    python experiments/recipes_table.py --held-out --recipes margin_mse distill_kl --results runs/held-out
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import shutil
 import time
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +31,8 @@ from ir_measures import nDCG
 from scipy.stats import ttest_rel
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from common import minilm_path
-from pt_dance import Corpus, DanceRetriever, DualEncoder, bm25, recipes
+from common import default_recipes, minilm_path
+from pt_dance import Corpus, DanceRetriever, DualEncoder, bm25
 
 MEASURE = nDCG @ 10
 WORDS = 60
@@ -44,7 +47,9 @@ class Size:
     documents: int
 
 
-SIZES = {"static": Size(600, 250, 1200), "transformer": Size(120, 150, 300)}
+SIZES = {"static": Size(600, 250, 1200), "transformer": Size(120, 100, 150)}
+#: Tokens that a transformer reads of a text.
+MAX_LENGTH = 32
 
 # collection -> the split trained on, and the one measured on (None: cut off the training split by hand)
 COLLECTIONS = {
@@ -58,17 +63,7 @@ COLLECTIONS = {
     "pydocs": ("train", "dev"),
 }
 
-RECIPES = {
-    "mnrl": lambda teacher: recipes.mnrl(),
-    "ance": lambda teacher: recipes.ance(),
-    "dance": lambda teacher: recipes.dance(),
-    "samtone": lambda teacher: recipes.samtone(),
-    "mnrl_dual": lambda teacher: recipes.mnrl_dual(),
-    "margin_mse": lambda teacher: recipes.margin_mse(teacher),
-    "margin_mse_dual": lambda teacher: recipes.margin_mse_dual(teacher),
-    "margin_mse_mnrl_dual": lambda teacher: recipes.margin_mse_mnrl_dual(teacher),
-    "distill_kl": lambda teacher: recipes.distill_kl(teacher),
-}
+RECIPES = list(default_recipes(pt.Transformer.identity()))
 
 
 class Teacher(pt.Transformer):
@@ -101,7 +96,7 @@ class Teacher(pt.Transformer):
 class Sample:
     """A collection's sample: documents, training and test queries, BM25's results, a teacher; made once on disk."""
 
-    def __init__(self, name: str, size: Size, folder: Path):
+    def __init__(self, name: str, size: Size, folder: Path, *, held_out: bool = False):
         folder = folder / f"{name}-{size.train}-{size.test}-{size.documents}"
         folder.mkdir(parents=True, exist_ok=True)
         dataset = pt.get_dataset("dance:pydocs" if name == "pydocs" else f"dance:../shared/data/{name}")
@@ -130,6 +125,15 @@ class Sample:
                 ["qid", "query", "docno", "score", "rank"]
             ].to_parquet(found)
         self.first_stage = pd.read_parquet(found)
+        self.texts = self.train["query"].drop_duplicates().tolist()
+        if held_out:
+            rest = self.train.iloc[2 * len(self.train) // 3 :]
+            self.test, self.test_qrels = rest, self.qrels[self.qrels["qid"].isin(rest["qid"])]
+            self.train = self.train.drop(rest.index)
+            self.qrels, self.first_stage = (
+                frame[~frame["qid"].isin(rest["qid"])].reset_index(drop=True)
+                for frame in (self.qrels, self.first_stage)
+            )
 
     @staticmethod
     def _build(dataset, path: Path, most: int, needed: set[str]) -> None:
@@ -145,7 +149,7 @@ class Sample:
     @cached_property
     def teacher(self) -> pt.Transformer:
         """Scores a (query, text) row better than any of the encoders does."""
-        return Teacher(self.corpus, self.train["query"].drop_duplicates().tolist(), self.folder / "teacher.npz")
+        return Teacher(self.corpus, self.texts, self.folder / "teacher.npz")
 
     def per_query(self, system: pt.Transformer) -> pd.Series:
         """nDCG@10 of every test query."""
@@ -161,19 +165,19 @@ def cls_dot() -> DualEncoder:
     model = SentenceTransformer(str(minilm_path()), device="cpu")
     pooled = SentenceTransformer(modules=[model[0], Pooling(model[0].get_embedding_dimension(), "cls")], device="cpu")
     pooled.similarity_fn_name = "dot"
-    return DualEncoder(pooled, max_length=64)
+    return DualEncoder(pooled, max_length=MAX_LENGTH)
 
 
 def texts_of(sample: Sample):
     yield from (document["text"] for document in sample.corpus.get_corpus_iter(verbose=False))
-    yield from sample.train["query"]
+    yield from sample.texts
 
 
 ENCODERS = {
     "static": lambda sample, seed: DualEncoder.static(texts_of(sample), dim=256, seed=seed),
     "static_from": lambda sample, seed: DualEncoder.static_from(minilm_path()),
     "two towers": lambda sample, seed: DualEncoder.two_towers(*[ENCODERS["static"](sample, seed)] * 2),
-    "minilm": lambda sample, seed: DualEncoder(minilm_path(), max_length=64),
+    "minilm": lambda sample, seed: DualEncoder(minilm_path(), max_length=MAX_LENGTH),
     "cls dot": lambda sample, seed: cls_dot(),
 }
 SMALL = ("minilm", "cls dot")
@@ -183,8 +187,9 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collections", nargs="+", default=list(COLLECTIONS)[:4], choices=list(COLLECTIONS))
     parser.add_argument("--encoders", nargs="+", default=list(ENCODERS), choices=list(ENCODERS))
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--held-out", action="store_true", help="measure on held-out training queries")
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"), help="folder for everything")
     parser.add_argument("--results", type=Path, help="write .csv and .md here (default: in --out)")
     return parser.parse_args()
@@ -238,6 +243,8 @@ def main() -> None:
     results = args.results or args.out / "recipes"
     path = results.with_suffix(".csv")
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    sample_of = cache(lambda name, size: Sample(name, size, args.out, held_out=args.held_out))
+    encoder_of = cache(lambda collection, size, name, seed: ENCODERS[name](sample_of(collection, size), seed))
     done = {(row["collection"], row["encoder"], row["recipe"], row["seed"]) for row in rows}
     for collection in args.collections:
         for name in args.encoders:
@@ -246,9 +253,9 @@ def main() -> None:
                 for recipe in args.recipes:
                     if (collection, name, recipe, seed) in done:
                         continue
-                    sample = Sample(collection, size, args.out)
-                    encoder = ENCODERS[name](sample, seed)
-                    row = cell(sample, encoder, RECIPES[recipe](sample.teacher), args.out / f"run-{os.getpid()}", seed)
+                    sample, encoder = sample_of(collection, size), encoder_of(collection, size, name, seed)
+                    rounds = default_recipes(sample.teacher)[recipe]
+                    row = cell(sample, encoder, rounds, args.out / f"run-{os.getpid()}", seed)
                     rows.append(dict(collection=collection, encoder=name, recipe=recipe, seed=seed) | row)
                     write(rows, results)
                     print(collection, name, recipe, seed, row["rounds"], f"{row['seconds']:.0f} s", flush=True)

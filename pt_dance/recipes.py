@@ -323,10 +323,11 @@ def margin_mse(
 ) -> list[Round]:  # fmt: skip
     """Margin-MSE (Hofstätter et al., arXiv 2010.02666): the teacher's margin between positive and negative as target.
 
-    From the paper: the loss. Ours: the encoder's similarity, and margins in units of their root mean square on both
-    sides, so that a cross-encoder's margins are within the reach of cosines. ``published=True``: dot products and raw
-    margins at temperature 1, Adam with 7e-6 and no warm-up, 32 rows, one BM25 negative a row; for an encoder with dot
-    products. How many steps it takes is not fixed there (it stops early by validation).
+    From the paper: the loss. Ours: the encoder's similarity, and the teacher's margins scaled to twice those of the
+    encoder before training, so that a cross-encoder's are within the reach of cosines. ``published=True``, for an
+    encoder with dot products: raw margins at temperature 1 and one BM25 negative a row as in the paper, and the
+    defaults of the release, which is not the code of the paper's runs: Adam with 7e-6, no weight decay, 32 rows,
+    gradients as they are. Neither fixes the number of steps: both stop early by validation.
 
     Args:
         teacher: any pipeline that scores (query, text) rows; raw scores, not their sigmoid. Each pair is scored once.
@@ -392,7 +393,7 @@ def distill_kl(
 ) -> list[Round]:  # fmt: skip
     """Listwise distillation: the teacher's distribution over a row's positive and its mined negatives as target.
 
-    Both distributions are softmaxes of scores in units of the root mean square of their margins, unless
+    Both distributions are softmaxes of scores on the scale that :func:`margin_mse` brings them to, unless
     ``temperature`` or, for the teacher, ``loss_options={"teacher_temperature": ...}`` say otherwise; with
     ``loss_options={"dual": True}`` and ``query_negatives="dense"`` in both directions.
 

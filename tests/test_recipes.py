@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pyterrier as pt
@@ -14,6 +17,9 @@ from pt_dance.recipes import current_model
 from pt_dance.training import defaults
 from pt_dance.training.run_folder import RunFolder
 from small_collection import standard_library
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+from common import default_recipes
 
 FAST = dict(batch_size=32, learning_rate=0.02)
 # squared margins and towers of their own forget what the untrained encoder knows when the steps are large
@@ -147,24 +153,18 @@ def test_what_a_round_leaves_open_follows_from_the_encoder(collection, teacher, 
         recipe = recipes.margin_mse(Tenfold(teacher, times))
         runs[times], _ = collection.fit(tmp_path / str(times), recipe)
         row = runs[times].history.iloc[1]
-        assert row["learning_rate"] == pytest.approx(static / 4) and row["similarity"] == "cosine"
+        assert row["learning_rate"] == pytest.approx(static) and row["similarity"] == "cosine"
     texts = collection.dev["query"].tolist()
     trained = [DualEncoder.load(run.path / "rounds" / "01" / "encoder") for run in runs.values()]
     np.testing.assert_allclose(*[encoder.encode_queries(texts) for encoder in trained], atol=1e-5)
     assert runs[1].history["temperature"].iloc[1] == runs[64].history["temperature"].iloc[1] < 1
 
 
-DEFAULTS = {
-    "mnrl": lambda teacher: recipes.mnrl(),
-    "ance": lambda teacher: recipes.ance(),
-    "dance": lambda teacher: recipes.dance(),
-    "samtone": lambda teacher: recipes.samtone(),
-    "mnrl_dual": lambda teacher: recipes.mnrl_dual(),
-    "margin_mse": lambda teacher: recipes.margin_mse(teacher),
-    "margin_mse_dual": lambda teacher: recipes.margin_mse_dual(teacher),
-    "margin_mse_mnrl_dual": lambda teacher: recipes.margin_mse_mnrl_dual(teacher),
-    "distill_kl": lambda teacher: recipes.distill_kl(teacher),
-}
+DEFAULTS = list(default_recipes(pt.Transformer.identity()))
+
+
+def test_every_recipe_is_tried_with_its_defaults():
+    assert set(DEFAULTS) == set(recipes.__all__) - {"Round", "check_recipe", "current_model"}
 
 
 @pytest.mark.parametrize("towers", [1, 2])
@@ -173,7 +173,7 @@ def test_the_defaults_improve_the_encoder_in_their_last_round(collection, teache
     encoder = collection.encoder
     if towers == 2:
         encoder = DualEncoder.two_towers(encoder, encoder)
-    dance, _ = collection.fit(tmp_path / "run", DEFAULTS[name](teacher), encoder=encoder)
+    dance, _ = collection.fit(tmp_path / "run", default_recipes(teacher)[name], encoder=encoder)
     assert dance.history["nDCG@10"].iloc[-1] > dance.history["nDCG@10"].iloc[0], dance.history.T
 
 
@@ -191,6 +191,13 @@ def test_published_settings_are_the_releases():
     assert norm.loss_options == {"temperature": 0.01} and norm.similarity == dual.similarity == "cosine"
     assert dual.loss_options == {"temperature": 0.01, "dual": True, "dual_weight": 0.1} and dual.start == "best"
     assert (norm.steps, norm.learning_rate, norm.warmup) == (5000, 5e-6, 3000)
+    [margins] = recipes.margin_mse(pt.Transformer.identity(), published=True)
+    assert (margins.similarity, margins.loss_options, margins.learning_rate) == ("dot", {"temperature": 1.0}, 7e-6)
+    assert (margins.batch_size, margins.warmup, margins.scheduler, margins.negatives_per_row) == (32, 0, "constant", 1)
+    assert margins.training_arguments == {"weight_decay": 0.0, "max_grad_norm": 10_000.0}
+    [same_tower] = recipes.samtone(published=True)
+    assert (same_tower.similarity, same_tower.negatives) == ("cosine", None)
+    assert same_tower.loss_options == {"sides": "query", "temperature": 0.01}
 
 
 def test_lamb_is_that_of_the_release(collection, tmp_path):

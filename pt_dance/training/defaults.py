@@ -19,8 +19,8 @@ TEMPERATURE = 0.05
 TRANSFORMER_RATE = 2e-5
 #: Peak learning rate of a static tower, as a share of the root mean square of its weights.
 STATIC_SHARE = 0.02
-#: Of it, what is taken where only a teacher's scores are learnt from.
-TEACHER_SHARE = 0.25
+#: Root mean square of the margins that a teacher asks for, in that of the encoder's own before training.
+STRETCH = 2.0
 #: Losses that learn from a teacher's scores.
 TEACHER_LOSSES = ("margin_mse", "distill_kl")
 #: Losses whose temperature a round may leave open.
@@ -69,15 +69,14 @@ def learning_rate(encoder) -> float:
 def settle(round_, encoder, examples: Examples, initial) -> Settled:
     """Return a round with everything decided that it left open.
 
-    - ``learning_rate``: by the encoder that the fit began with, see :func:`learning_rate`, so that rounds share it; a
-      quarter where every loss follows a teacher's scores, which hold two towers together less well than in-batch
-      negatives do.
+    - ``learning_rate``: by the encoder that the fit began with, see :func:`learning_rate`, so that rounds share it.
     - temperature of cosines: .05.
     - temperature of dot products: .05 times the mean product of the lengths of a query's and its positive's vector, so
       that both similarities give the same softmax where lengths are alike.
     - "margin_mse", "distill_kl": the teacher's scores are divided by the root mean square of its margins, and the
-      temperature is that of the encoder's own, so that the margins asked for are as large as those it has: a
-      cross-encoder's margins of 10 are out of reach of two cosines.
+      temperature is twice that of the encoder's own. So margins are within reach, where a cross-encoder's of 10 are
+      not for two cosines, and yet larger than those the encoder has: asked for margins as large as before, it could
+      only trade some for others.
 
     Lengths and margins are those of the first rows of a round, before it is trained.
 
@@ -92,7 +91,7 @@ def settle(round_, encoder, examples: Examples, initial) -> Settled:
     parts = [tuple(part) for part in loss] if is_sum else [(loss, 1.0, options)]
     rate = round_.learning_rate
     if rate is None:
-        rate = learning_rate(initial) * (TEACHER_SHARE if all(part[0] in TEACHER_LOSSES for part in parts) else 1.0)
+        rate = learning_rate(initial)
     report: dict[str, float | str] = {"learning_rate": rate, "similarity": encoder.similarity}
     looked: dict[str, float] = {}
     done = []
@@ -103,7 +102,7 @@ def settle(round_, encoder, examples: Examples, initial) -> Settled:
             if name in TEACHER_LOSSES or similarity == "dot":
                 looked = looked or _look(encoder, examples, similarity)
             if name in TEACHER_LOSSES:
-                own["temperature"] = looked["margin"]
+                own["temperature"] = STRETCH * looked["margin"]
                 report["teacher_scale"] = scale = _scale(examples)
                 examples = _in_units(examples, scale)
             else:
