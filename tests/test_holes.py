@@ -104,7 +104,7 @@ def test_h6_missing_texts_and_vectors_that_are_no_numbers(index, tmp_path):
             index.index([*DOCUMENTS, {"docno": "bad", "text": text}])
     index.index(DOCUMENTS)
     for query in (None, float("nan")):
-        with pytest.raises(TypeError, match=r"query 'b' is .* no string"):
+        with pytest.raises(TypeError, match=r"query 'b' is .* not a string"):
             index.retriever()(TOPICS.assign(query=["x", query]))
     records = [{"docno": "ok", "doc_vec": np.ones(3)}, {"docno": "bad", "doc_vec": np.array([1, np.nan, 0])}]
     with pytest.raises(ValueError, match="document 'bad' has NaN or infinity"):

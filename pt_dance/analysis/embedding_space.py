@@ -13,6 +13,7 @@ from pt_dance.analysis import hubness
 from pt_dance.analysis import measures as m
 from pt_dance.analysis.sample import PairSample, draw
 from pt_dance.analysis.space_report import MeasureTable, SpaceReport
+from pt_dance.storage.options import number, whole
 
 NEIGHBOURS = (10, 200)
 RETRIEVAL = (ir_measures.nDCG @ 10, ir_measures.RR @ 10, ir_measures.R @ 100)
@@ -118,10 +119,8 @@ def compare(
 
 
 def _check(t: float, resamples: int) -> None:
-    if isinstance(t, bool) or not isinstance(t, (int, float)) or not 0 < t < float("inf"):
-        raise ValueError(f"t={t!r} must be a number above 0")
-    if isinstance(resamples, bool) or not isinstance(resamples, (int, np.integer)) or resamples < 0:
-        raise ValueError(f"resamples={resamples!r} must be a whole number of at least 0")
+    number("t", t, above=0)
+    whole("resamples", resamples, 0)
 
 
 def _row(name: str, report: SpaceReport) -> dict[str, object]:

@@ -137,22 +137,14 @@ def plot_tsne(
         of_queries, of_documents = places[: len(queries)], places[len(queries) :]
         joined = np.stack([of_queries[query_of], of_documents[document_of]], axis=1)
         axis.add_collection(LineCollection(joined, colors=OTHER, linewidths=0.35, alpha=0.45, zorder=1))
-        axis.scatter(*of_documents.T, s=9, c=DOCUMENT, marker="o", linewidths=0, alpha=0.85, zorder=2, label="document")
-        axis.scatter(
-            *of_queries.T,
-            s=11,
-            facecolors="none",
-            edgecolors=QUERY,
-            marker="^",
-            linewidths=0.7,
-            zorder=3,
-            label="query",
-        )
+        filled = dict(c=DOCUMENT, marker="o", linewidths=0, alpha=0.85)
+        hollow = dict(facecolors="none", edgecolors=QUERY, marker="^", linewidths=0.7)
+        axis.scatter(*of_documents.T, s=9, zorder=2, label="document", **filled)
+        axis.scatter(*of_queries.T, s=11, zorder=3, label="query", **hollow)
         axis.set(xticks=[], yticks=[], title=name, aspect="equal", adjustable="datalim")
         axis.spines[:].set(visible=True, linewidth=0.5, color=OTHER)
-        told = report.measures.query("measure.str.startswith('told apart')")["value"]
-        if len(told):
-            axis.set_xlabel(f"told apart: {told.iloc[0]:.2f}", fontsize=8)
+        for told in report.measures.query("measure.str.startswith('told apart')")["value"]:
+            axis.set_xlabel(f"told apart: {told:.2f}", fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2)
     return figure
@@ -188,10 +180,7 @@ def plot_distances(spaces: SpaceReport | Mapping[str, SpaceReport], *, bins: int
 
 @_styled
 def plot_ratios(
-    spaces: SpaceReport | Mapping[str, SpaceReport],
-    *,
-    limits: tuple[float, float] = (-2.0, 4.0),
-    bins: int | None = None,
+    spaces: SpaceReport | Mapping[str, SpaceReport], *, limits: tuple[float, float] = (-2, 4), bins: int | None = None
 ) -> Figure:
     """Draw SamToNe's ratio s(q, q′) / s(q, d) on random pairs: around 1 both towers share one space.
 
@@ -291,17 +280,13 @@ def plot_history(
         ValueError: If there is no round, or a measure was not computed.
     """
     measures = [measures] if isinstance(measures, str) else list(measures)
-    if not len(history):
-        raise ValueError("there is no round to draw yet; fit first")
+    figure, axis, places = _round_axis(history)
     for measure in measures:
         if measure not in history.columns:
             raise ValueError(f"{measure!r} was not computed; fit with validation topics and this measure")
     untrained = history.loc[history["round"] == 0, measures[0]].dropna()
     lines = {"untrained": float(untrained.iloc[0])} if len(untrained) else {}
     lines |= dict(baselines or {})
-    figure = _ShownFigure(figsize=(max(4.2, 1.4 + 0.95 * len(history)), 3.2), layout="constrained")
-    axis = figure.subplots()
-    places = np.arange(len(history))
     top = 0.0
     for number, measure in enumerate(measures, start=1):
         values = history[measure].to_numpy(dtype=float)
@@ -316,8 +301,7 @@ def plot_history(
             f"{name} {value:.3f}", (1, value), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
             va="center", fontsize=7.5, color="#555555", annotation_clip=False,
         )  # fmt: skip
-    axis.set_xticks(places, _round_names(history))
-    axis.set(xlabel="round", xlim=(-0.5, len(history) - 0.5), ylim=(0, 1.12 * top if top > 0 else 1))
+    axis.set(xlim=(-0.5, len(history) - 0.5), ylim=(0, 1.12 * top or 1))
     if len(measures) > 1:
         axis.legend(loc="lower right")
     else:
@@ -336,27 +320,30 @@ def plot_time(history: pd.DataFrame) -> Figure:
     Raises:
         ValueError: If there is no round.
     """
-    if not len(history):
-        raise ValueError("there is no round to draw yet; fit first")
-    figure = _ShownFigure(figsize=(max(4.2, 1.4 + 0.95 * len(history)), 3.2), layout="constrained")
-    axis = figure.subplots()
+    figure, axis, places = _round_axis(history)
     bottom = np.zeros(len(history))
     for phase, (colour, hatch) in PHASES.items():
         seconds = history[f"{phase}_seconds"].fillna(0).to_numpy(dtype=float)
-        axis.bar(
-            np.arange(len(history)), seconds, bottom=bottom, width=0.6, color=colour, hatch=hatch, edgecolor="white",
-            linewidth=0.4, label=phase,
-        )  # fmt: skip
+        look = dict(color=colour, hatch=hatch, edgecolor="white", linewidth=0.4)
+        axis.bar(places, seconds, bottom=bottom, width=0.6, label=phase, **look)
         bottom += seconds
-    axis.set_xticks(np.arange(len(history)), _round_names(history))
-    axis.set(xlabel="round", ylabel="seconds", xlim=(-0.6, len(history) - 0.4), ylim=(0, None))
+    axis.set(ylabel="seconds", xlim=(-0.6, len(history) - 0.4), ylim=(0, None))
     axis.yaxis.set_major_locator(MaxNLocator(6))
     figure.legend(loc="outside right upper")
     return figure
 
 
-def _round_names(history: pd.DataFrame) -> list[str]:
-    return [f"{number}\n{_short(name)}" for number, name in zip(history["round"], history["name"], strict=True)]
+def _round_axis(history: pd.DataFrame) -> tuple[Figure, Axes, np.ndarray]:
+    """Return a figure, its axis with a tick a round, and the places of the ticks."""
+    if not len(history):
+        raise ValueError("there is no round to draw yet; fit first")
+    figure = _ShownFigure(figsize=(max(4.2, 1.4 + 0.95 * len(history)), 3.2), layout="constrained")
+    axis, places = figure.subplots(), np.arange(len(history))
+    axis.set_xticks(
+        places, [f"{number}\n{_short(name)}" for number, name in zip(history["round"], history["name"], strict=True)]
+    )
+    axis.set_xlabel("round")
+    return figure, axis, places
 
 
 def _short(name: object) -> str:

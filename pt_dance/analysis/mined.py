@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import HashingVectorizer
 
+from pt_dance.storage.display import cut
+from pt_dance.storage.options import number, whole
 from pt_dance.training.record import read_record, source_of
 from pt_dance.training.run_folder import RunFolder
 
 _BLOCK_ROWS = 500
-_SHOWN_CHARACTERS = 300
 REASONS = ("near-duplicate", "margin", "teacher")
 
 
@@ -80,12 +81,10 @@ def mining(
     Raises:
         ValueError: If an option makes no sense or the folder has no record of what was mined.
     """
-    for name, value, lowest in (("sample", sample, 0), ("examples", examples, 0), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < lowest:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {lowest}")
+    for name, value in (("sample", sample), ("examples", examples), ("seed", seed)):
+        whole(name, value, 0)
     for name, share in (("threshold", threshold), ("margin", margin)):
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise ValueError(f"{name}={share!r} must be above 0 and at most 1")
+        number(name, share, above=0, highest=1)
     run = RunFolder(dance.path)
     if (stored := read_record(run)) is None:
         raise ValueError(f"{str(dance.path)!r} holds no record of training; it was saved without one, or not fitted")
@@ -101,11 +100,8 @@ def mining(
             continue
         negatives, about = mined
         told, suspects = _suspects(dance, negatives[negatives["qid"].isin(qids)], positives, teacher, threshold, margin)
-        rows.append(
-            {"round": row.round, "name": row.name, "source": source_of(run, row.round)}
-            | _of_frame(negatives, about)
-            | told
-        )
+        facts = {"round": row.round, "name": row.name, "source": source_of(run, row.round)}
+        rows.append(facts | _of_frame(negatives, about) | told)
         for reason, frame in suspects.items():
             best = frame.sort_values(["value", "qid", "docno"], ascending=[False, True, True]).head(examples)
             shown.append(best.assign(round=row.round, reason=reason))
@@ -212,10 +208,6 @@ def _shingles(text: str, size: int) -> list[str]:
     return [" ".join(words[i : i + size]) for i in range(max(len(words) - size + 1, 1))]
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"
-
-
 def _with_texts(shown: list[pd.DataFrame], positives: pd.DataFrame, corpus: Any) -> pd.DataFrame:
     columns = ["round", "reason", "qid", "query", "docno", "text", "positive", "positive_text", "value"]
     if not any(map(len, shown)):
@@ -223,5 +215,5 @@ def _with_texts(shown: list[pd.DataFrame], positives: pd.DataFrame, corpus: Any)
     frame = pd.concat([part for part in shown if len(part)], ignore_index=True)
     frame = frame.merge(positives[["qid", "query"]].drop_duplicates("qid"), on="qid")
     for column, docno in (("text", "docno"), ("positive_text", "positive")):
-        frame[column] = [_cut(text) for text in corpus.texts(frame[docno].tolist())]
+        frame[column] = [cut(text) for text in corpus.texts(frame[docno].tolist())]
     return frame[columns].sort_values(["round", "reason", "value"], ascending=[True, True, False], ignore_index=True)

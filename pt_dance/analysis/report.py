@@ -17,6 +17,7 @@ from pt_dance.analysis.mined import MiningReport, mining
 from pt_dance.analysis.results import per_query, wins_and_losses
 from pt_dance.analysis.space_report import SpaceReport, describe_sample
 from pt_dance.analysis.words import recipe_in_words
+from pt_dance.storage.display import cut
 from pt_dance.storage.folders import human_bytes, publish_file
 from pt_dance.storage.options import path_of, whole
 from pt_dance.storage.writing import writing
@@ -24,7 +25,6 @@ from pt_dance.training.options import check_measures
 from pt_dance.training.record import read_record
 from pt_dance.training.run_folder import RunFolder
 
-SHOWN_CHARACTERS = 300
 UNTRAINED, TRAINED = "untrained", "trained"
 # What has no place in a page: control characters, half characters, and non-characters.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
@@ -133,10 +133,6 @@ def _clean(value: Any) -> Any:
     return value if isinstance(value, Markup) or not isinstance(value, str) else _UNSHOWABLE.sub("\ufffd", value)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
-
-
 def _facts(dance: Any, made: dict) -> list[tuple[str, str]]:
     encoder, corpus = dance.initial_encoder or dance.encoder, dance.corpus
     in_use = int(Path(dance.index.index_path).parent.name)
@@ -194,12 +190,8 @@ def _space_rows(spaces: dict[str, SpaceReport]) -> list[tuple]:
     for measure, of in _SPACE_MEASURES:
         for column in table.columns:
             if column.startswith(measure) and column.endswith(f"({of})"):
-                rows.append(
-                    (
-                        column,
-                        *((row[column], row[f"{column} low"], row[f"{column} high"]) for _, row in table.iterrows()),
-                    )
-                )
+                values = (table[name] for name in (column, f"{column} low", f"{column} high"))
+                rows.append((column, *zip(*values, strict=True)))
     return rows
 
 
@@ -221,7 +213,7 @@ def _mining(report: MiningReport) -> dict[str, Any]:
     return {
         "columns": list(rounds.columns),
         "rows": [list(map(_number, row)) for row in rounds.to_numpy(dtype=object).tolist()],
-        "examples": [example | {"query": _cut(example["query"])} for example in examples],
+        "examples": [example | {"query": cut(example["query"])} for example in examples],
         "sampled": report.sampled,
     }
 
@@ -240,8 +232,8 @@ def _shown(queries: pd.DataFrame, corpus: Any, baseline: str) -> list[dict[str, 
             (f"relevant ({said})", relevant),
         ):
             if isinstance(docno, str):
-                documents.append({"what": what, "docno": docno, "text": _cut(corpus.texts([docno])[0])})
-        shown.append(row | {"query": _cut(row["query"]), "documents": documents})
+                documents.append({"what": what, "docno": docno, "text": cut(corpus.texts([docno])[0])})
+        shown.append(row | {"query": cut(row["query"]), "documents": documents})
     return shown
 
 

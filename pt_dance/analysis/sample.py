@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pt_dance.storage.digests import texts_digest
+from pt_dance.storage.options import whole
+
 _BLOCK_TEXTS = 500
 
 
@@ -83,8 +86,7 @@ def draw(
         ValueError: If a number makes no sense or fewer than two pairs are left.
     """
     for name, value, lowest in (("sample", sample, 2), ("pool", pool, 0), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < lowest:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {lowest}")
+        whole(name, value, lowest)
     for name, frame, columns in (("topics", topics, ["qid", "query"]), ("qrels", qrels, ["qid", "docno", "label"])):
         for column in columns:
             if column not in frame.columns:
@@ -145,7 +147,7 @@ def _digests(corpus: Any, docnos: list[str]) -> Iterable[tuple[str, bytes]]:
     for start in range(0, len(docnos), _BLOCK_TEXTS):
         block = docnos[start : start + _BLOCK_TEXTS]
         for docno, text in zip(block, corpus.texts(block), strict=True):
-            yield docno, hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            yield docno, texts_digest(text)
 
 
 def _others(corpus: Any, taken: list[str], number: int, rng: np.random.Generator) -> list[str]:

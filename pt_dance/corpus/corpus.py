@@ -15,7 +15,7 @@ from pt_dance.corpus.records import HASHES, TABLE, checked_fields, columns_of, f
 from pt_dance.corpus.sources import iter_documents
 from pt_dance.corpus.text_loader import CorpusTextLoader
 from pt_dance.storage import options
-from pt_dance.storage.display import facts, grid
+from pt_dance.storage.display import cut, facts, grid
 from pt_dance.storage.folders import read_json, recover_folder, write_json
 from pt_dance.storage.meta import META, TEXT, TEXT_OR_NONE, check_sizes, entry_of, list_entry, read_meta, whole_entry
 from pt_dance.storage.progress import progress_bar
@@ -282,7 +282,7 @@ class Corpus(pt.Artifact):
 
     def _repr_html_(self) -> str:
         first = range(min(len(self), 3))
-        texts = [text if len(text) <= 160 else text[:160] + " …" for text in self.texts_at(first)]
+        texts = [cut(text, 160) for text in self.texts_at(first)]
         about = {"documents": len(self), "fields": ", ".join(self.fields), "content": self.fingerprint}
         rows = zip(self.docno(first), texts, strict=True)
         return facts(type(self).__name__, {"path": str(self.path), **about}, grid(["docno", "text"], rows))

@@ -1,9 +1,9 @@
 """Docnos: what is a valid one, which occur twice, and which row each one has.
 
-Lookup goes through a table of 64-bit hashes on disk, memory-mapped, and every hit is compared with the docno itself.
-FLEX's own ``docnos.npids`` is written beside it, so that pyterrier_dr opens our indexes; its inverse lookup is not
-used, because for docnos that are numbers it takes ``01`` for ``1``, and misses numbers that do not start at 0 in a
-later block (npids 0.1.3).
+Lookup goes through a table of 64-bit hashes on disk, memory-mapped, and compares every hit with the docno itself.
+FLEX's own ``docnos.npids`` is written beside it, so that pyterrier_dr opens our indexes. Its inverse lookup is not
+used: for docnos that are numbers it takes ``01`` for ``1``, and it misses numbers that do not start at 0 in a later
+block (npids 0.1.3).
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
+from more_itertools import chunked
+
+from pt_dance.storage.digests import short_text_digest
 
 MAX_DOCNO_LENGTH = 1024
 _BAD_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -23,14 +25,7 @@ _NPIDS_BLOCK = 1 << 16
 
 
 def check_docno(value: object, position: int) -> str:
-    """Return ``value`` if it is a valid docno.
-
-    Args:
-        value: What the document gives as its docno.
-        position: Number of the document in its source, from 0, for the message.
-
-    Returns:
-        The docno as a plain ``str``.
+    """Return what a document gives as its docno as a plain ``str``; ``position`` is its number in the source, from 0.
 
     Raises:
         TypeError: If it is no string.
@@ -58,14 +53,7 @@ def check_docno(value: object, position: int) -> str:
 
 def duplicate_error(docno: str) -> ValueError:
     """Return the error that says that a docno occurs twice."""
-    return ValueError(
-        f"docno {docno!r} occurs more than once: every document needs its own docno; remove the duplicates."
-    )
-
-
-def hash_docno(docno: str) -> int:
-    """Return the 64-bit hash (xxh3) of a docno's UTF-8 bytes."""
-    return xxhash.xxh3_64_intdigest(docno.encode("utf-8", "surrogatepass"))
+    return ValueError(f"docno {docno!r} occurs more than once: every document needs its own; remove the duplicates")
 
 
 class DuplicateDocnos:
@@ -79,21 +67,13 @@ class DuplicateDocnos:
         self.hashes = array("Q")
         self._runs: list[np.ndarray] = []  # sorted hashes; sizes shrink by half or more, so there are few of them
 
-    def add(self, docno: str) -> None:
-        """Add one docno; :meth:`check` tells about duplicates."""
-        self.hashes.append(hash_docno(docno))
+    def add_block(self, docnos: Sequence[str]) -> list[int]:
+        """Add a block of valid docnos and return the positions of those whose hash has been seen before.
 
-    def add_block(self, docnos: Sequence[str]) -> list[str]:
-        """Add a block of docnos and return those whose hash has been seen before.
-
-        Args:
-            docnos: Valid docnos.
-
-        Returns:
-            Suspects, in order: docnos that occurred already, in an earlier block or in this one (or, once in about
-            2**64 pairs, another docno with the same hash). The caller compares the strings.
+        They occur already, in an earlier block or in this one, or once in about 2**64 pairs another docno has the same
+        hash: the caller compares the strings.
         """
-        block = np.fromiter((hash_docno(d) for d in docnos), dtype=np.uint64, count=len(docnos))
+        block = np.fromiter((short_text_digest(d) for d in docnos), dtype=np.uint64, count=len(docnos))
         self.hashes.frombytes(block.tobytes())
         order = np.argsort(block, kind="stable")
         run = block[order]
@@ -106,26 +86,7 @@ class DuplicateDocnos:
             run = np.sort(np.concatenate([self._runs.pop(), run]))
         if len(run):
             self._runs.append(run)
-        return [docnos[i] for i in np.flatnonzero(seen).tolist()]
-
-    def check(self, lookup: Callable[[int], str]) -> None:
-        """Raise if two docnos added are equal.
-
-        Args:
-            lookup: Gives the docno of a row number (rows count the calls of :meth:`add`).
-
-        Raises:
-            ValueError: Naming a docno that occurs twice.
-        """
-        hashes = np.frombuffer(self.hashes, dtype=np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        ordered = hashes[order]
-        start = 0
-        for at in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
-            start = min(start, at) if ordered[start] == ordered[at] else at
-            mine = lookup(int(order[at + 1]))
-            if any(lookup(int(order[i])) == mine for i in range(start, at + 1)):
-                raise duplicate_error(mine)
+        return np.flatnonzero(seen).tolist()
 
 
 class DocnoRows:
@@ -166,24 +127,18 @@ class DocnoRows:
     @classmethod
     def of(cls, docnos: Iterable[str], docnos_at: Callable[[np.ndarray], Sequence[str]]) -> DocnoRows:
         """Make the table in memory, for folders that have none."""
-        hashes = np.fromiter((hash_docno(d) for d in docnos), dtype=np.uint64)
+        hashes = np.fromiter((short_text_digest(d) for d in docnos), dtype=np.uint64)
         order = np.argsort(hashes, kind="stable")
         return cls(hashes[order], order.astype("<u4"), docnos_at)
 
     def __call__(self, docnos: Sequence[str]) -> np.ndarray:
-        """Return the row of each docno.
-
-        Args:
-            docnos: Any values; what is no string is unknown.
-
-        Returns:
-            ``int64`` of the same length, -1 for a docno that is not there.
-        """
+        """Return the row of each docno, ``int64``, the first one where it is there twice; -1 where it is not there."""
         docnos = list(docnos)
         found = np.full(len(docnos), -1, dtype=np.int64)
         if not docnos or not len(self._hashes):
             return found
-        hashes = np.fromiter((hash_docno(d) if isinstance(d, str) else 0 for d in docnos), np.uint64, len(docnos))
+        given = (short_text_digest(docno) if isinstance(docno, str) else 0 for docno in docnos)
+        hashes = np.fromiter(given, np.uint64, len(docnos))
         at = np.searchsorted(self._hashes, hashes)
         open_ = np.arange(len(docnos))
         # One turn is enough unless two docnos share a 64-bit hash.
@@ -249,30 +204,16 @@ def write_npids(path: str | Path, docnos: Iterator[str]) -> None:
 
     Only npids' plain codecs are used, fixed-length byte strings and the hash lookup, in blocks of 65,536: its own
     builder fails for a block of one docno (``ZeroDivisionError``) and for docnos whose common bytes end inside a
-    character (``UnicodeDecodeError``).
-
-    Args:
-        path: File to write; must not exist.
-        docnos: Valid docnos in row order, at least one.
+    character (``UnicodeDecodeError``). The file must not exist, and there must be a docno.
     """
     import npids
     from npids import codecs
     from npids.utils import FileManager
 
     with FileManager(path, "a") as out:
-        block: list[bytes] = []
-
-        def flush() -> None:
+        for block in chunked((docno.encode("utf-8") for docno in docnos), _NPIDS_BLOCK):
             width = max(map(len, block))
             out.write_header(0, len(block), {"format": "fixedbytes", "length": width, "prefix": ""})
             out.write(np.array(block, dtype=f"S{width}").tobytes())
-            block.clear()
-
-        for docno in docnos:
-            block.append(docno.encode("utf-8"))
-            if len(block) == _NPIDS_BLOCK:
-                flush()
-        if block:
-            flush()
     with npids.Lookup(path) as lookup, FileManager(path, "a") as out:
         codecs.inv["hash"].build(lookup.fwd, out)

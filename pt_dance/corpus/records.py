@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from more_itertools import chunked
+from more_itertools import chunked, constrained_batches
 
 from pt_dance.corpus.arrow import TextColumn, open_table, table_writer
-from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, check_docno
+from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, check_docno, duplicate_error
 from pt_dance.storage.digests import add_texts, new_digest
 
 TABLE, HASHES = "corpus.arrow", "docnos.hash"
@@ -79,25 +79,24 @@ def write_rows(folder: Path, rows: Iterable[tuple[str, ...]], fields: list[str],
     """
     names = columns_of(fields)
     digest = new_digest("\x1f".join(names).encode())
-    seen = DuplicateDocnos()
+    seen, suspects = DuplicateDocnos(), dict[int, str]()
     with table_writer(folder / TABLE, names) as write:
-        block: list[tuple[str, ...]] = []
-        characters = 0
-        for row in rows:
-            seen.add(row[0])
-            add_texts(digest, row)
-            block.append(row)
-            characters += sum(map(len, row))
-            if len(block) == _BLOCK_DOCUMENTS or characters >= _BLOCK_CHARACTERS:
-                write(_table(names, block))
-                block, characters = [], 0
-        if block:
-            write(_table(names, block))
+        for block in constrained_batches(rows, _BLOCK_CHARACTERS, _BLOCK_DOCUMENTS, _characters, strict=False):
+            first, docnos = len(seen.hashes), [row[0] for row in block]
+            again = seen.add_block(docnos)
+            if len(suspects) < _BLOCK_DOCUMENTS:  # so many are no accident
+                suspects |= {first + place: docnos[place] for place in again}
+            for row in block:
+                add_texts(digest, row)
+            write({name: list(values) for name, values in zip(names, zip(*block, strict=True), strict=True)})
     if not seen.hashes:
         raise ValueError("the source has no documents: a corpus needs at least one")
-    docnos = TextColumn(open_table(folder / TABLE), "docno")
-    seen.check(lambda row: docnos.take([row])[0])
     DocnoRows.write(folder / HASHES, seen.hashes)
+    column = TextColumn(open_table(folder / TABLE), "docno")
+    first_rows = DocnoRows.open(folder / HASHES, len(seen.hashes), column.take)(list(suspects.values()))
+    for (suspect, docno), first_row in zip(suspects.items(), first_rows, strict=True):
+        if suspect != first_row:
+            raise duplicate_error(docno)
     return {
         "type": "corpus",
         "format": "arrow",
@@ -110,20 +109,14 @@ def write_rows(folder: Path, rows: Iterable[tuple[str, ...]], fields: list[str],
     }
 
 
-def _table(names: list[str], rows: list[tuple[str, ...]]) -> dict[str, list[str]]:
-    return {name: list(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+def _characters(row: tuple[str, ...]) -> int:
+    return sum(map(len, row))
 
 
 def first_difference(
     rows: Iterable[tuple[str, ...]], stored: Callable[[range], Iterable[tuple[str, ...]]], count: int
 ) -> str | None:
-    """Say where documents and a corpus begin to differ, block by block; None where they are the same.
-
-    Args:
-        rows: The documents' rows.
-        stored: Gives the rows of the corpus.
-        count: How many documents the corpus has.
-    """
+    """Say where documents' rows and those of a corpus, which ``stored`` gives, begin to differ; None if they do not."""
     start = 0
     for block in chunked(rows, _BLOCK_DOCUMENTS):
         end = start + len(block)

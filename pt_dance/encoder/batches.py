@@ -1,7 +1,7 @@
-"""Fast encoding: batches of like length by token budget, tokenised while the model runs in threads.
+"""Fast encoding: batches of texts of like length, cut by a budget of tokens, tokenised while the model runs in threads.
 
 Nothing here changes what a model computes: every text is tokenised once, exactly as ``SentenceTransformer`` would
-tokenise it, and only the company it keeps in a batch differs.
+tokenise it, and only the other texts of its batch differ.
 """
 
 from __future__ import annotations
@@ -21,24 +21,18 @@ from torch import nn
 
 from pt_dance.encoder.precision import ONEDNN, onednn_is_there, with_onednn
 from pt_dance.encoder.reading import Reader, TransformerReader, prompt_for, reader_for
-from pt_dance.storage.texts import lone_surrogate
+from pt_dance.storage.texts import checked_texts
 
-READ_AT_ONCE = 1024
-"""Texts tokenised in one go: what waits in memory besides the batches in flight."""
-
+READ_AT_ONCE = 1024  # texts tokenised in one go: what waits in memory besides the batches in flight
 _BUDGET, _BUDGET_ON_A_GPU = 1024, 65536
 _BATCHES_AHEAD = 8
 _ROWS_PER_COPY = 4096
 
 
 def batches(reader: Reader, texts: list[str], budget: int, most: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-    """Cut texts into batches of like length.
+    """Cut texts into batches of like length, the longest first, so that too large a batch fails at once.
 
-    Args:
-        reader: How to tokenise.
-        texts: All texts that are there; the longest come first, so that too large a batch fails at once.
-        budget: Tokens in a batch, padding included; a longer text has a batch to itself.
-        most: Texts in a batch at most.
+    A batch has at most ``budget`` tokens, padding included, unless it is of one text, and at most ``most`` texts.
 
     Yields:
         The positions of a batch's texts, and the model's input for them.
@@ -99,11 +93,7 @@ def dim_of(model: SentenceTransformer) -> int:
 
 
 def encode_with_gradients(model: SentenceTransformer, texts: list[str], task: str, size: int) -> torch.Tensor:
-    """Encode texts as sentence-transformers would, ``size`` at a time, in the mode the model is in.
-
-    Returns:
-        Tensor (len(texts), dim) on the model's device.
-    """
+    """Encode texts as sentence-transformers would, ``size`` at a time; a tensor (len(texts), dim) on its device."""
     if not texts:
         return torch.empty((0, dim_of(model)), device=model.device)
     prompt = prompt_for(model, task)
@@ -243,16 +233,4 @@ def checked(texts: Iterable[str], task: str) -> list[str]:
     """
     if isinstance(texts, (str, bytes)):
         raise TypeError(f"texts are given as a list of strings, not as one {type(texts).__name__}")
-    kind = "query" if task == "query" else "document"
-    texts = list(texts)
-    for position, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(
-                f"the text of {kind} number {position} is {text!r}, not a string; give it a text or drop it"
-            )
-        if (place := lone_surrogate(text)) is not None:
-            raise ValueError(
-                f"the text of {kind} number {position} is no valid Unicode (a lone surrogate at character {place}); "
-                "clean it or drop it"
-            )
-    return texts
+    return checked_texts(texts, lambda position: f"the text of {task} number {position}")

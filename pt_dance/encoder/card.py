@@ -36,7 +36,7 @@ def model_card(
     measures: Mapping[str, Mapping[str, float]] | None = None,
     license: str | None = None,
 ) -> str:
-    """Write the card of an encoder's sentence-transformers repository.
+    """Write the card of an encoder's sentence-transformers repository, as Markdown with metadata for the hub.
 
     Args:
         encoder: The ``DualEncoder``. Of the trainings in its ``origin`` the card gives ``base``, ``rounds`` (a text a
@@ -45,9 +45,6 @@ def model_card(
         data: What it was trained on, in the user's words.
         measures: Values of measures by the split they were measured on, beside those that the run has.
         license: The model's licence; that of the base model when ``None``.
-
-    Returns:
-        Markdown, with metadata for the hub.
     """
     origin = of_weights(encoder.origin, encoder.fingerprint)
     bases = origin["bases"]
@@ -70,18 +67,12 @@ from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer({repo!r})
 scores = model.encode_query(["a query"]) @ model.encode_document(["a document"]).T"""
-    parts = [
-        f"---\n{head.to_yaml()}\n---\n\n# {repo.rsplit('/', 1)[-1]}",
-        _kind(encoder),
-        f"## Use\n\n```python\n{use}\n```",
-        *sections(encoder, data=data, measures=measures),
-        f"## Licence\n\n{_licence_in_words(bases, license)}",
-    ]
-    return "\n\n".join([*parts, *_citation(origin)]) + "\n"
+    told = sections(encoder, data=data, measures=measures)
+    return _card(head.to_yaml(), repo.rsplit("/", 1)[-1], _kind(encoder), use, told, origin, license)
 
 
 def artifact_card(encoder: Any, title: str, load: str, metadata: Mapping[str, Any], *, extra: str = "") -> str:
-    """Write the card of a PyTerrier artifact that holds an encoder.
+    """Write the card of a PyTerrier artifact that holds an encoder, as Markdown with metadata for the hub.
 
     Args:
         encoder: The ``DualEncoder``.
@@ -89,23 +80,30 @@ def artifact_card(encoder: Any, title: str, load: str, metadata: Mapping[str, An
         load: The line of Python that opens the artifact.
         metadata: The artifact's ``type`` and ``format``.
         extra: What else there is to say of the artifact.
-
-    Returns:
-        Markdown, with metadata for the hub.
     """
     origin = of_weights(encoder.origin, encoder.fingerprint)
     kind, shape = metadata.get("type", ""), metadata.get("format", "")
     tags = ["pyterrier", "pyterrier-artifact", f"pyterrier-artifact.{kind}", f"pyterrier-artifact.{kind}.{shape}"]
     listed = "".join(f"\n- {tag}" for tag in tags)
-    head = f"---\ntags:{listed}\ntask_categories:\n- text-retrieval\nviewer: false\n---"
+    head = f"tags:{listed}\ntask_categories:\n- text-retrieval\nviewer: false"
+    kind = f"{_kind(encoder)} {extra}".strip()
+    return _card(head, title, kind, f"import pyterrier as pt\n\n{load}", sections(encoder), origin, None)
+
+
+def _card(
+    head: str, title: str, kind: str, use: str, told: list[str], origin: Mapping[str, list], license: str | None
+) -> str:
     parts = [
-        f"{head}\n\n# {title}",
-        " ".join(text for text in (_kind(encoder), extra) if text),
-        f"## Use\n\n```python\nimport pyterrier as pt\n\n{load}\n```",
-        *sections(encoder),
-        f"## Licence\n\n{_licence_in_words(origin['bases'], None)}",
+        f"---\n{head}\n---\n\n# {title}",
+        kind,
+        f"## Use\n\n```python\n{use}\n```",
+        *told,
+        f"## Licence\n\n{_licence_in_words(origin['bases'], license)}",
     ]
-    return "\n\n".join([*parts, *_citation(origin)]) + "\n"
+    entries = [entry.strip() for training in origin["trainings"] for entry in training.get("citations", [])]
+    if entries:
+        parts.append("## Citation\n\n```bibtex\n" + "\n\n".join(dict.fromkeys(entries)) + "\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def sections(
@@ -157,11 +155,6 @@ def _licence_in_words(bases: list[dict], given: str | None) -> str:
             f"The base model {name} is " + (f"`{known}`." if (known := base.get("license")) else "of unknown licence.")
         )
     return " ".join(told) or "None was given."
-
-
-def _citation(origin: Mapping[str, list]) -> list[str]:
-    entries = [entry.strip() for training in origin["trainings"] for entry in training.get("citations", [])]
-    return ["## Citation", "```bibtex\n" + "\n\n".join(dict.fromkeys(entries)) + "\n```"] if entries else []
 
 
 def _value(value: Any) -> str:

@@ -12,6 +12,8 @@ from sentence_transformers.sentence_transformer.modules import Router
 from tokenizers import Tokenizer
 from torch import nn
 
+from pt_dance.storage.digests import new_digest
+
 # Of a transformer's configuration: where it came from and how it is run, which change from one save to the next.
 _VOLATILE = {
     "_name_or_path", "architectures", "auto_map", "chunk_size_feed_forward", "dtype", "id2label", "label2id",
@@ -21,16 +23,10 @@ _VOLATILE = {
 
 
 def fingerprint(model: SentenceTransformer) -> str:
-    """Return the xxh3 digest of all that determines the model's vectors.
+    """Return the digest (xxh3, 32 hexadecimal digits) of all that determines the model's vectors.
 
     That is: names, types, shapes and bytes of all weights; the modules in order with their settings; tokenizers and
     maximum lengths; prompts. Saving and loading keep it; any training step changes it.
-
-    Args:
-        model: A ``SentenceTransformer``; it is only read.
-
-    Returns:
-        32 hexadecimal digits (xxh3, 128 bits).
     """
     digest = weights_digest(model)
     for name, module in model.named_children():
@@ -48,7 +44,7 @@ def fingerprint(model: SentenceTransformer) -> str:
 
 def weights_digest(model: nn.Module) -> xxhash.xxh3_128:
     """Return a digest fed with the names, types, shapes and bytes of all weights of a model."""
-    digest = xxhash.xxh3_128()
+    digest = new_digest()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -55,12 +55,8 @@ def with_ending(model: SentenceTransformer, similarity: str, device: str | None 
 
     The plain dot product of its outputs is then the score. ``truncate_dim``, which sentence-transformers applies
     behind the last module (and so behind ``Normalize``, and never while training), becomes a ``Dense`` module that
-    starts as the truncation, so that what is trained, saved and searched are the same vectors.
-
-    Args:
-        model: Any model; it is not changed, but its modules are shared.
-        similarity: ``"cosine"`` or ``"dot"``.
-        device: Where to move the modules; they stay where they are when ``None``.
+    starts as the truncation, so that what is trained, saved and searched are the same vectors. The model itself is not
+    changed, but its modules are shared, and moved to ``device`` if there is one.
     """
     choice("similarity", similarity, SIMILARITIES)
     modules = list(strip_normalize(OrderedDict(model.named_children())).items())
@@ -80,8 +76,8 @@ def with_ending(model: SentenceTransformer, similarity: str, device: str | None 
     rebuilt.backend = model.backend
     rebuilt._model_card_text = model._model_card_text
     if model.module_kwargs:
-        old = [name for name, _ in modules]
-        rebuilt.module_kwargs = OrderedDict((str(i), model.module_kwargs.get(name, [])) for i, name in enumerate(old))
+        kwargs = ((str(i), model.module_kwargs.get(name, [])) for i, (name, _) in enumerate(modules))
+        rebuilt.module_kwargs = OrderedDict(kwargs)
     rebuilt.training = model.training
     for module in rebuilt:
         if not any(True for _ in module.parameters()):
@@ -156,8 +152,8 @@ def set_max_length(model: SentenceTransformer, max_length: int) -> None:
     Raises:
         ValueError: If the length is longer than a tower can read.
     """
-    for name, module in list(model.named_children())[:1]:
-        model._modules[name] = _shortened(module, max_length)
+    name, module = next(model.named_children())
+    model._modules[name] = _shortened(module, max_length)
 
 
 def _shortened(module: Any, max_length: int) -> Any:

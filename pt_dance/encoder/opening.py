@@ -23,6 +23,7 @@ from pt_dance.encoder.published import Published
 from pt_dance.storage import folders
 from pt_dance.storage.meta import META, entry_of, read_meta
 from pt_dance.storage.options import choice, path_of
+from pt_dance.storage.texts import first_line
 
 POOLINGS = ("cls", "mean")
 
@@ -44,20 +45,9 @@ def open_model(
 ) -> SentenceTransformer:
     """Open a model by folder or hub name, in float32; a model in memory that is in float32 is returned as it is.
 
-    Args:
-        model: A folder, the name of a model on the Hugging Face hub, or a ``SentenceTransformer``.
-        device: Where to put it; sentence-transformers' own choice when ``None``.
-        pooling: "cls" or "mean", for a plain transformers checkpoint.
-        similarity: "cosine" or "dot"; what the folder or :mod:`pt_dance.encoder.published` says when ``None``.
-
-    Returns:
-        The model. Its weights were read from safetensors, and no code that comes with it was run.
-
-    Raises:
-        TypeError: If ``model`` is none of these.
-        FileNotFoundError: If there is no such folder and no such model on the hub.
-        ValueError: If the folder holds no model, a damaged one, or pickled weights; or if ``pooling`` is given for a
-            model that says it itself.
+    Weights are read from safetensors, and no code that comes with the model is run. Arguments and errors are those of
+    :class:`pt_dance.DualEncoder`; where ``similarity`` is ``None``, the folder or :mod:`pt_dance.encoder.published`
+    says it.
     """
     choice("pooling", pooling, POOLINGS, or_none=True)
     choice("similarity", similarity, SIMILARITIES, or_none=True)
@@ -86,7 +76,7 @@ def open_model(
             if plain:
                 _complete(opened, folder, known, pooling, similarity)
         except Exception as error:  # whatever a damaged folder provokes in the libraries below, the user gets one line
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise ValueError(f"{folder} cannot be read as a sentence-transformers model: {reason}") from error
     if plain and known is None and (pooling is None or similarity is None):
         assumed = [
@@ -127,8 +117,8 @@ def _complete(
         modules += _head_of(folder, known.head)
     if tokens is not None:
         tokenizer = tower.tokenizer
-        first = (tokenizer.cls_token, tokenizer.cls_token_id)
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
+        cls = (tokenizer.cls_token, tokenizer.cls_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{cls[0]} $A", special_tokens=[cls])
         tower.query_expansion = {"strategy": "fixed", "attend": True, "length": tokens}
     for number, module in enumerate(modules, 1):
         model._modules[str(number)] = module.to(model.device)
@@ -189,7 +179,7 @@ def _folder_of(name: str) -> Path:
             try:
                 return Path(snapshot_download(repository, ignore_patterns=_NOT_NEEDED))
             except Exception as error:  # no network, no such repository, an impossible name: all mean "not to be had"
-                reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = reason or first_line(error)
     finally:
         enable_progress_bars()
     raise FileNotFoundError(

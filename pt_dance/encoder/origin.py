@@ -17,10 +17,7 @@ FROM_NOTHING: dict[str, list] = {"bases": [], "trainings": []}
 
 
 def origin_of(*given: Any) -> dict[str, list]:
-    """Return the origin of an encoder that is made of models.
-
-    Args:
-        *given: Encoders, folders, names on the hub, or ``SentenceTransformer``s.
+    """Return the origin of an encoder made of encoders, folders, names on the hub, or ``SentenceTransformer``s.
 
     Returns:
         ``bases``: ``name``, ``model`` (its name on the hub, or None) and ``license`` (None where it is not known) of
@@ -33,12 +30,9 @@ def origin_of(*given: Any) -> dict[str, list]:
 
 
 def with_training(origin: dict[str, list], training: dict[str, Any]) -> dict[str, list]:
-    """Return an origin to which a run's training is added.
+    """Return the origin of the encoder that a run began with, to which the run's training is added.
 
-    Args:
-        origin: That of the encoder which the run began with.
-        training: ``fingerprint`` of the encoder it gave, and what the model card says of it, see
-            :func:`pt_dance.encoder.card.model_card`.
+    ``training`` has the ``fingerprint`` of the encoder it gave, and what :func:`pt_dance.encoder.card.model_card` says.
     """
     return {**origin, "trainings": [*origin["trainings"], training]}
 

@@ -75,13 +75,13 @@ _MODELS: dict[str, Published] = {
         "cls", "dot", source="Lin et al., Findings of EMNLP 2023, arXiv 2302.07452"
     ),
     **{
-        f"facebook/dragon-{kind}": Published(
+        f"facebook/{name}": Published(
             "cls",
             "dot",
-            towers=(f"facebook/dragon-{kind}-query-encoder", f"facebook/dragon-{kind}-context-encoder"),
+            towers=(f"facebook/{name}-query-encoder", f"facebook/{name}-context-encoder"),
             source="Lin et al., Findings of EMNLP 2023, arXiv 2302.07452",
         )
-        for kind in ("plus", "roberta")
+        for name in ("dragon-plus", "dragon-roberta")
     },
     "Shitao/RetroMAE_(MSMARCO_finetune|MSMARCO_distill|BEIR)": Published(
         "cls", "dot", source="Xiao et al., EMNLP 2022, arXiv 2205.12035"

@@ -13,19 +13,14 @@ from pyterrier_dr.biencoder import BiDocEncoder, BiQueryEncoder, BiScorer
 if TYPE_CHECKING:
     from pt_dance.encoder.dual_encoder import DualEncoder
 
-HANDED_OVER = 8192
-"""Rows an indexing pipeline hands over at once: enough to find texts of like length among them."""
-
+HANDED_OVER = 8192  # rows an indexing pipeline hands over at once: enough to find texts of like length among them
 _ROWS_AT_ONCE = 65536
 
 
 def texts_of(frame: pd.DataFrame, column: str, key: str) -> tuple[list[str], np.ndarray]:
     """Return the distinct texts of a column, and for each row which of them it holds.
 
-    Args:
-        frame: The rows.
-        column: Where the texts are.
-        key: Column that names a row in messages, where there is one.
+    Messages name a row by its ``key``, where the frame has that column.
 
     Raises:
         ValueError: If a text is missing (None or NaN) or no string; names the row.

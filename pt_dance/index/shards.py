@@ -13,7 +13,7 @@ import pyterrier as pt
 from pt_dance.corpus.docnos import check_docno
 from pt_dance.corpus.sources import iter_documents, source_length
 from pt_dance.index.writer import check_vectors, digest_of
-from pt_dance.storage.texts import lone_surrogate
+from pt_dance.storage.texts import checked_texts
 
 # Texts of a shard are in memory together; very long ones make it end earlier.
 SHARD_CHARACTERS = 1 << 26
@@ -51,8 +51,7 @@ class ShardReader:
             except Exception as err:
                 raise StreamError(
                     f"the documents' iterator raised a {type(err).__name__} after {self._position:,} documents "
-                    f"({err}); "
-                    "whole shards before it are kept: call again and it goes on from there"
+                    f"({err}); whole shards before it are kept: call again and it goes on from there"
                 ) from err
             if document is None:
                 break
@@ -92,16 +91,7 @@ class ShardReader:
                 f"document {docno!r} has no text in {self.text_field!r} ({found}): give an empty string, leave the "
                 "document out, or name another text_field"
             )
-        if not isinstance(text, str):
-            raise TypeError(
-                f"document {docno!r} has a {type(text).__name__} in {self.text_field!r}: texts must be strings"
-            )
-        if (place := lone_surrogate(text)) is not None:
-            raise ValueError(
-                f"document {docno!r} has a text in {self.text_field!r} that is no valid Unicode (a lone surrogate at "
-                f"character {place}): clean it or leave the document out"
-            )
-        return docno, text
+        return docno, checked_texts([text], lambda _: f"the text of document {docno!r} in {self.text_field!r}")[0]
 
     def _check_vector(self, docno: str, vector: Any) -> np.ndarray:
         vector = np.asarray(vector)

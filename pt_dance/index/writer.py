@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from pt_dance.index.files import (
     row_bytes,
 )
 from pt_dance.retriever.search.vectors import MAX_NORM
-from pt_dance.storage.folders import copy_file, remove_folder, write_json
+from pt_dance.storage.folders import remove_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class IndexWriter:
             self._vectors_path.touch()
             (self.folder / DOCNOS).touch()
         else:
-            copy_file(base.path / VECTORS[base.meta["vec_dtype"]], self._vectors_path)
+            shutil.copyfile(base.path / VECTORS[base.meta["vec_dtype"]], self._vectors_path)
             with open(self.folder / DOCNOS, "wb") as out:
                 for docno in base.docnos:
                     out.write(docno.encode("utf-8") + b"\n")
@@ -217,7 +218,7 @@ class IndexWriter:
     def check_docnos(self, docnos: Sequence[str]) -> None:
         """Raise a ``ValueError`` if one of the next shard's docnos occurs twice, there or in an earlier shard."""
         own: set[str] = set()
-        for docno in self._seen.add_block(docnos):
+        for docno in (docnos[place] for place in self._seen.add_block(docnos)):
             if docnos.count(docno) > 1 or docno in own or self._contains(docno):
                 raise duplicate_error(docno)
             own.add(docno)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ import pandas as pd
 from pt_dance.mining.filters import Filter, MiningContext
 from pt_dance.mining.readings import Readings
 from pt_dance.storage import options
+from pt_dance.storage.progress import progress_bar
 
 SAMPLING = ("uniform", "top")
 
@@ -88,19 +89,13 @@ def reduce_results(results: pd.DataFrame) -> pd.DataFrame:
 def ranked(results: pd.DataFrame, source_column: str, candidate_column: str) -> pd.DataFrame:
     """Return the columns mining needs, each candidate once, with ``rank`` 0, 1, 2 … for each source as it came."""
     frame = pd.DataFrame({c: results[c].to_numpy(dtype=object) for c in (source_column, candidate_column)})
-    if "score" in results.columns:
-        frame["score"] = results["score"].to_numpy(dtype=np.float64)
-    else:
-        frame["score"] = np.nan
-    if "rank" in results.columns:
+    frame["score"] = results["score"].to_numpy(dtype=np.float64) if "score" in results.columns else np.nan
+    by = "rank" if "rank" in results.columns else "score"
+    if by == "rank":
         frame["rank"] = results["rank"].to_numpy()
-        order = [source_column, "rank", candidate_column]
-        frame = frame.sort_values(order, kind="stable")
-    else:
-        frame = frame.sort_values(
-            [source_column, "score", candidate_column], ascending=[True, False, True], kind="stable"
-        )
-    frame = frame.drop_duplicates([source_column, candidate_column])
+    order, ascending = [source_column, by, candidate_column], [True, by == "rank", True]
+    frame = frame.sort_values(order, ascending=ascending, kind="stable")
+    frame.drop_duplicates([source_column, candidate_column])
     frame["rank"] = frame.groupby(source_column, sort=False).cumcount().to_numpy()
     return frame.reset_index(drop=True)
 
@@ -112,17 +107,11 @@ def pair_keys(frame: pd.DataFrame, readings: Readings) -> np.ndarray:
 
 def draw(frame: pd.DataFrame, number: int, sampling: str, seed: int, source_column: str, candidate_column: str):
     """Return at most ``number`` candidates of each source, drawn as ``sampling`` says, in rank order."""
+    by = "rank"
     if sampling == "uniform":
-        frame = frame.assign(_key=random_keys(seed, frame[source_column], frame[candidate_column]))
-        frame = (
-            frame.sort_values([source_column, "_key"], kind="stable").groupby(source_column, sort=False).head(number)
-        )
-        frame = frame.drop(columns="_key")
-    else:
-        frame = (
-            frame.sort_values([source_column, "rank"], kind="stable").groupby(source_column, sort=False).head(number)
-        )
-    return frame.sort_values([source_column, "rank"], kind="stable")
+        by, frame = "_key", frame.assign(_key=random_keys(seed, frame[source_column], frame[candidate_column]))
+    frame = frame.sort_values([source_column, by], kind="stable").groupby(source_column, sort=False).head(number)
+    return frame.drop(columns="_key", errors="ignore").sort_values([source_column, "rank"], kind="stable")
 
 
 class CandidateSelection:
@@ -144,17 +133,47 @@ class CandidateSelection:
         check_options(depth, negatives, sampling, rank_range)
         self.context = context
         self._positives = np.sort(pair_keys(context.pairs, context.readings))
-        self.source_column = source_column
-        self.candidate_column = candidate_column
-        self.depth = depth
-        self.negatives = negatives
-        self.sampling = sampling
-        self.rank_range = rank_range
-        self.filters = list(filters)
-        self.seed = seed
+        self.source_column, self.candidate_column = source_column, candidate_column
+        self.depth, self.rank_range, self.filters = depth, rank_range, list(filters)
+        self.negatives, self.sampling, self.seed = negatives, sampling, seed
         self.counts: Counter[str] = Counter()
         self.removed: Counter[str] = Counter()
         self._positive_ranks: list[int] = []
+
+    def mine(
+        self, sources: pd.Series, search: Callable[[slice], list[tuple[pd.DataFrame, float]]], *, block: int, what: str,
+        unit: str, verbose: bool,
+    ) -> pd.DataFrame:  # fmt: skip
+        """Return the negatives of all sources, in their order, with the report in ``attrs["mining"]``.
+
+        Args:
+            sources: The ids that negatives are mined for.
+            search: Gives the results of each source pipeline for a part of them, and that pipeline's weight.
+            block: How many are searched with at a time.
+            what: What is mined, for the progress bar.
+            unit: What it counts.
+            verbose: Whether to show it, and say how many got fewer negatives than asked.
+        """
+        columns = [self.source_column, self.candidate_column, "score", "rank"]
+        parts = [pd.DataFrame(columns=columns)]
+        with progress_bar(verbose, f"mining {what}", len(sources), unit=unit) as bar:
+            for start in range(0, len(sources), block):
+                part = slice(start, start + block)
+                ids = sources.iloc[part].tolist()
+                parts.append(self.select(ids, search(part))[columns])
+                bar.update(len(ids))
+        mined = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+        order = pd.Series(range(len(sources)), index=sources.to_numpy())
+        mined["_order"] = order.reindex(mined[self.source_column]).to_numpy()
+        mined = mined.sort_values(["_order", "rank"], kind="stable").drop(columns="_order").reset_index(drop=True)
+        mined = mined.astype({"score": "float64", "rank": "int64"})
+        mined.attrs["mining"] = report = self.report()
+        if verbose and report["short"]:
+            print(
+                f"{report['short']} of {report['sources']} {self.source_column}s got fewer than {report['asked']} "
+                f"negatives ({report['none']} got none)"
+            )
+        return mined
 
     def clean(self, results: pd.DataFrame) -> pd.DataFrame:
         """Return a block's candidates: within depth and rank range, without any positive, through every filter."""

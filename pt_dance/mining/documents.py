@@ -13,9 +13,6 @@ from pt_dance.mining.judgements import positive_pairs
 from pt_dance.mining.readings import Readings
 from pt_dance.mining.sources import resolve_source
 from pt_dance.storage import options
-from pt_dance.storage.progress import progress_bar
-
-COLUMNS = ["qid", "docno", "score", "rank"]
 
 
 def mine_documents(
@@ -87,14 +84,11 @@ def mine_documents(
     if qids is not None:
         topics = topics[topics["qid"].isin(qids)]
     size = options.whole("query_block", query_block)
-    parts = [pd.DataFrame(columns=COLUMNS)]
-    with progress_bar(verbose, "mining documents", len(topics), unit="query") as bar:
-        for start in range(0, len(topics), size):
-            block = topics.iloc[start : start + size]
-            found = [(_results(pipeline, block, depth), weight) for pipeline, weight in pipelines]
-            parts.append(selection.select(block["qid"].tolist(), found)[COLUMNS])
-            bar.update(len(block))
-    return finish(parts, topics["qid"], selection, "qid", verbose)
+
+    def search(part: slice) -> list[tuple[pd.DataFrame, float]]:
+        return [(_results(pipeline, topics.iloc[part], depth), weight) for pipeline, weight in pipelines]
+
+    return selection.mine(topics["qid"], search, block=size, what="documents", unit="query", verbose=verbose)
 
 
 def _results(source: pt.Transformer | pd.DataFrame, topics: pd.DataFrame, depth: int) -> pd.DataFrame:
@@ -105,22 +99,3 @@ def _results(source: pt.Transformer | pd.DataFrame, topics: pd.DataFrame, depth:
     if "docno" not in results.columns:
         raise KeyError(f"the negative source {source!r} gave no column 'docno' (columns: {list(results.columns)})")
     return results
-
-
-def finish(
-    parts: list[pd.DataFrame], order: pd.Series, selection: CandidateSelection, source_column: str, verbose: bool
-) -> pd.DataFrame:
-    """Return one frame from the parts, ordered as the sources were given, with the report in ``attrs["mining"]``."""
-    mined = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
-    position = pd.Series(range(len(order)), index=order.to_numpy())
-    mined["_order"] = position.reindex(mined[source_column]).to_numpy()
-    mined = mined.sort_values(["_order", "rank"], kind="stable").drop(columns="_order").reset_index(drop=True)
-    mined = mined.astype({"score": "float64", "rank": "int64"})
-    report = selection.report()
-    mined.attrs["mining"] = report
-    if verbose and report["short"]:
-        print(
-            f"{report['short']} of {report['sources']} {source_column}s got fewer than {report['asked']} negatives "
-            f"({report['none']} got none)"
-        )
-    return mined

@@ -35,7 +35,6 @@ class MiningContext:
     readings: Readings = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        """Compare texts letter by letter where nothing else is said."""
         self.readings = Readings(self.corpus) if self.readings is None else self.readings
 
     def texts(self, docnos: list[str], needed_by: str) -> list[str]:
@@ -105,7 +104,6 @@ class PositiveMargin:
     absolute: float | None = None
 
     def __post_init__(self):
-        """Raise ValueError unless exactly one margin is given."""
         if (self.relative is None) == (self.absolute is None):
             raise ValueError("PositiveMargin takes either relative=... or absolute=..., exactly one of them")
 
@@ -114,11 +112,8 @@ class PositiveMargin:
         if not len(candidates):
             return np.zeros(0, dtype=bool)
         positives = context.pairs[context.pairs["qid"].isin(candidates["qid"])]
-        best = (
-            pd.Series(context.scored(self.scorer, positives, "PositiveMargin"))
-            .groupby(positives["qid"].to_numpy())
-            .max()
-        )
+        scores = pd.Series(context.scored(self.scorer, positives, "PositiveMargin"))
+        best = scores.groupby(positives["qid"].to_numpy()).max()
         ceiling = best.reindex(candidates["qid"]).to_numpy()
         # a query without any positive has nothing to be compared with
         ceiling = np.where(np.isnan(ceiling), np.inf, ceiling)
@@ -147,7 +142,7 @@ class TeacherScore:
 
 @dataclass(frozen=True)
 class NearDuplicate:
-    """Removes candidates whose text all but repeats that of one of the query's positives.
+    """Remove candidates whose text all but repeats that of one of the query's positives.
 
     Two texts are compared by the Jaccard similarity of their word ``n``-grams (Broder 1997).
 
@@ -160,7 +155,6 @@ class NearDuplicate:
     n: int = 4
 
     def __post_init__(self):
-        """Raise ValueError where an option makes no sense."""
         if not 0 < self.threshold <= 1 or self.n < 1:
             raise ValueError(
                 f"NearDuplicate takes 0 < threshold <= 1 and n >= 1, not {self.threshold!r} and {self.n!r}"

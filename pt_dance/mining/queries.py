@@ -9,15 +9,11 @@ import pandas as pd
 import pyterrier as pt
 
 from pt_dance.mining.candidates import CandidateSelection
-from pt_dance.mining.documents import finish
 from pt_dance.mining.filters import Filter, MiningContext
 from pt_dance.mining.judgements import positive_pairs
 from pt_dance.mining.readings import Readings
 from pt_dance.retriever.nearest_queries import encoded_vectors, nearest_queries
 from pt_dance.storage import options
-from pt_dance.storage.progress import progress_bar
-
-COLUMNS = ["docno", "qid", "score", "rank"]
 
 
 def mine_queries(
@@ -101,13 +97,10 @@ def mine_queries(
     else:
         search = _pipeline_search(source, topics, corpus, depth)
     size = options.whole("document_block", document_block)
-    parts = [pd.DataFrame(columns=COLUMNS)]
-    with progress_bar(verbose, "mining queries", len(documents), unit="doc") as bar:
-        for start in range(0, len(documents), size):
-            block = documents.iloc[start : start + size].tolist()
-            parts.append(selection.select(block, [(search(block), 1.0)])[COLUMNS])
-            bar.update(len(block))
-    return finish(parts, documents, selection, "docno", verbose)
+    return selection.mine(
+        documents, lambda part: [(search(documents.iloc[part].tolist()), 1.0)], block=size, what="queries", unit="doc",
+        verbose=verbose,
+    )  # fmt: skip
 
 
 def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int):

@@ -14,7 +14,7 @@ from pt_dance.retriever.opened import SearchableIndex, check_index
 from pt_dance.retriever.search.vectors import MAX_NORM
 from pt_dance.storage import options
 from pt_dance.storage.queries import users_queries
-from pt_dance.storage.texts import lone_surrogate
+from pt_dance.storage.texts import checked_texts
 
 # Queries that are encoded and searched together: more would grow the memory, not the speed.
 _QUERY_CHUNK = 4096
@@ -205,18 +205,7 @@ class DenseRetriever(pt.Transformer):
         """Return vectors, ``float32`` (rows, d), or queries as they are given, if nothing is wrong with them."""
         qids = inp["qid"]
         if "query_vec" not in inp.columns:
-            queries = users_queries(inp).tolist()
-            for position, query in enumerate(queries):
-                if not isinstance(query, str):
-                    raise TypeError(
-                        f"query {qids.iloc[position]!r} is {query!r}, no string: give its text or leave it out"
-                    )
-                if lone_surrogate(query) is not None:
-                    raise ValueError(
-                        f"query {qids.iloc[position]!r} is no valid Unicode (it has a lone surrogate): clean it or "
-                        "leave it out"
-                    )
-            return queries
+            return checked_texts(users_queries(inp), lambda position: f"query {qids.iloc[position]!r}")
         dim = self.index.open().meta["vec_size"]
         vectors = np.empty((len(inp), dim), dtype=np.float32)
         for position, value in enumerate(inp["query_vec"]):
@@ -250,15 +239,13 @@ class DenseRetriever(pt.Transformer):
         path, expected = self.index.index_path, self.index.fingerprint
         if encoder is None:
             raise ValueError(
-                f"the index {path} has no encoder at hand for queries: open it with DenseIndex({str(path)!r}, "
-                f"encoder), "
-                "or put encoder.query_encoder() before the retriever"
+                f"the index {path} has no encoder at hand for queries: open it with "
+                f"DenseIndex({str(path)!r}, encoder), or put encoder.query_encoder() before the retriever"
             )
         if expected is not None and encoder.fingerprint != expected:
             raise ValueError(
                 f"the encoder's weights are not those the index {path} was made with (they were trained since, or it "
-                f"is "
-                "another model): index the documents again, or use the encoder of that time"
+                "is another model): index the documents again, or use the encoder of that time"
             )
         return encoder
 

@@ -39,16 +39,15 @@ def short_text_digest(text: str) -> int:
 
 def file_digest(path: str | Path) -> str:
     """Return 32 hexadecimal digits over the bytes of a file, read in blocks."""
-    digest = new_digest()
-    add_file(digest, path)
-    return digest.hexdigest()
+    return add_file(new_digest(), path).hexdigest()
 
 
-def add_file(digest: xxhash.xxh3_128, path: str | Path) -> None:
-    """Feed the bytes of a file to a running digest, in blocks."""
+def add_file(digest: xxhash.xxh3_128, path: str | Path) -> xxhash.xxh3_128:
+    """Feed the bytes of a file to a running digest, in blocks, and return it."""
     with open(path, "rb") as source:
         while block := source.read(_FILE_BLOCK):
             digest.update(block)
+    return digest
 
 
 def text_id(text: str, digits: int = 16) -> str:

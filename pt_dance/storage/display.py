@@ -11,12 +11,9 @@ _CELL = "text-align:left;vertical-align:top;padding:.15em .8em .15em 0"
 
 
 def facts(title: str, rows: Mapping[str, Any], *below: str) -> str:
-    """Return a title and a table of two columns, as HTML.
+    """Return a title and a table of names and values, as HTML; values of None are left out.
 
-    Args:
-        title: What it is, such as the name of a class.
-        rows: Names and values; a value of None is left out.
-        below: HTML that follows, escaped already.
+    What follows ``below`` is HTML already.
     """
     body = "".join(
         f'<tr><th style="{_CELL};font-weight:normal;opacity:.7">{escape(name)}</th>'
@@ -34,6 +31,11 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         "<tr>" + "".join(f'<td style="{_CELL}">{escape(_shown(value))}</td>' for value in row) + "</tr>" for row in rows
     )
     return f'<table style="{_TABLE}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def cut(text: str, most: int = 300) -> str:
+    """Return a text, or its first characters where it has more than fit."""
+    return text if len(text) <= most else text[:most] + " …"
 
 
 def _shown(value: Any) -> str:

@@ -55,12 +55,7 @@ def _sync(path: Path) -> None:
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write ``obj`` as JSON so that ``path`` holds either its old content or the whole new one, even after a crash.
-
-    Args:
-        path: File to write.
-        obj: What to write; keys keep their order.
-    """
+    """Write ``obj`` as JSON so that ``path`` holds either its old content or the whole new one, even after a crash."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.new")
     with open(beside, "w", encoding="utf-8") as out:
@@ -73,13 +68,7 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object from a file that may be missing, damaged or hostile.
-
-    Args:
-        path: File to read, at most 4 MiB.
-
-    Returns:
-        The object.
+    """Read a JSON object from a file of at most 4 MiB that may be missing, damaged or hostile.
 
     Raises:
         FileNotFoundError: If the file is not there.
@@ -111,12 +100,7 @@ def sync_folder(path: str | Path) -> None:
 
 
 def publish_file(building: str | Path, final: str | Path) -> None:
-    """Give a finished file its final name in one step, in the place of an older one if there is one.
-
-    Args:
-        building: File with the finished content, in the same folder as ``final``.
-        final: Its name from now on.
-    """
+    """Give a finished file its final name in the same folder in one step, in the place of an older one."""
     building, final = Path(building), Path(final)
     _sync(building)
     os.replace(building, final)
@@ -124,11 +108,7 @@ def publish_file(building: str | Path, final: str | Path) -> None:
 
 
 def publish_folder(building: str | Path, final: str | Path) -> None:
-    """Give a finished folder its final name in one step.
-
-    Args:
-        building: Folder with the finished content, on the same file system as ``final``.
-        final: Its name from now on; must not exist.
+    """Give a finished folder its final name, on the same file system, in one step.
 
     Raises:
         FileExistsError: If ``final`` exists.
@@ -157,20 +137,16 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def replace_folder(building: str | Path, final: str | Path) -> None:
-    """Put a finished folder in the place of an existing one and remove the old one.
+    """Put a finished folder in the place of an existing one, on the same file system, and remove the old one.
 
     Where the system can exchange two folders, there is no moment at which ``final`` is missing; elsewhere a crash
     between two renames is mended by :func:`recover_folder`. Processes that hold the old files open can go on reading
     them.
-
-    Args:
-        building: Folder with the finished content, on the same file system as ``final``.
-        final: Existing folder.
     """
     building, final = Path(building), Path(final)
     sync_folder(building)
     # The lock says to recover_folder() of other processes that the old folder is being taken away already.
-    with lock_folder(final, f"{final} is being replaced by another process."):
+    with lock_folder(final, f"{final} is being replaced by another process"):
         old = replaced_path(final)
         remove_folder(old)
         if _exchange(building, final):
@@ -188,14 +164,14 @@ def recover_folder(final: str | Path) -> None:
     old, building = replaced_path(final), building_path(final)
     with contextlib.suppress(BlockingIOError, FileNotFoundError):
         if old.exists():
-            with lock_folder(old, f"{final} is being replaced by another process."):
+            with lock_folder(old, f"{final} is being replaced by another process"):
                 if final.exists():
                     remove_folder(old)
                 else:
                     os.rename(old, final)
         # Killed right after the exchange: what stands beside is the folder that was replaced, complete and older.
         if (building / "pt_meta.json").stat().st_mtime_ns < (final / "pt_meta.json").stat().st_mtime_ns:
-            with lock_folder(building, f"{final} is being replaced by another process."):
+            with lock_folder(building, f"{final} is being replaced by another process"):
                 os.rename(building, old)
                 remove_folder(old)
 
@@ -210,12 +186,10 @@ def remove_folder(path: str | Path) -> None:
 def lock_folder(path: str | Path, busy: str) -> Iterator[None]:
     """Hold an advisory lock on an existing folder, so that two processes never write to it at the same time.
 
-    Args:
-        path: The folder. The lock goes with the process: a killed one leaves none behind.
-        busy: The sentence of the error if another process holds the lock.
+    The lock goes with the process: a killed one leaves none behind.
 
     Raises:
-        BlockingIOError: If another process (or another writer in this one) holds the lock.
+        BlockingIOError: If another process (or another writer in this one) holds the lock; ``busy`` is its sentence.
     """
     if fcntl is None:
         yield
@@ -231,25 +205,6 @@ def lock_folder(path: str | Path, busy: str) -> Iterator[None]:
         os.close(fd)
 
 
-def copy_file(source: str | Path, target: str | Path) -> None:
-    """Copy a file, inside the kernel where it can (file systems with copy-on-write then share the blocks)."""
-    with open(source, "rb") as src, open(target, "wb") as out:
-        left = os.fstat(src.fileno()).st_size
-        try:
-            while left > 0:
-                done = os.copy_file_range(src.fileno(), out.fileno(), min(left, 1 << 30))
-                if done == 0:
-                    break
-                left -= done
-        except (AttributeError, OSError) as err:
-            if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                raise
-            src.seek(0)
-            out.seek(0)
-            out.truncate()
-            shutil.copyfileobj(src, out, 1 << 22)
-
-
 def human_bytes(count: int) -> str:
     """Return a number of bytes as people read it, e.g. ``1.5 GB``."""
     size = float(count)
@@ -261,15 +216,10 @@ def human_bytes(count: int) -> str:
 
 
 def require_space(path: str | Path, needed: int, what: str) -> None:
-    """Refuse early what would not fit on the disk.
-
-    Args:
-        path: Where it will be written; the nearest existing folder above it is asked.
-        needed: Bytes it will take.
-        what: What needs the space, for the message.
+    """Refuse early what would not fit on the disk of ``path``, which need not exist yet.
 
     Raises:
-        DiskError: If the disk has less room than that.
+        DiskError: If fewer than ``needed`` bytes are free; ``what`` says what they are for.
     """
     folder = Path(os.path.abspath(path))
     while not folder.exists():

@@ -73,9 +73,6 @@ def read_meta(
         entries: What its other entries must be.
         advice: What to do where nothing is there, e.g. "make one with Corpus.build()".
 
-    Returns:
-        The metadata.
-
     Raises:
         FileNotFoundError: If there is no such folder, or no metadata in it.
         ValueError: If it is damaged, or of something else.
@@ -92,9 +89,7 @@ def read_meta(
         )
     for name, entry in (entries or {}).items():
         value = meta.get(name)
-        if value is None and entry.missing:
-            continue
-        if not entry.fits(value):
+        if not (entry.fits(value) or (value is None and entry.missing)):
             raise ValueError(
                 f"{folder / META} is damaged: its {name!r} is {_short(value)} where {entry.wanted} belongs"
             )
@@ -102,13 +97,9 @@ def read_meta(
 
 
 def check_sizes(folder: Path, sizes: Mapping[str, Any], what: str, advice: str) -> None:
-    """Check that the files of a folder are there and as large as its metadata says.
+    """Check that the files of a folder are there and have the ``sizes`` (by name; None for any) its metadata says.
 
-    Args:
-        folder: The folder.
-        sizes: The number of bytes of each file by its name; None for a file of any size.
-        what: What the folder is, for messages, e.g. "corpus".
-        advice: What to do where a file is damaged, e.g. "build it again".
+    ``what`` and ``advice`` are as in :func:`read_meta`.
 
     Raises:
         ValueError: Naming the file that is missing or has another size.

@@ -21,14 +21,7 @@ def is_number(value: object) -> bool:
 
 
 def whole(name: str, value: Any, lowest: int = 1, highest: int | None = None, *, or_none: bool = False) -> Any:
-    """Return an option that is a whole number as an ``int`` (or None, where ``or_none`` says that it may be that).
-
-    Args:
-        name: The option, for the message.
-        value: What was given: an ``int`` or a whole number of NumPy.
-        lowest: The smallest number that makes sense.
-        highest: The largest one, None for no limit.
-        or_none: Whether None makes sense, too.
+    """Return an option that is a whole number, of Python or NumPy, as an ``int``, or None where that is allowed.
 
     Raises:
         ValueError: If it is no such number.
@@ -51,16 +44,9 @@ def number(
     highest: float | None = None,
     or_none: bool = False,
 ) -> Any:
-    """Return an option that is a finite number as a ``float`` (or None, where ``or_none`` says that it may be that).
+    """Return an option that is a finite number, of Python or NumPy, as a ``float``, or None where that is allowed.
 
-    Args:
-        name: The option, for the message.
-        value: What was given: a number of Python or NumPy.
-        above: It must be greater than this.
-        lowest: It must be at least this.
-        below: It must be less than this.
-        highest: It must be at most this.
-        or_none: Whether None makes sense, too.
+    The number must be greater than ``above``, at least ``lowest``, less than ``below`` and at most ``highest``.
 
     Raises:
         ValueError: If it is no such number.
@@ -76,7 +62,7 @@ def number(
 
 
 def choice(name: str, value: Any, choices: Sequence[str], *, or_none: bool = False) -> Any:
-    """Return an option that is one of a few words (or None, where ``or_none`` says that it may be that).
+    """Return an option that is one of a few words, or None where that is allowed.
 
     Raises:
         ValueError: If it is none of them; lists them.
@@ -105,10 +91,6 @@ def path_of(value: Any, name: str = "path") -> Path:
 
     Every path that enters goes through this door, so that a process may change its working folder afterwards.
 
-    Args:
-        value: A string or an ``os.PathLike`` of one.
-        name: What the message calls it.
-
     Raises:
         TypeError: If it is no path.
         ValueError: If it is empty, holds a null character, or begins with the home folder of an unknown user.
@@ -128,10 +110,7 @@ def path_of(value: Any, name: str = "path") -> Path:
 def list_of(what: str, values: Iterable[Any], context: str) -> list[Any]:
     """Return a list of what was given as several things; one string is not a list of its characters.
 
-    Args:
-        what: What they are, for the message, e.g. "docnos".
-        values: Any iterable but a string.
-        context: Who asks, e.g. "Corpus.texts".
+    The message says what they are (e.g. "docnos"), and who asks for them (e.g. "Corpus.texts").
 
     Raises:
         TypeError: If it is one string, or no iterable.

@@ -16,9 +16,6 @@ def users_queries(frame: pd.DataFrame) -> pd.Series:
     to ``query_0``, the one before to ``query_1`` and so on, and leave weights and operators in ``query``. The last of
     these columns is what the user asked. Where that is another text than the one in ``query``, a warning says so, once.
 
-    Args:
-        frame: Queries or results with the column ``query``, of any values.
-
     Returns:
         The value of the last of ``query_0``, ``query_1``, ... that a row has, and of ``query`` where it has none; with
         the frame's row labels.

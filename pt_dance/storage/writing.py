@@ -64,10 +64,7 @@ def writing(path: str | Path, what: str, left: str) -> Iterator[None]:
     An error that names no file counts only if the disk is full, or read-only, indeed: another program's error, such as
     that of a stage of the user's pipeline, passes as it is.
 
-    Args:
-        path: What is written.
-        what: How the message calls it, e.g. "the index".
-        left: What the message says of what is there now, :data:`KEPT` or :data:`NOTHING`.
+    The message calls it ``what``, e.g. "the index", and says what is ``left`` of it, :data:`KEPT` or :data:`NOTHING`.
 
     Raises:
         DiskError: In the place of the error of another library.
@@ -87,15 +84,10 @@ def writing(path: str | Path, what: str, left: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(path: Path, what: str, *, replace: bool = False) -> Iterator[Path]:
-    """Write a folder beside its place; it gets its name when the block ends, and is removed if the block raises.
+    """Write to an empty folder beside ``path``, which gets that name when the block ends, unless nothing was written.
 
-    Args:
-        path: The folder to make; if the block has written nothing, it is not made.
-        what: How an error calls it, e.g. "the corpus".
-        replace: Whether a folder that has the name already gives way; it stays as it is until the new one is whole.
-
-    Yields:
-        An empty folder to write to.
+    It is removed if the block raises. With ``replace`` a folder that has the name already gives way; it stays as it is
+    until the new one is whole. Errors call it ``what``, e.g. "the corpus".
 
     Raises:
         BlockingIOError: If another process is making it.

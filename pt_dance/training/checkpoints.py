@@ -12,8 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import xxhash
-
+from pt_dance.storage.digests import file_digest
 from pt_dance.storage.folders import publish_folder, read_json, remove_folder, write_json
 
 LIST = "files.json"
@@ -70,15 +69,7 @@ def check(checkpoint: Path) -> dict[str, float]:
 
 def _digests(folder: Path) -> dict[str, str]:
     return {
-        file.relative_to(folder).as_posix(): _digest(file)
+        file.relative_to(folder).as_posix(): file_digest(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file != folder / LIST
     }
-
-
-def _digest(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(file, "rb") as source:
-        while block := source.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -47,30 +47,26 @@ class Pools:
         order = np.random.default_rng(seed).permutation(len(source))
         order = order[np.argsort(source[order], kind="stable")]
         self.values = value[order]
-        self.origin = order
         self.start = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=sources))])
 
-    def draw(self, source: np.ndarray, turn: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """``number`` distinct candidates for each source, going round the pool: turn t takes up where turn t - 1 ended.
+    def draw(self, source: np.ndarray, turn: np.ndarray, number: int) -> np.ndarray:
+        """Draw distinct candidates for each source, going round the pool: turn t takes up where turn t - 1 ended.
 
         Args:
-            source: int (rows,) which pool.
-            turn: int (rows,) how often this pool was drawn from before.
+            source: int (rows,), which pool.
+            turn: int (rows,), how often this pool was drawn from before.
             number: how many to draw for each row.
 
         Returns:
-            values int64 (rows, number), and where each came from in the arrays given to ``__init__``; both -1 where the
-            pool is smaller than ``number``.
+            int32 (rows, number), -1 where the pool is smaller than ``number``.
         """
-        size = np.diff(self.start)[source][:, None]
-        place = turn[:, None] * number + np.arange(number)[None, :]
-        inside = np.arange(number)[None, :] < size
-        at = self.start[source][:, None] + np.where(inside, place % np.maximum(size, 1), 0)
-        at = np.minimum(at, max(len(self.values) - 1, 0))
         if not len(self.values):
-            nothing = np.full((len(source), number), -1, dtype=np.int64)
-            return nothing, nothing
-        return np.where(inside, self.values[at], -1), np.where(inside, self.origin[at], -1)
+            return np.full((len(source), number), -1, dtype=np.int32)
+        size = np.diff(self.start)[source][:, None]
+        place = turn[:, None] * number + np.arange(number)
+        inside = np.arange(number) < size
+        at = self.start[source][:, None] + np.where(inside, place % np.maximum(size, 1), 0)
+        return np.where(inside, self.values[np.minimum(at, len(self.values) - 1)], -1).astype(np.int32)
 
 
 def build_examples(
@@ -129,28 +125,22 @@ def build_examples(
     number = len(unique)
     epoch = np.repeat(np.arange(first_epoch, first_epoch + epochs), number)
     query, positive = np.tile(pair_query, epochs), np.tile(pair_document, epochs)
+    number_of: dict[str, Callable[[pd.Series], np.ndarray]] = {
+        "qid": lambda qids: query_of_qid.loc[qids].to_numpy(),
+        "docno": document_of,
+    }
+
+    def numbers(mined: pd.DataFrame | None, source: str, value: str) -> tuple[np.ndarray, np.ndarray] | None:
+        return None if mined is None else (number_of[source](mined[source]), number_of[value](mined[value]))
+
     rows = TrainingRows(
         query=query.astype(np.int32),
         positive=positive.astype(np.int32),
         negatives=_drawn(
-            negatives,
-            "qid",
-            "docno",
-            query_of_qid,
-            document_of,
-            len(texts),
-            pair_query,
-            query,
-            epoch,
-            negatives_per_row,
-            seed,
+            numbers(negatives, "qid", "docno"), len(texts), pair_query, query, epoch, negatives_per_row, seed
         ),
         query_negatives=_drawn(
-            query_negatives,
-            "docno",
-            "qid",
-            query_of_qid,
-            document_of,
+            numbers(query_negatives, "docno", "qid"),
             len(corpus),
             pair_document,
             positive,
@@ -189,25 +179,20 @@ class _Documents:
 
 
 def _drawn(
-    mined: pd.DataFrame | None, source_column: str, value_column: str, query_of_qid: pd.Series, document_of: _Documents,
-    sources: int, pair_source: np.ndarray, row_source: np.ndarray, epoch: np.ndarray, per_row: int, seed: int,
+    mined: tuple[np.ndarray, np.ndarray] | None, sources: int, pair_source: np.ndarray, row_source: np.ndarray,
+    epoch: np.ndarray, per_row: int, seed: int,
 ) -> np.ndarray:  # fmt: skip
     """Return the negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) if none."""
     if mined is None or per_row == 0:
         return np.empty((len(row_source), 0), dtype=np.int32)
-    numbers: dict[str, Callable[[pd.Series], np.ndarray]] = {
-        "qid": lambda ids: query_of_qid.loc[ids].to_numpy(),
-        "docno": document_of,
-    }
-    source = numbers[source_column](mined[source_column])
-    value = numbers[value_column](mined[value_column])
+    source, value = mined
     # topics that read the same share a pool, in which a document counts once
     keep = np.unique(source.astype(np.int64) * (max(int(value.max(initial=0)), 0) + 1) + value, return_index=True)[1]
     keep.sort()
     pools = Pools(source[keep], value[keep], sources, seed)
     pairs_of_source = np.bincount(pair_source, minlength=sources)
     turn = epoch * pairs_of_source[row_source] + np.tile(_occurrence(pair_source), len(epoch) // len(pair_source))
-    return pools.draw(row_source, turn, per_row)[0].astype(np.int32)
+    return pools.draw(row_source, turn, per_row)
 
 
 def _occurrence(values: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pandas as pd
 
 from pt_dance.mining import mine_documents, mine_queries, needs_dense, resolve_source
@@ -59,13 +60,11 @@ def mine(
         sources = resolve_source(source, dense=dense, first_stage=training.first_stage)
         if not sources:
             return None
-        frame = mine_documents(sources, training.topics, training.qrels, corpus, **options)
-    elif source == "dense":
+        return mine_documents(sources, training.topics, training.qrels, corpus, **options)
+    if source == "dense":
         index = retriever(results).index
-        frame = mine_queries(index.encoder, training.topics, training.qrels, corpus, index=index, **options)
-    else:
-        frame = mine_queries(source, training.topics, training.qrels, corpus, **options)
-    return frame
+        return mine_queries(index.encoder, training.topics, training.qrels, corpus, index=index, **options)
+    return mine_queries(source, training.topics, training.qrels, corpus, **options)
 
 
 def report(frame: pd.DataFrame, earlier: Iterable[pd.DataFrame]) -> dict:
@@ -83,6 +82,11 @@ def report(frame: pd.DataFrame, earlier: Iterable[pd.DataFrame]) -> dict:
     about = {**counts, "per_source": counts["negatives"] / max(counts["sources"], 1)}
     before = next(iter(earlier), None)
     if before is not None:
-        known = pd.MultiIndex.from_frame(before[["qid", "docno"]])
-        about["new"] = float((~pd.MultiIndex.from_frame(frame[["qid", "docno"]]).isin(known)).mean())
+        about["new"] = float(are_new(frame, before).mean())
     return about
+
+
+def are_new(frame: pd.DataFrame, before: pd.DataFrame) -> np.ndarray:
+    """Say which negatives an earlier round did not have, bool (rows,)."""
+    known = pd.MultiIndex.from_frame(before[["qid", "docno"]])
+    return ~pd.MultiIndex.from_frame(frame[["qid", "docno"]]).isin(known)

@@ -17,6 +17,7 @@ from transformers import SchedulerType
 
 from pt_dance import losses
 from pt_dance.storage.options import choice, path_of, whole
+from pt_dance.storage.texts import first_line
 
 # The others follow a loss that is measured while training; here rounds are measured.
 SCHEDULERS = tuple(s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy"))
@@ -152,7 +153,7 @@ def check_training_arguments(given: object) -> None:
             **{"output_dir": "unused", "use_cpu": not torch.cuda.is_available(), "report_to": "none", **given}
         )
     except Exception as error:  # whatever is wrong with a value, the user gets one line
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"training_arguments={dict(given)!r} are refused by sentence-transformers: {reason}") from None
 
 

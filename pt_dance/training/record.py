@@ -10,9 +10,11 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from pt_dance.training.negatives import are_new
 from pt_dance.training.run_folder import RunFolder
 
 _NAME = "positives"
@@ -82,10 +84,9 @@ def read_negatives(run: RunFolder, number: int, corpus: Any = None) -> pd.DataFr
     frame, record = stored[0], read_record(run)
     queries = pd.Series(dtype=object) if record is None else record[0].drop_duplicates("qid").set_index("qid")["query"]
     earlier = next((f for n in range(number - 1, 0, -1) if (f := run.read_frame(n, "negatives"))), None)
-    new = pd.Series(True, index=frame.index)
+    new: bool | np.ndarray = True
     if earlier is not None:
-        known = pd.MultiIndex.from_frame(earlier[0][["qid", "docno"]])
-        new = ~pd.MultiIndex.from_frame(frame[["qid", "docno"]]).isin(known)
+        new = are_new(frame, earlier[0])
     frame = frame.assign(query=frame["qid"].map(queries), source=source_of(run, number), new=new)
     frame = frame[["qid", "query", "docno", "rank", "score", "source", "new"]]
     if corpus is not None:

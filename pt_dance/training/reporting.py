@@ -10,6 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
+from pt_dance.storage.texts import first_line
+
 # The entries of a round's row that count negatives, that are reported by their names, and that are not; the others are
 # validation measures.
 _COUNTS = (
@@ -39,7 +41,7 @@ class Reports:
                 try:
                     self._loggers[logger.__name__] = _Relay(logger(), folder)
                 except (ImportError, RuntimeError) as error:
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    reason = first_line(error)
                     raise ValueError(f"report_to: {logger.__name__} cannot be used: {reason}") from None
 
     def of_round(self, round_, steps_before: int) -> list[TrainerCallback]:

@@ -26,6 +26,7 @@ from pt_dance.encoder.dual_encoder import DualEncoder
 from pt_dance.index.dense_index import DenseIndex
 from pt_dance.storage import folders
 from pt_dance.storage.folders import publish_file, remove_folder, write_json
+from pt_dance.storage.texts import first_line
 from pt_dance.training import checkpoints
 
 SETTINGS = "settings.json"
@@ -258,7 +259,7 @@ class RunFolder:
             frame, about = table.to_pandas(), json.loads(table.schema.metadata[b"about"])
             damage = None if {"qid", "docno"} <= set(frame.columns) and isinstance(about, dict) else "it lacks columns"
         except Exception as error:  # whatever pyarrow makes of bytes that are no Parquet file, the user gets one line
-            damage = (str(error).strip() or type(error).__name__).splitlines()[0]
+            damage = first_line(error)
         if damage is not None:
             raise ValueError(f"{str(path)!r} is damaged ({damage}); remove it, and these negatives are mined again")
         return frame, about

@@ -10,6 +10,7 @@ import pyterrier as pt
 
 from pt_dance.mining.judgements import positive_pairs
 from pt_dance.retriever.nearest_queries import nearest_queries
+from pt_dance.storage.texts import first_line
 from pt_dance.training.inputs import TrainingInput
 
 REVERSED = "d→q {}"
@@ -53,7 +54,7 @@ def try_measures(validation: TrainingInput, measures: Sequence) -> None:
         try:
             _values(results, qrels, _reversed(results), _reversed(qrels), [measure])
         except Exception as error:  # whatever a measure's own program raises, the user gets one line
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise ValueError(
                 f"measure={measure} cannot be computed here ({type(error).__name__}: {reason}); give another one"
             ) from None

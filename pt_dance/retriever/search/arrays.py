@@ -11,14 +11,9 @@ from pt_dance.retriever.search.vectors import product_slack
 
 
 class Block:
-    """A block of queries on its way through the documents.
+    """A block of queries, ``float32`` (q, d), of lengths ``norms``, on its way through the documents.
 
-    Args:
-        queries: ``float32`` (q, d).
-        norms: Their lengths, (q,).
-        vectors: The documents.
-        k: How many documents a query gets, at most as many as there are.
-        tie_order: Decides between equal scores; the row number if None.
+    Each gets ``k`` documents, at most as many as there are; of equal scores ``tie_order`` decides, or the row number.
     """
 
     def __init__(
@@ -44,7 +39,7 @@ class Block:
 
 
 class ArrayBlock(Block):
-    """A block of queries in arrays; ``prefilter`` says whether products are looked at in bfloat16 first."""
+    """A block of queries in arrays, with a first look at products in bfloat16 if ``prefilter`` says so."""
 
     def __init__(self, *block: Any, prefilter: bool = False) -> None:
         super().__init__(*block)
@@ -88,7 +83,9 @@ class ArrayBlock(Block):
         if len(self._room) < shape[0] * shape[1]:
             self._room = np.empty(shape[0] * shape[1], dtype=np.float32)
         products = np.matmul(self.queries, docs.T, out=self._room[: shape[0] * shape[1]].reshape(shape))
-        kth = _kth_of(products[:, : max(len(docs) // 2, self.k)], self.k) if is_first else self._top[:, 0]
+        kth = self._top[:, 0]
+        if is_first:
+            kth = np.partition(products[:, : max(len(docs) // 2, self.k)], -self.k, axis=1)[:, -self.k]
         # Flat and contiguous: many times quicker than a scan in two dimensions.
         at = np.flatnonzero(products >= self._threshold(kth)[:, None])
         return at, products.reshape(-1)[at]
@@ -133,10 +130,6 @@ class ArrayBlock(Block):
         self._prune()
         query, rows, _ = self._found[0]
         return self.decided(np.arange(len(self.queries)), query, rows)
-
-
-def _kth_of(products: np.ndarray, k: int) -> np.ndarray:
-    return np.partition(products, products.shape[1] - k, axis=1)[:, -k]
 
 
 def best_first(scores: np.ndarray, ties: np.ndarray) -> np.ndarray:

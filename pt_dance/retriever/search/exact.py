@@ -5,8 +5,8 @@ errors of the product could hide that it belongs to the best k, so nothing is lo
 rounded to float32; equal ones are ordered by ``tie_order``. On one machine the results are the same for any block size
 and number of threads.
 
-On a CPU, blocks of queries are searched by several threads that share nothing, each with one-threaded products: threads
-that wait for each other inside every small operation cost more than they bring when the machine has other work too.
+On a CPU, several threads search a block of queries each, with one-threaded products: threads that wait for each other
+inside every small operation cost more than they bring when the machine has other work too.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def iter_exact_search(
         if isinstance(vectors, TensorVectors):
             block = TensorBlock(mine, lengths, vectors, k, tie_order)
         else:
-            wide = prefilter and len(mine) >= LEAST_QUERIES
-            block = ArrayBlock(mine, lengths, vectors, k, tie_order, prefilter=wide)
+            look = prefilter and len(mine) >= LEAST_QUERIES
+            block = ArrayBlock(mine, lengths, vectors, k, tie_order, prefilter=look)
         for first in range(0, len(docs), doc_block):
             block.add(first, min(first + doc_block, len(docs)))
         return start, *block.best()

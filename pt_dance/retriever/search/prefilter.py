@@ -53,10 +53,9 @@ class Prefilter:
         return products.view(torch.int16).numpy()
 
     def passing(self, products: np.ndarray, threshold: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return which of the :meth:`products` reach a query's threshold, ``float32`` (q,).
+        """Return flat positions and values of the :meth:`products` that reach a query's threshold, ``float32`` (q,).
 
-        Returns:
-            Flat positions in (q, n), ``int64``, and their products, ``float32``; None if this look would not help.
+        None if this look would not help.
         """
         if not (threshold > 0).all():
             return None

@@ -29,7 +29,7 @@ class Vectors:
         # A plain view: indexing a memmap object costs more for every block.
         self.docs = docs.view(np.ndarray)
         self.shape = docs.shape
-        self._norms: dict[tuple[int, int], float] = {}
+        self._norms: dict[tuple[int, int], float] = {}  # of blocks, by first row and length
         self._roundings: dict[tuple[int, int], float] = {}
 
     def __len__(self) -> int:
@@ -97,12 +97,10 @@ def half(rows: np.ndarray) -> torch.Tensor:
 
 
 def product_slack(norms: np.ndarray, dimension: int) -> np.ndarray:
-    """Bound how far products in float32 can mislead about two documents.
+    """Return how far products in float32 can mislead about two documents of length 1, ``float64`` (q,).
 
     ``|product in any order - exact| <= gamma |q| |d|`` with ``gamma = d u / (1 - d u)``; three more roundings are the
     score's and the comparisons'. Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
-
-    Returns, for queries of lengths ``norms``, twice the bound for documents of length 1, ``float64`` (q,).
     """
     steps = dimension + 3
     return 2 * steps * UNIT / (1 - steps * UNIT) * norms * (1 + 1e-6)
