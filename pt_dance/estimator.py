@@ -27,6 +27,7 @@ from pt_dance.recipes import SOURCES, Round, check_recipe
 from pt_dance.recipes import dance as dance_recipe
 from pt_dance.retriever.dense import DenseRetriever
 from pt_dance.storage.folders import remove_folder, write_json
+from pt_dance.storage.meta import META
 from pt_dance.storage.options import is_whole, path_of, whole
 from pt_dance.storage.writing import KEPT, new_folder, writing
 from pt_dance.training.history import UNTRAINED, begins_with, best_round, describe_round, training_row, warn_if_worse
@@ -38,7 +39,7 @@ from pt_dance.training.outcome import Outcome
 from pt_dance.training.processes import Processes
 from pt_dance.training.record import read_negatives, write_record
 from pt_dance.training.reporting import Reports
-from pt_dance.training.run_folder import META, RunFolder, read_meta
+from pt_dance.training.run_folder import RunFolder, read_meta
 from pt_dance.training.settings import fit_settings, restored, storable
 from pt_dance.training.validation import depth_of, try_measures, validate
 

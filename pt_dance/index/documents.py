@@ -41,12 +41,7 @@ class RowDocuments:
         return numbers, None
 
     def best(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """From the best rows of queries to their best documents.
-
-        Args:
-            scores: float32 (q, r), best first.
-            rows: int64 (q, r), -1 where there are fewer.
-            k: How many documents a query gets.
+        """From the best rows of queries, int64 (q, r) with their scores, -1 where there are fewer, to their documents.
 
         Returns:
             Scores float32 and document numbers int64, (q, min(k, documents)), best first, equal scores in the order of
@@ -57,13 +52,7 @@ class RowDocuments:
     def iter_search(
         self, index: Any, vectors: np.ndarray, k: int, batch_size: int | None = None
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Search documents exactly, block by block.
-
-        Args:
-            index: Searches rows.
-            vectors: float32 (q, d).
-            k: How many documents a query gets.
-            batch_size: Rows that are multiplied at a time.
+        """Search documents exactly in an index of rows, with ``float32`` (q, d) vectors, block by block.
 
         Yields:
             Number of the first query, scores and document numbers as :meth:`best` gives them.
@@ -76,12 +65,7 @@ class RowDocuments:
 
 
 class PassageDocuments(RowDocuments):
-    """Whole documents, each with the score of its best passage.
-
-    Args:
-        docnos: The docnos of all passages, in row order.
-        count: How many passages there are.
-        source: What messages call the index.
+    """Whole documents, each with the score of its best passage, from the docnos of all passages in row order.
 
     Attributes:
         start: int64 (documents + 1,), the first row of each document, and the number of rows.

@@ -47,13 +47,7 @@ def row_bytes(vec_dtype: str, vec_size: int) -> int:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Read and check an index's ``pt_meta.json``.
-
-    Args:
-        path: Folder of the index.
-
-    Returns:
-        The metadata, with ``vec_dtype`` filled in.
+    """Read and check an index's ``pt_meta.json``; ``vec_dtype`` is filled in.
 
     Raises:
         FileNotFoundError: If there is no index.

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import xxhash
 from more_itertools import chunked
 
 from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, duplicate_error, write_npids
@@ -35,6 +34,7 @@ from pt_dance.index.files import (
     row_bytes,
 )
 from pt_dance.retriever.search.vectors import MAX_NORM
+from pt_dance.storage.digests import add_file, new_digest
 from pt_dance.storage.folders import remove_folder, write_json
 
 
@@ -49,7 +49,7 @@ class Shard:
 
 def digest_of(docnos: Sequence[str], contents: Iterable[bytes]) -> str:
     """Return a digest of documents: their docnos and what was indexed of them."""
-    digest = xxhash.xxh3_128()
+    digest = new_digest()
     for docno, content in zip(docnos, contents, strict=True):
         name = docno.encode("utf-8")
         digest.update(len(name).to_bytes(4, "little") + name + len(content).to_bytes(8, "little"))
@@ -68,13 +68,7 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_vectors(vectors: Any, docnos: Sequence[str], vec_size: int | None, vec_dtype: str) -> np.ndarray:
-    """Return the vectors of a shard as they are stored.
-
-    Args:
-        vectors: (n, d) numbers.
-        docnos: Their n docnos, for messages.
-        vec_size: The d of this index, None if it is not known yet.
-        vec_dtype: "float32" or "float16".
+    """Return the vectors of a shard, (n, d), as they are stored; ``vec_size`` is the index's d, None if not known yet.
 
     Raises:
         ValueError: If there are other than n vectors, or if one has another size, is not finite, too long, or does not
@@ -229,13 +223,7 @@ class IndexWriter:
             return any(line == other for other, _ in zip(lines, range(self.count), strict=False))
 
     def add(self, docnos: Sequence[str], vectors: np.ndarray, digest: str) -> None:
-        """Append a shard; when this returns it survives a crash.
-
-        Args:
-            docnos: n docnos, checked by :meth:`check_docnos`.
-            vectors: (n, d) as :func:`check_vectors` returns them.
-            digest: From :func:`digest_of`.
-        """
+        """Append a shard that :meth:`check_docnos` and :func:`check_vectors` have seen; then it survives a crash."""
         lines = "".join(f"{docno}\n" for docno in docnos).encode("utf-8")
         shard = Shard(len(docnos), len(lines), digest)
         contents = (vectors.tobytes(), lines, json.dumps(asdict(shard)).encode() + b"\n")
@@ -276,11 +264,7 @@ class IndexWriter:
         self._files = None
 
     def finish(self, meta: dict[str, Any]) -> None:
-        """Write what is made from all documents, the metadata last.
-
-        Args:
-            meta: Entries of the metadata that the writer does not know: encoder, similarity, text field, corpus.
-        """
+        """Write what is made from all documents, the metadata last, with entries that the writer does not know."""
         self._open()
         self.close()
         lines = self.folder / DOCNOS
@@ -289,11 +273,7 @@ class IndexWriter:
         write_npids(self.folder / NPIDS, iter(docnos))
         DocnoRows.write(self.folder / HASHES, self._seen.hashes)
         (self.folder / RANKS).write_bytes(docnos.ranks().data)
-        digest = xxhash.xxh3_128()
-        for path in (self._vectors_path, lines):
-            with open(path, "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
+        digest = add_file(add_file(new_digest(), self._vectors_path), lines)
         names = (self._vectors_path.name, NPIDS, DOCNOS, HASHES, RANKS, SHARDS)
         write_json(
             self.folder / META,

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyterrier as pt
-import xxhash
 
 from pt_dance.retriever.dense import DenseRetriever
 from pt_dance.retriever.opened import SearchableIndex
 from pt_dance.retriever.search.arrays import best_first
 from pt_dance.storage import options
-from pt_dance.storage.digests import file_digest
+from pt_dance.storage.digests import file_digest, short_text_digest
 from pt_dance.storage.folders import read_json, remove_folder, write_json
+from pt_dance.storage.meta import META
 from pt_dance.storage.progress import progress_bar
 from pt_dance.storage.writing import in_turn, new_folder
 
@@ -27,7 +27,7 @@ BUILD_OPTIONS: dict[str, dict[str, int | None]] = {
     "ivfpq": {"lists": None, "subvectors": None},
 }
 SEARCH_OPTIONS: dict[str, dict[str, int]] = {"hnsw": {"ef_search": 128}, "ivfpq": {"probes": 32}}
-_FOLDER, _FILE, _META = "ann", "index.faiss", "pt_meta.json"
+_FOLDER, _FILE = "ann", "index.faiss"
 _QUERY_BLOCK = 512
 _ADD_BLOCK = 1 << 14
 # A codebook of product quantization has 256 entries; FAISS asks for 39 training vectors for each centre.
@@ -71,10 +71,8 @@ class AnnRetriever(DenseRetriever):
         **other: Any,
     ) -> None:
         super().__init__(index, **other)
-        self.method, self.threads = (
-            options.choice("method", method, tuple(BUILD_OPTIONS)),
-            options.whole("threads", threads),
-        )
+        self.method = options.choice("method", method, tuple(BUILD_OPTIONS))
+        self.threads = options.whole("threads", threads)
         self.build_options = _checked(method, BUILD_OPTIONS[method], build_options)
         self.search_options = _checked(method, SEARCH_OPTIONS[method], search_options)
         self.candidates = candidates
@@ -150,13 +148,13 @@ class AnnRetriever(DenseRetriever):
         return faiss.SearchParametersIVF(nprobe=self.search_options["probes"])
 
     def _folder(self) -> Path:
-        key = xxhash.xxh3_64_hexdigest(repr(sorted(self.build_options.items())).encode())
-        return Path(self.index.index_path) / _FOLDER / f"{self.method}-{key}"
+        key = short_text_digest(repr(sorted(self.build_options.items())))
+        return Path(self.index.index_path) / _FOLDER / f"{self.method}-{key:016x}"
 
     def _is_there(self, folder: Path) -> bool:
         """Return whether the folder holds what was built from the index's vectors, whole."""
         try:
-            meta = read_json(folder / _META)
+            meta = read_json(folder / META)
             size = (folder / _FILE).stat().st_size
         except (OSError, ValueError):
             return False
@@ -170,7 +168,7 @@ class AnnRetriever(DenseRetriever):
             self.build()
             file = self._folder() / _FILE
             # FAISS trusts what it reads: only the bytes that were written here reach it.
-            if file_digest(file) != read_json(file.with_name(_META)).get("digest"):
+            if file_digest(file) != read_json(file.with_name(META)).get("digest"):
                 raise ValueError(f"{file} is not what was written there: remove {file.parent}, it is built again")
             ann = faiss.read_index(str(file))
             if (ann.ntotal, ann.d) != self.index.open().vectors.shape:
@@ -204,7 +202,7 @@ class AnnRetriever(DenseRetriever):
             "size": (folder / _FILE).stat().st_size,
             "digest": file_digest(folder / _FILE),
         }
-        write_json(folder / _META, meta)
+        write_json(folder / META, meta)
 
     def _lists(self, count: int) -> int:
         return self.build_options.get("lists") or max(1, min(int(4 * count**0.5), count // _PER_CENTRE))

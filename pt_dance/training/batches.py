@@ -81,14 +81,8 @@ def batches_of_pass(
     """Shuffle one pass over the pairs into batches, with no query or positive twice in one as long as that is possible.
 
     A second row of a query, or of a document, adds no negative to its batch (it is masked), so it waits for a later
-    batch. Every row of the pass comes exactly once.
-
-    Args:
-        examples: the rows.
-        number: which pass of ``examples``, from 0.
-        batch_size: rows of a batch.
-        drop_last: whether to leave out what makes no whole batch.
-        seed: fixes the order, with nothing else.
+    batch. Every row of the pass (its ``number`` counts from 0) comes exactly once, unless ``drop_last`` leaves out what
+    makes no whole batch.
 
     Yields:
         Lists of row numbers.

@@ -21,12 +21,9 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def publish(written: Path, folder: Path, about: dict[str, float]) -> None:
-    """Give a checkpoint that was written beside its final name, and remove those before it.
+    """Move a checkpoint that transformers wrote beside to where checkpoints are, and remove those before it.
 
-    Args:
-        written: the checkpoint's folder as transformers wrote it; its name is kept.
-        folder: where checkpoints are.
-        about: what else is to be known when training goes on from it.
+    ``about`` is what else is to be known when training goes on from it.
     """
     write_json(written / LIST, {"about": about, "files": _digests(written)})
     publish_folder(written, folder / written.name)

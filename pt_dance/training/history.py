@@ -15,13 +15,8 @@ UNTRAINED = {
 def training_row(number: int, round_, trained: dict, mined: dict, mined_queries: dict, seconds: dict) -> dict:
     """Return the part of a round's row that is known when it is trained.
 
-    Args:
-        number: of the round.
-        round_: ``Round`` as it was trained.
-        trained: ``loss``, ``steps``, and what the encoder decided (``settled``).
-        mined: the report on document negatives, empty where there are none.
-        mined_queries: the report on query negatives.
-        seconds: what "mine" and "train" took.
+    That is from the ``Round``, from what its training gave (``loss``, ``steps``, ``settled``), from the reports on
+    document and query negatives, empty where there are none, and from the seconds that "mine" and "train" took.
     """
     return {
         "round": number,
@@ -41,9 +36,7 @@ def training_row(number: int, round_, trained: dict, mined: dict, mined_queries:
 def best_round(history: Sequence[dict], measure: object) -> int:
     """Return the number of the round with the highest value of a validation measure, the later one of equal ones.
 
-    Args:
-        history: rows of the rounds, that of the untrained encoder (round 0) among them.
-        measure: the measure; where it was not computed, the last round is the best.
+    Round 0 is the untrained encoder. Where the measure was not computed, the last round is the best.
     """
     name = str(measure)
     if name not in history[-1]:
@@ -53,13 +46,7 @@ def best_round(history: Sequence[dict], measure: object) -> int:
 
 
 def begins_with(round_, history: Sequence[dict], measure: object) -> int:
-    """Return the number of the round whose encoder a round begins with.
-
-    Args:
-        round_: ``Round``.
-        history: rows of the rounds before it, round 0 among them.
-        measure: what tells the best of them.
-    """
+    """Return which of the rounds before, round 0 among them, gives a ``Round`` the encoder that it begins with."""
     return best_round(history, measure) if round_.start == "best" else history[-1]["round"]
 
 

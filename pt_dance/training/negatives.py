@@ -68,15 +68,10 @@ def mine(
 
 
 def report(frame: pd.DataFrame, earlier: Iterable[pd.DataFrame]) -> dict:
-    """Return what the history tells of mined negatives.
+    """Return what the history tells of mined negatives; those of ``earlier`` rounds come the latest first.
 
-    Args:
-        frame: what :func:`mine` gave.
-        earlier: the negatives of earlier rounds, the latest first; only the first is read.
-
-    Returns:
-        The counts of mining, ``per_source`` (negatives for each query or document) and, after earlier rounds, ``new``
-        (the share of negatives that the round before did not have).
+    That is the counts of mining, ``per_source`` (negatives for each query or document) and, after earlier rounds,
+    ``new`` (the share of negatives that the round before did not have).
     """
     counts = frame.attrs["mining"]
     about = {**counts, "per_source": counts["negatives"] / max(counts["sources"], 1)}

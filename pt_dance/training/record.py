@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import re
@@ -22,13 +23,7 @@ _PACKAGES = ("pt_dance", "pyterrier", "sentence-transformers", "transformers", "
 
 
 def write_record(run: RunFolder, topics: pd.DataFrame, pairs: pd.DataFrame) -> None:
-    """Keep the known-relevant pairs with their queries' texts, the command and the versions; those of the first call.
-
-    Args:
-        run: The run's folder.
-        topics: ``qid`` and ``query`` of the training topics.
-        pairs: Known-relevant ``qid`` and ``docno``.
-    """
+    """Keep the relevant pairs with their queries' texts, the command and the versions; those of the first call."""
     if (run.round(0) / f"{_NAME}.parquet").exists():
         return
     texts = topics[["qid", "query"]].drop_duplicates("qid")
@@ -98,8 +93,6 @@ def read_negatives(run: RunFolder, number: int, corpus: Any = None) -> pd.DataFr
 def _versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):  # a checkout that was not installed
             found[package] = version(package)
-        except PackageNotFoundError:  # a checkout that was not installed
-            continue
     return found

@@ -45,11 +45,9 @@ class Reports:
                     raise ValueError(f"report_to: {logger.__name__} cannot be used: {reason}") from None
 
     def of_round(self, round_, steps_before: int) -> list[TrainerCallback]:
-        """Return the callbacks that hand one round's training to its loggers.
+        """Return the callbacks that hand the training of a ``Round`` to its loggers.
 
-        Args:
-            round_: ``Round`` to be trained.
-            steps_before: by how much the fit's steps are ahead of those that the trainer counts.
+        The fit's steps are ahead of those that the trainer counts by ``steps_before``.
         """
         relays = [self._loggers[logger.__name__] for logger in _classes(round_)]
         for relay in relays:
@@ -57,12 +55,7 @@ class Reports:
         return relays
 
     def add_round(self, row: dict, step: int) -> None:
-        """Report a round's validation measures and counts.
-
-        Args:
-            row: the round's row of the history.
-            step: steps of the fit when the round ended.
-        """
+        """Report measures and counts of a round's row of the history, at the step of the fit that it ended with."""
         logs: dict[str, float] = {}
         for name, value in row.items():
             if name in _COUNTS:

@@ -25,12 +25,18 @@ from pt_dance.corpus.corpus import Corpus
 from pt_dance.encoder.dual_encoder import DualEncoder
 from pt_dance.index.dense_index import DenseIndex
 from pt_dance.storage import folders
+from pt_dance.storage import meta as meta_files
 from pt_dance.storage.folders import publish_file, remove_folder, write_json
+from pt_dance.storage.meta import META
 from pt_dance.storage.texts import first_line
 from pt_dance.training import checkpoints
 
 SETTINGS = "settings.json"
-META = "pt_meta.json"
+_ENTRIES = {
+    **dict.fromkeys(("round", "num_results", "seed"), meta_files.whole_entry()),
+    "corpus": meta_files.entry_of(str, "a path", missing=True),
+    "history": meta_files.list_entry(dict, "a list of rounds"),
+}
 # What runs of version 0.1 did where their settings say nothing of it.
 _THEN = {"processes": 1, "start": "last"}
 _ADVICE = "remove pt_meta.json, this round's folder and those of later rounds, and fit goes on from there"
@@ -284,23 +290,10 @@ def read_meta(path: Path, artifact: Any) -> dict:
         FileNotFoundError: if there is none.
         ValueError: if it is damaged or of another kind of artifact.
     """
-    meta = read_json(path / META)
-    if meta is None:
-        raise FileNotFoundError(f"there is no fitted {artifact.__name__} in {str(path)!r}: {META} is missing")
-    if (meta.get("type"), meta.get("format")) != (artifact.ARTIFACT_TYPE, artifact.ARTIFACT_FORMAT):
-        raise ValueError(
-            f"{str(path)!r} holds no {artifact.__name__} but {meta.get('type')!r} of format {meta.get('format')!r}"
-        )
-    for key in ("round", "num_results", "seed"):
-        if type(meta.get(key)) is not int or meta[key] < 0:
-            raise ValueError(
-                f"{str(path / META)!r} is damaged: {key!r} is {meta.get(key)!r}, no whole number of 0 or more"
-            )
-    if not isinstance(meta.get("corpus"), (str, type(None))):
-        raise ValueError(f"{str(path / META)!r} is damaged: 'corpus' is {meta['corpus']!r}, no path")
-    history = meta.get("history")
-    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
-        raise ValueError(f"{str(path / META)!r} is damaged: 'history' is no list of rounds")
+    meta = meta_files.read_meta(
+        path, f"fitted {artifact.__name__}", type=artifact.ARTIFACT_TYPE, formats=(artifact.ARTIFACT_FORMAT,),
+        entries=_ENTRIES, advice="fit one there",
+    )  # fmt: skip
     if not (path / "rounds" / f"{meta['round']:02d}").is_dir():
         raise ValueError(f"{str(path / META)!r} is damaged: round {meta['round']} is not in the folder")
     return meta

@@ -119,11 +119,8 @@ class TeacherScores:
                 f"the teacher {self.teacher!r} must give a column 'score' and every row back; it gave {len(answer)} "
                 f"rows for {len(frame)}, with columns {list(answer.columns)}"
             )
-        scores = (
-            answer.set_index(["qid", "docno"])["score"]
-            .loc[pd.MultiIndex.from_frame(frame[["qid", "docno"]])]
-            .to_numpy(float)
-        )
+        asked = pd.MultiIndex.from_frame(frame[["qid", "docno"]])
+        scores = answer.set_index(["qid", "docno"])["score"].loc[asked].to_numpy(float)
         if not np.isfinite(scores).all():
             row = frame[~np.isfinite(scores)].iloc[0]
             raise ValueError(

@@ -41,10 +41,6 @@ def validate(dense, validation: TrainingInput, measures: Sequence) -> dict[str, 
 def try_measures(validation: TrainingInput, measures: Sequence) -> None:
     """Compute each measure of two results in both directions, to see that it can be computed here.
 
-    Args:
-        validation: checked validation topics and qrels, whose ids are used.
-        measures: ir_measures measures.
-
     Raises:
         ValueError: if a measure cannot be computed; names it and says why.
     """
@@ -78,13 +74,7 @@ def _reversed(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def documents_to_queries(index, topics: pd.DataFrame, qrels: pd.DataFrame, k: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Search the queries with the stored vectors of the relevant documents that the index holds.
-
-    Args:
-        index: ``DenseIndex``.
-        topics: the queries to be found, ``qid`` and ``query``.
-        qrels: ``qid``, ``docno``, ``label``.
-        k: how many queries a document gets at most.
+    """Search the queries, at most ``k`` a document, with the stored vectors of the relevant documents of the index.
 
     Returns:
         A result frame whose ``qid`` is a document's docno and whose ``docno`` is a query's qid, and the reversed qrels:
