@@ -203,7 +203,7 @@ def _measure(encoder: Any, corpus: Any, drawn: PairSample, t: float, resamples: 
 
 
 def _shape(table: MeasureTable, queries, of_queries, documents, of_documents, t: float) -> dict[str, np.ndarray]:
-    """Uniformity, anisotropy, isotropy and spectrum of queries, documents and both; returns the spectra."""
+    """Add uniformity, anisotropy, isotropy and spectrum of queries, documents and both; return the spectra."""
     across = m.pair_means(queries, of_queries, t, documents, of_documents)
     parts = {
         "queries": (queries, of_queries, m.pair_means(queries, of_queries, t)),
@@ -233,7 +233,7 @@ def _shape(table: MeasureTable, queries, of_queries, documents, of_documents, t:
 def _ratios(
     table: MeasureTable, drawn: PairSample, queries, documents, of_pairs, settings: dict[str, float]
 ) -> dict[str, np.ndarray]:
-    """SamToNe's s(q_i, q_j) / s(q_i, d_j) on random pairs of pairs, of which none is relevant to the other."""
+    """Add SamToNe's s(q_i, q_j) / s(q_i, d_j) on random pairs of pairs, of which none is relevant to the other."""
     rng = np.random.default_rng(drawn.seed)
     number = len(drawn.pairs)
     order = rng.permutation(number)

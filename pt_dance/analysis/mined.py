@@ -139,7 +139,7 @@ def _suspects(
     threshold: float,
     margin: float,
 ) -> tuple[dict[str, float], dict[str, pd.DataFrame]]:
-    """Share of suspects by reason, and the suspects: qid, docno, positive, value."""
+    """Return the share of suspects by reason, and the suspects: qid, docno, positive, value."""
     if not len(negatives):
         return {}, {}
     columns = ["qid", "docno", "positive", "value"]

@@ -57,7 +57,7 @@ def duplicate_error(docno: str) -> ValueError:
 
 
 class DuplicateDocnos:
-    """Finds docnos that occur twice, in bounded memory: 16 bytes a docno, whatever its length.
+    """Find docnos that occur twice, in bounded memory: 16 bytes a docno, whatever its length.
 
     Attributes:
         hashes: ``array('Q')`` with the hash of every docno added, in order.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CorpusTextLoader(pt.Transformer):
-    """Adds the documents' texts to a frame with docnos; made by :meth:`pt_dance.Corpus.text_loader`.
+    """Add the documents' texts to a frame with docnos; made by :meth:`pt_dance.Corpus.text_loader`.
 
     Args:
         corpus: Where the texts are.

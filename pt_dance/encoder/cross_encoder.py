@@ -23,16 +23,16 @@ class CrossEncoderScorer(pt.Transformer):
     (Hofstätter et al., arXiv 2010.02666).
 
     Args:
-        model: a folder, a name on the Hugging Face hub, or a ``CrossEncoder`` with one label.
-        batch_size: pairs in a forward pass.
-        text_field: column with the documents' text.
-        max_length: pairs are cut after so many tokens; the model's own limit where None.
-        device: where the model runs; sentence-transformers' choice where None.
+        model: A folder, a name on the Hugging Face hub, or a ``CrossEncoder`` with one label.
+        batch_size: Pairs in a forward pass.
+        text_field: Column with the documents' text.
+        max_length: Pairs are cut after so many tokens; the model's own limit where None.
+        device: Where the model runs; sentence-transformers' choice where None.
         dtype: "float32", or "bfloat16" for autocast: two to three digits, and faster where the processor has it.
-        verbose: shows a progress bar.
+        verbose: Shows a progress bar.
 
     Raises:
-        ValueError: if the model has more than one label, or there is no such dtype.
+        ValueError: If the model has more than one label, or there is no such dtype.
     """
 
     schematic = {"label": "CrossEncoder", "help_url": None}

@@ -33,7 +33,7 @@ def no_bars() -> Iterator[None]:
 
 
 def similarity_of(model: SentenceTransformer) -> str:
-    """``"cosine"`` or ``"dot"``: what the plain dot product of the model's vectors amounts to, or should.
+    """Return ``"cosine"`` or ``"dot"``: what the plain dot product of the model's vectors amounts to, or should.
 
     A model that normalises its vectors is a cosine model whatever its settings say.
 
@@ -44,8 +44,8 @@ def similarity_of(model: SentenceTransformer) -> str:
         return "cosine"
     if model.similarity_fn_name not in SIMILARITIES:
         raise ValueError(
-            f"the model's similarity is {model.similarity_fn_name!r}; only 'cosine' and 'dot' can be searched. "
-            "Set its similarity_fn_name to one of them"
+            f"the model's similarity is {model.similarity_fn_name!r}; only 'cosine' and 'dot' can be searched: set its "
+            "similarity_fn_name to one of them"
         )
     return model.similarity_fn_name
 

@@ -129,7 +129,7 @@ class BagOfTexts:
         self.lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
 
     def features(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """``input_ids`` (tokens of all rows) and ``offsets`` (len(rows)), int64."""
+        """Return ``input_ids`` (tokens of all rows) and ``offsets`` (len(rows)), int64."""
         ids = np.concatenate([np.empty(0, np.int32), *(self._ids[row] for row in rows)]).astype(np.int64)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])[:-1]]).astype(np.int64)
         return {"input_ids": torch.from_numpy(ids), "offsets": torch.from_numpy(offsets)}

@@ -141,8 +141,8 @@ class TextScorer(_Encoding, BiScorer):
         super().__init__(bi_encoder_model, verbose, batch_size, text_field, sim_fn)
         if self.sim_fn != SimFn.dot:
             raise ValueError(
-                f"sim_fn must be {SimFn.dot}, not {self.sim_fn!r}: the encoder's vectors are made for the dot product. "
-                "Use encoder.with_similarity(...) for another similarity"
+                f"sim_fn must be {SimFn.dot}, not {self.sim_fn!r}: the encoder's vectors are made for the dot product; "
+                "encoder.with_similarity(...) makes others"
             )
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:

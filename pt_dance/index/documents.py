@@ -41,7 +41,7 @@ class RowDocuments:
         return numbers, None
 
     def best(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """From the best rows of queries, int64 (q, r) with their scores, -1 where there are fewer, to their documents.
+        """Return the best documents of queries from their best rows, int64 (q, r), -1 where there are fewer.
 
         Returns:
             Scores float32 and document numbers int64, (q, min(k, documents)), best first, equal scores in the order of
@@ -99,7 +99,7 @@ class PassageDocuments(RowDocuments):
         return np.arange(int(count.sum())) + np.repeat(first - (ends - count), count), owner
 
     def best(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """From the best passages of queries to their best documents; see :meth:`RowDocuments.best`."""
+        """Return the best documents of queries from their best passages; see :meth:`RowDocuments.best`."""
         k = min(k, len(self))
         query, slot = np.nonzero(rows >= 0)
         score, found = scores[query, slot], np.searchsorted(self.start, rows[query, slot], side="right") - 1

@@ -49,7 +49,7 @@ class FlatTorchRetriever(TorchRetriever):
 
 
 def _flat(results: pd.DataFrame) -> pd.DataFrame:
-    """Undo what becomes of queries that all have one document or none: arrays in the cells."""
+    """Put one document in a row where queries that all have one document or none have arrays in the cells."""
     if not len(results) or not isinstance(results["docno"].iloc[0], np.ndarray):
         return results
     columns = ["docno", "docid", "score", "rank"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class DenseIndexer(pt.Indexer):
-    """Writes a :class:`DenseIndex`; made by :meth:`DenseIndex.indexer`.
+    """Write a :class:`DenseIndex`; made by :meth:`DenseIndex.indexer`.
 
     Args:
         index: The index to write.

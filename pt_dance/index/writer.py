@@ -151,7 +151,7 @@ class IndexWriter:
         self._files: tuple[BinaryIO, BinaryIO, BinaryIO] | None = None
 
     def _read_journal(self) -> list[Shard] | None:
-        """Whole shards on disk that belong to these settings; None if there is nothing to go on with."""
+        """Return the whole shards on disk that belong to these settings; None if there is nothing to go on with."""
         try:
             raw = (self.folder / SHARDS).read_bytes()
             have = {name: (self.folder / name).stat().st_size for name in (DOCNOS, self._vectors_path.name)}

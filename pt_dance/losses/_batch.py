@@ -19,12 +19,12 @@ class BatchRows:
     Rows that only fill the batch up (row number -1) have no negatives, are nobody's negatives and count in no mean.
 
     Args:
-        rows: the training rows, or None where only the columns are known: then nothing but a row's own pair is hidden.
+        rows: The training rows, or None where only the columns are known: then nothing but a row's own pair is hidden.
         numbers: int (W,), the row numbers of the whole batch, over all processes, -1 for rows that fill it up; None
             without ``rows``.
         count: W, the rows of the whole batch.
-        local: which of them are this process's own (L of them).
-        device: where the masks are wanted.
+        local: Which of them are this process's own (L of them).
+        device: Where the masks are wanted.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class BatchRows:
         return torch.where(there[..., None], passages, passages[:, :, :1])
 
     def teacher_margins(self) -> Tensor | None:
-        """float32 (L, n): the teacher's T(q, d+) - T(q, d-), 0 where a negative is missing; None without a teacher."""
+        """Return the teacher's T(q, d+) - T(q, d-), float32 (L, n), 0 where a negative is missing; None without one."""
         if self.rows is None or self.rows.teacher_positive is None or self.rows.teacher_negatives is None:
             return None
         numbers = self.numbers[self.local]
@@ -134,8 +134,8 @@ class Batch:
         negatives: (W, n, d), the mined documents of each row.
         query_negatives: (W, m, d), the mined queries of each row. Where documents are scored by their best passage,
             those above that are documents have one dimension more before the last, their passages.
-        rows: what is known of the rows.
-        labels: the trainer's labels of the L local rows where they are no row numbers, else None.
+        rows: What is known of the rows.
+        labels: The trainer's labels of the L local rows where they are no row numbers, else None.
     """
 
     queries: Tensor
@@ -208,7 +208,7 @@ class Batch:
         """Return the teacher's margins T(q, d+) - T(q, d-), (L, n), from the training rows or from the labels.
 
         Raises:
-            ValueError: neither has them.
+            ValueError: Neither has them.
         """
         margins = self.rows.teacher_margins()
         if margins is not None:

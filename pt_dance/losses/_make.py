@@ -58,14 +58,14 @@ def options(loss: LossName) -> dict[str, Any]:
     """Return the options that :func:`make` takes for a loss, and their defaults.
 
     Args:
-        loss: as :func:`make` takes it.
+        loss: As :func:`make` takes it.
 
     Returns:
         Option name to default: the loss's own, then those of the dual direction and of the regularisers.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: neither a name, a loss class nor a list.
+        ValueError: An unknown name.
+        TypeError: Neither a name, a loss class nor a list.
     """
     if _is_list(loss):
         for name, _, own in _parts(loss):
@@ -79,12 +79,12 @@ def make(loss: LossName, model: SentenceTransformer, rows: TrainingRows | None =
     """Build a loss from its name and options.
 
     Args:
-        loss: one of "contrastive", "pairwise", "samtone", "margin_mse", "distill_kl"; a subclass of
+        loss: One of "contrastive", "pairwise", "samtone", "margin_mse", "distill_kl"; a subclass of
             :class:`~pt_dance.losses.RetrievalLoss`; or a list of (loss, weight) or (loss, weight, options), which
             makes their weighted sum.
-        model: the SentenceTransformer to train.
-        rows: what is known of every training row.
-        **options: the loss's own, see :func:`options`, and what may be put around any loss:
+        model: The SentenceTransformer to train.
+        rows: What is known of every training row.
+        **options: The loss's own, see :func:`options`, and what may be put around any loss:
             dual (bool): add the dual direction, with dual_weight (.1) and document_weight (1);
             alignment, uniformity (float): add these regularisers, with alignment_alpha (2), uniformity_t (5) and
             uniformity_sum (False).
@@ -95,8 +95,8 @@ def make(loss: LossName, model: SentenceTransformer, rows: TrainingRows | None =
         The loss, wrapped in :class:`~pt_dance.losses.DualLoss` and :class:`~pt_dance.losses.RegularizedLoss` as asked.
 
     Raises:
-        ValueError: an unknown loss or option, an option out of its range, or one that would do nothing.
-        TypeError: neither a name, a loss class nor a list.
+        ValueError: An unknown loss or option, an option out of its range, or one that would do nothing.
+        TypeError: Neither a name, a loss class nor a list.
 
     Example:
         ::

@@ -37,27 +37,27 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
     mirrored, every loss has its dual form through :class:`~pt_dance.losses.DualLoss`.
 
     Attributes:
-        needs_negatives: whether the loss has nothing to learn from without mined texts.
-        needs_teacher: whether it also needs a teacher's score of each of them and of the positives.
-        two_sided: whether it has both directions in itself, so that DualLoss would count them twice.
-        shown: names of the options that model cards give.
+        needs_negatives: Whether the loss has nothing to learn from without mined texts.
+        needs_teacher: Whether it also needs a teacher's score of each of them and of the positives.
+        two_sided: Whether it has both directions in itself, so that DualLoss would count them twice.
+        shown: Names of the options that model cards give.
 
     Args:
-        model: the SentenceTransformer to train.
-        temperature: similarities are divided by it; None takes the loss's own default, a class attribute.
+        model: The SentenceTransformer to train.
+        temperature: Similarities are divided by it; None takes the loss's own default, a class attribute.
         similarity: "cosine" or "dot"; with "cosine" embeddings are divided by their L2 norm here, whether or not the
             model ends with a Normalize module. None takes the loss's own default, a class attribute.
-        rows: what is known of every training row, see :class:`~pt_dance.losses.TrainingRows`.
-        query_negatives: how many of the last columns are mined queries; only without ``rows``, which say it.
-        mini_batch_size: with a number, gradient caching: only so many texts have their activations in memory at a
+        rows: What is known of every training row, see :class:`~pt_dance.losses.TrainingRows`.
+        query_negatives: How many of the last columns are mined queries; only without ``rows``, which say it.
+        mini_batch_size: With a number, gradient caching: only so many texts have their activations in memory at a
             time, and the gradients are those of the whole batch (Gao et al. 2021, arXiv 2101.06983). Each text is
             embedded twice. Static towers, whose activations take little memory, ignore it.
-        gather_across_devices: use the embeddings of all processes, so that in-batch negatives come from all of them.
+        gather_across_devices: Use the embeddings of all processes, so that in-batch negatives come from all of them.
             Every process must have the same number of rows.
 
     Raises:
         TypeError: ``model`` is no SentenceTransformer.
-        ValueError: an option out of its range.
+        ValueError: An option out of its range.
     """
 
     temperature: float = 1.0
@@ -102,7 +102,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         (Not named ``loss``: by that attribute sentence-transformers' model cards look for losses inside losses.)
 
         Args:
-            batch: its embeddings are float32 or float64, of L2 norm 1 where ``similarity`` is "cosine".
+            batch: Its embeddings are float32 or float64, of L2 norm 1 where ``similarity`` is "cosine".
 
         Returns:
             A scalar, differentiable by the embeddings.
@@ -113,11 +113,11 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         """Refuse training rows this loss cannot be computed of.
 
         Args:
-            rows: the training rows, mirrored for the dual direction.
-            mined: how messages call the mined texts of this direction.
+            rows: The training rows, mirrored for the dual direction.
+            mined: How messages call the mined texts of this direction.
 
         Raises:
-            ValueError: something is missing from the rows.
+            ValueError: Something is missing from the rows.
         """
         name = type(self).__name__
         if (self.needs_negatives or self.needs_teacher) and rows.negatives.shape[1] == 0:
@@ -142,7 +142,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         """Return the loss of the trainer's columns.
 
         Args:
-            sentence_features: the tokenised columns, in the order of the class description.
+            sentence_features: The tokenised columns, in the order of the class description.
             labels: (B,) row numbers with ``rows``; without them whatever the loss itself says, or None.
 
         Returns:
@@ -164,14 +164,14 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         Similarities are computed in float32 (float64 for float64 embeddings), also under autocast.
 
         Args:
-            embeddings: one (B, d) tensor a column, in the order of the class description.
-            labels: as :meth:`forward` takes them.
+            embeddings: One (B, d) tensor a column, in the order of the class description.
+            labels: As :meth:`forward` takes them.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: too few columns, columns that ``rows`` do not know, or labels that are no row numbers.
+            ValueError: Too few columns, columns that ``rows`` do not know, or labels that are no row numbers.
         """
         with torch.autocast(embeddings[0].device.type, enabled=False):
             return self.evaluate(self._batch([_full_precision(column) for column in embeddings], labels))
@@ -179,7 +179,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """Step two of gradient caching: the loss of the whole batch, and its gradients by the embeddings."""
+        """Return the loss of the whole batch, and compute its gradients: step two of gradient caching."""
         loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
         if with_backward:
             loss.backward()
@@ -282,12 +282,12 @@ class WrappedLoss(RetrievalLoss):
     """The base of losses made of other losses: they embed the columns once and share the batch.
 
     Args:
-        losses: the losses inside; they must be of one model and agree in ``rows``, ``query_negatives``,
+        losses: The losses inside; they must be of one model and agree in ``rows``, ``query_negatives``,
             ``mini_batch_size`` and ``gather_across_devices``, which the whole takes from them.
 
     Raises:
-        TypeError: something else than a RetrievalLoss.
-        ValueError: losses that do not agree.
+        TypeError: Something else than a RetrievalLoss.
+        ValueError: Losses that do not agree.
     """
 
     shown: tuple[str, ...] = ("mini_batch_size", "gather_across_devices")

@@ -24,14 +24,14 @@ class ContrastiveLoss(RetrievalLoss):
     training judgement are no candidates, except the row's own positive.
 
     Args:
-        model: the SentenceTransformer to train.
+        model: The SentenceTransformer to train.
         temperature: :math:`\tau`.
         similarity: "cosine" or "dot".
-        in_batch: whether documents of other rows are candidates.
-        rows: what is known of every training row.
-        query_negatives: how many of the last columns are mined queries; only without ``rows``.
-        mini_batch_size: gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
-        gather_across_devices: also take the documents of other processes as candidates.
+        in_batch: Whether documents of other rows are candidates.
+        rows: What is known of every training row.
+        query_negatives: How many of the last columns are mined queries; only without ``rows``.
+        mini_batch_size: Gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        gather_across_devices: Also take the documents of other processes as candidates.
 
     Inputs:
         +-----------------------------------------------------------------------+---------------------------------+
@@ -96,9 +96,9 @@ def cross_entropy(batch: Batch, logits: Tensor, first: int | None = None) -> Ten
     """Return the mean over the local rows of the cross-entropy of their own positives.
 
     Args:
-        batch: the batch.
+        batch: The batch.
         logits: (L, candidates).
-        first: the column of the first row's positive, from which on there is one a row; None: all are in column 0.
+        first: The column of the first row's positive, from which on there is one a row; None: all are in column 0.
     """
     own = logits[:, 0] if first is None else logits.diagonal(first)
     return batch.mean(torch.logsumexp(logits, dim=1) - own, batch.rows.real)

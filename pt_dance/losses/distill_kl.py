@@ -26,16 +26,16 @@ class DistillKLLoss(RetrievalLoss):
     judgement, and missing ones, are no candidates, and rows without any other negative are left out of the mean.
 
     Args:
-        model: the SentenceTransformer to train.
+        model: The SentenceTransformer to train.
         temperature: :math:`\tau`, .05 by default, with which cosines can express a decided teacher's preferences; for
             raw dot products take 1.
         similarity: "cosine" (the default) or "dot".
         teacher_temperature: :math:`\tau_T`. Raw scores of a cross-encoder often differ by 10 and more, so that nearly
             all of the teacher's mass is on one candidate; a higher temperature lets the others count.
-        rows: what is known of every training row, the teacher's scores included.
-        query_negatives: how many of the last columns are mined queries; only without ``rows``.
-        mini_batch_size: gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
-        gather_across_devices: average over the rows of all processes, not over each one's own.
+        rows: What is known of every training row, the teacher's scores included.
+        query_negatives: How many of the last columns are mined queries; only without ``rows``.
+        mini_batch_size: Gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        gather_across_devices: Average over the rows of all processes, not over each one's own.
 
     Inputs:
         Those of :class:`~pt_dance.losses.MarginMSELoss`: a softmax does not change when all scores are shifted, so

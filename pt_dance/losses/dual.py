@@ -23,7 +23,7 @@ class DualLoss(WrappedLoss):
     the other rows. With ``rows``, queries that the row's positive document is relevant to are never negatives.
 
     Args:
-        loss: any other loss of this module.
+        loss: Any other loss of this module.
         weight: :math:`w`, the weight of the dual direction; with 0 the loss is the document direction alone.
         document_weight: :math:`w_d`.
 

@@ -20,15 +20,15 @@ class MarginMSELoss(RetrievalLoss):
     left out of the mean.
 
     Args:
-        model: the SentenceTransformer to train.
+        model: The SentenceTransformer to train.
         temperature: :math:`\tau`. Raw scores of a cross-encoder have margins of 10 and more, which no difference of
             two cosines reaches at temperature 1: with ``similarity="cosine"``, or a model that ends with a Normalize
             module, take about .05.
         similarity: "dot" or "cosine".
-        rows: what is known of every training row, the teacher's scores included.
-        query_negatives: how many of the last columns are mined queries; only without ``rows``.
-        mini_batch_size: gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
-        gather_across_devices: average over the usable negatives of all processes, not over each one's own.
+        rows: What is known of every training row, the teacher's scores included.
+        query_negatives: How many of the last columns are mined queries; only without ``rows``.
+        mini_batch_size: Gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        gather_across_devices: Average over the usable negatives of all processes, not over each one's own.
 
     Inputs:
         +---------------------------------------------+----------------------------------------------------------+

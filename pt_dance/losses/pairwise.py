@@ -21,13 +21,13 @@ class PairwiseLoss(RetrievalLoss):
     batch without any other has a loss and a gradient of exactly 0.
 
     Args:
-        model: the SentenceTransformer to train.
+        model: The SentenceTransformer to train.
         temperature: :math:`\tau`; 1 in ANCE, .01 in DANCE.
         similarity: "dot" (ANCE) or "cosine" (DANCE).
-        rows: what is known of every training row.
-        query_negatives: how many of the last columns are mined queries; only without ``rows``.
-        mini_batch_size: gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
-        gather_across_devices: average over the usable negatives of all processes, not over each one's own.
+        rows: What is known of every training row.
+        query_negatives: How many of the last columns are mined queries; only without ``rows``.
+        mini_batch_size: Gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        gather_across_devices: Average over the usable negatives of all processes, not over each one's own.
 
     Inputs:
         +-----------------------------------------------------------------------+---------------------------------+

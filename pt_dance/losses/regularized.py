@@ -26,12 +26,12 @@ class RegularizedLoss(WrappedLoss):
     every pair it sees apart; where no pair is left it is 0.
 
     Args:
-        loss: any other loss of this module.
+        loss: Any other loss of this module.
         alignment: :math:`w_a`.
         uniformity: :math:`w_u`.
         alpha: :math:`\alpha`.
         t: :math:`t`; 5 in DANCE's release, 2 in Wang & Isola.
-        uniformity_sum: add up the uniformity of queries and of documents, as DANCE's release does, instead of halving
+        uniformity_sum: Add up the uniformity of queries and of documents, as DANCE's release does, instead of halving
             the sum, as Wang & Isola do.
 
     Inputs:

@@ -33,7 +33,7 @@ class TrainingRows:
             best passage (MaxP); None where every document is one text.
 
     Raises:
-        ValueError: shapes that do not fit, numbers out of range, or a row whose positive is not relevant.
+        ValueError: Shapes that do not fit, numbers out of range, or a row whose positive is not relevant.
     """
 
     query: np.ndarray

@@ -33,14 +33,14 @@ class SamToneLoss(RetrievalLoss):
     other, nor is a query of itself where it stands in the batch twice, which the published loss punishes hard.
 
     Args:
-        model: the SentenceTransformer to train.
+        model: The SentenceTransformer to train.
         temperature: :math:`\tau`.
         similarity: "cosine" or "dot".
         sides: "query" or "both".
-        rows: what is known of every training row.
-        query_negatives: how many of the last columns are mined queries; only without ``rows``.
-        mini_batch_size: gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
-        gather_across_devices: also take the documents and queries of other processes as negatives.
+        rows: What is known of every training row.
+        query_negatives: How many of the last columns are mined queries; only without ``rows``.
+        mini_batch_size: Gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        gather_across_devices: Also take the documents and queries of other processes as negatives.
 
     Inputs:
         Those of :class:`~pt_dance.losses.ContrastiveLoss`.

@@ -56,10 +56,10 @@ def share_of(qids: pd.Series, share: float, *, turn: int, seed: int) -> pd.Serie
     ANCE's release mines one fifth of the training queries a refresh.
 
     Args:
-        qids: all queries.
-        share: how large the part is, above 0 and at most 1.
-        turn: number of the refresh.
-        seed: fixes the order in which queries take turns.
+        qids: All queries.
+        share: How large the part is, above 0 and at most 1.
+        turn: Number of the refresh.
+        seed: Fixes the order in which queries take turns.
     """
     if share == 1:
         return qids
@@ -115,7 +115,7 @@ def draw(frame: pd.DataFrame, number: int, sampling: str, seed: int, source_colu
 
 
 class CandidateSelection:
-    """Cuts, cleans, filters and samples candidates block by block, and keeps count of what it did."""
+    """Cut, clean, filter and sample candidates block by block, and count what was done."""
 
     def __init__(
         self,
@@ -272,7 +272,7 @@ class CandidateSelection:
 
 
 def _quotas(number: int, weights: Sequence[float]) -> list[int]:
-    """``number`` split in proportion to ``weights``, by largest remainders."""
+    """Split ``number`` in proportion to ``weights``, by largest remainders."""
     total = sum(weights)
     exact = [number * weight / total for weight in weights]
     quotas = [int(share) for share in exact]

@@ -39,23 +39,23 @@ def mine_documents(
     that reads the same, and copies of them under other docnos.
 
     Args:
-        source: a PyTerrier pipeline that takes queries and gives ranked documents; or a result frame; or a list of
+        source: A PyTerrier pipeline that takes queries and gives ranked documents; or a result frame; or a list of
             these or of ``(source, weight)`` pairs, from which negatives are drawn in proportion to the weights (1 where
             none is given), one source filling up what another lacks.
-        topics: queries to mine for, columns ``qid`` and ``query``; further columns are handed to the pipeline.
-        qrels: columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
+        topics: Queries to mine for, columns ``qid`` and ``query``; further columns are handed to the pipeline.
+        qrels: Columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
         corpus: ``Corpus``; without it copies of a positive are not recognised, and filters cannot read texts.
-        depth: how many of the best documents of a query are candidates.
-        negatives: how many negatives a query gets at most.
+        depth: How many of the best documents of a query are candidates.
+        negatives: How many negatives a query gets at most.
         sampling: ``"uniform"`` draws among the candidates without replacement, ``"top"`` takes the best ranked.
         rank_range: ``(first, last)``: only candidates with first <= rank < last, ranks starting at 0.
-        filters: false-negative filters, applied in order, see :mod:`pt_dance.mining.filters`.
-        seed: fixes the draw, which depends on nothing else but the ids.
-        qids: mine for these topics only; positives of all are removed all the same.
+        filters: False-negative filters, applied in order, see :mod:`pt_dance.mining.filters`.
+        seed: Fixes the draw, which depends on nothing else but the ids.
+        qids: Mine for these topics only; positives of all are removed all the same.
         reads: ``DualEncoder`` that is trained, or :class:`Readings`: what it reads of texts decides which are the same.
             None compares them letter by letter.
-        query_block: how many queries are retrieved at a time; bounds memory, does not change the result.
-        verbose: shows a progress bar and says how many queries got fewer negatives than asked.
+        query_block: How many queries are retrieved at a time; bounds memory, does not change the result.
+        verbose: Shows a progress bar and says how many queries got fewer negatives than asked.
 
     Returns:
         A frame with columns ``qid``, ``docno``, ``score`` (float64, the source's), ``rank`` (int, position among the
@@ -64,8 +64,8 @@ def mine_documents(
         removals by reason.
 
     Raises:
-        ValueError: if an option makes no sense.
-        KeyError: if a column is missing.
+        ValueError: If an option makes no sense.
+        KeyError: If a column is missing.
     """
     readings = Readings.of(reads, corpus)
     selection = CandidateSelection(

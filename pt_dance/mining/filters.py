@@ -24,9 +24,9 @@ class MiningContext:
 
     Attributes:
         topics: ``qid`` and ``query`` of all queries.
-        pairs: all known-relevant (``qid``, ``docno``) pairs.
-        corpus: the ``Corpus``, or None where mining was not given one.
-        readings: which texts are the same; those equal letter by letter where nothing else is said.
+        pairs: All known-relevant (``qid``, ``docno``) pairs.
+        corpus: The ``Corpus``, or None where mining was not given one.
+        readings: Which texts are the same; those equal letter by letter where nothing else is said.
     """
 
     topics: pd.DataFrame
@@ -41,7 +41,7 @@ class MiningContext:
         """Return texts of documents.
 
         Raises:
-            ValueError: if mining was not given a corpus.
+            ValueError: If mining was not given a corpus.
         """
         if self.corpus is None:
             raise ValueError(f"the filter {needed_by} reads texts; give corpus=... to the mining function")
@@ -51,7 +51,7 @@ class MiningContext:
         """Return scores of (qid, docno) rows by a pipeline, float64 in the order of the rows.
 
         Raises:
-            ValueError: if the pipeline lost rows.
+            ValueError: If the pipeline lost rows.
         """
         rows = frame[["qid", "docno"]].drop_duplicates()
         rows = rows.merge(self.topics[["qid", "query"]].drop_duplicates("qid"), on="qid", how="left")
@@ -74,8 +74,8 @@ class RankRange:
     """Keep candidates with ``first`` <= rank < ``last``; the very best ranks are often unlabelled positives.
 
     Attributes:
-        first: first rank kept, from 0.
-        last: first rank not kept any more.
+        first: First rank kept, from 0.
+        last: First rank not kept any more.
     """
 
     first: int
@@ -94,9 +94,9 @@ class PositiveMargin:
     best there) of the positive's score, or at least ``absolute`` below it.
 
     Attributes:
-        scorer: pipeline that scores (query, docno) rows, such as a dense retriever or a cross-encoder.
-        relative: share of the positive's score that a candidate may reach; meant for positive scores.
-        absolute: how far below the positive's score a candidate must be.
+        scorer: Pipeline that scores (query, docno) rows, such as a dense retriever or a cross-encoder.
+        relative: Share of the positive's score that a candidate may reach; meant for positive scores.
+        absolute: How far below the positive's score a candidate must be.
     """
 
     scorer: pt.Transformer
@@ -126,8 +126,8 @@ class TeacherScore:
     """Keep candidates that a teacher scores below a threshold (as RocketQA does, arXiv 2010.08191).
 
     Attributes:
-        teacher: pipeline that scores (query, text) rows.
-        below: candidates must score below this.
+        teacher: Pipeline that scores (query, text) rows.
+        below: Candidates must score below this.
     """
 
     teacher: pt.Transformer
@@ -147,8 +147,8 @@ class NearDuplicate:
     Two texts are compared by the Jaccard similarity of their word ``n``-grams (Broder 1997).
 
     Attributes:
-        threshold: candidates of at least this similarity to a positive are removed.
-        n: words in a shingle.
+        threshold: Candidates of at least this similarity to a positive are removed.
+        n: Words in a shingle.
     """
 
     threshold: float = 0.8

@@ -40,26 +40,26 @@ def mine_queries(
     the top 200, without every query for which the document is relevant, 20 drawn uniformly.
 
     Args:
-        source: a ``DualEncoder``, whose query vectors make the index that is searched; or a PyTerrier pipeline over the
+        source: A ``DualEncoder``, whose query vectors make the index that is searched; or a PyTerrier pipeline over the
             training queries (a BM25 index of them, say) that takes a frame of ``qid`` (a docno) and ``query`` (the
             document's text) and gives back queries' qids in the column ``docno``.
-        topics: all training queries, columns ``qid`` and ``query``. Of topics that read the same only the first is a
+        topics: All training queries, columns ``qid`` and ``query``. Of topics that read the same only the first is a
             candidate.
-        qrels: columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
+        qrels: Columns ``qid``, ``docno``, ``label``; a label above 0 is a positive.
         corpus: ``Corpus`` with the positive documents' texts; not needed where ``index`` holds their vectors, unless
             filters read texts.
         index: ``DenseIndex`` made with the same weights as ``source``, whose stored vectors are searched with instead
             of encoding the documents once more.
-        depth: how many of the best queries of a document are candidates.
-        negatives: how many query negatives a document gets at most.
+        depth: How many of the best queries of a document are candidates.
+        negatives: How many query negatives a document gets at most.
         sampling: ``"uniform"`` or ``"top"``, as in :func:`mine_documents`.
-        rank_range: as in :func:`mine_documents`.
-        filters: as in :func:`mine_documents`.
-        seed: fixes the draw.
-        qids: mine for the positive documents of these topics only; all topics are candidates all the same.
-        reads: as in :func:`mine_documents`; ``source`` where that is an encoder and nothing else is given.
-        document_block: how many documents are searched with at a time; bounds memory, does not change the result.
-        verbose: shows a progress bar and says how many documents got fewer negatives than asked.
+        rank_range: As in :func:`mine_documents`.
+        filters: As in :func:`mine_documents`.
+        seed: Fixes the draw.
+        qids: Mine for the positive documents of these topics only; all topics are candidates all the same.
+        reads: As in :func:`mine_documents`; ``source`` where that is an encoder and nothing else is given.
+        document_block: How many documents are searched with at a time; bounds memory, does not change the result.
+        verbose: Shows a progress bar and says how many documents got fewer negatives than asked.
 
     Returns:
         A frame with columns ``docno`` (the positive document), ``qid`` (the query negative), ``score`` (float64),
@@ -67,8 +67,8 @@ def mine_queries(
         :func:`mine_documents`.
 
     Raises:
-        ValueError: if an option makes no sense, ``index`` holds other weights, or neither corpus nor index is given.
-        KeyError: if a column is missing or a positive document is not in the corpus.
+        ValueError: If an option makes no sense, ``index`` holds other weights, or neither corpus nor index is given.
+        KeyError: If a column is missing or a positive document is not in the corpus.
     """
     is_encoder = not isinstance(source, pt.Transformer) or hasattr(source, "encode_queries")
     if reads is None and hasattr(source, "reading_digests"):

@@ -66,16 +66,16 @@ def resolve_source(
     """Turn a negative source into pipelines (or result frames) with their weights.
 
     Args:
-        source: a pipeline, a function ``dense -> pipeline``, ``"first_stage"``, a result frame, or a list of these,
+        source: A pipeline, a function ``dense -> pipeline``, ``"first_stage"``, a result frame, or a list of these,
             each perhaps in a pair ``(source, weight)``.
-        dense: what functions are called with: the dense retriever of the current weights.
-        first_stage: the result frame that ``"first_stage"`` stands for; left out where it is None.
+        dense: What functions are called with: the dense retriever of the current weights.
+        first_stage: The result frame that ``"first_stage"`` stands for; left out where it is None.
 
     Returns:
         (pipeline or result frame, weight) pairs; empty where only a missing first stage was asked for.
 
     Raises:
-        TypeError: if a function gives back something that is no PyTerrier pipeline.
+        TypeError: If a function gives back something that is no PyTerrier pipeline.
     """
     check_source(source, "source")
     resolved: list[tuple[pt.Transformer | pd.DataFrame, float]] = []

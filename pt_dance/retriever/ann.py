@@ -36,7 +36,7 @@ _PER_CENTRE = 39
 
 
 class AnnRetriever(DenseRetriever):
-    """Retrieves approximately: FAISS finds candidates, which are re-scored exactly.
+    """Retrieve approximately: FAISS finds candidates, which are re-scored exactly.
 
     The scores are those of :class:`pt_dance.DenseRetriever`; only documents may be missing. :meth:`recall`
     tells how many. Result frames are re-scored as there, without FAISS. The structure is built once for an index and

@@ -25,7 +25,7 @@ Retriever = TypeVar("Retriever", bound="DenseRetriever")
 
 
 class DenseRetriever(pt.Transformer):
-    """Retrieves from a :class:`pt_dance.DenseIndex`, exactly, and re-scores other systems' results.
+    """Retrieve from a :class:`pt_dance.DenseIndex`, exactly, and re-score other systems' results.
 
     Given queries, it returns the best documents of the whole index. Given results (a frame with ``docno``), it keeps
     every row and gives it the score that the first way would give it: no text is needed. (An encoder rounds a query

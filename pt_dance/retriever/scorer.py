@@ -12,7 +12,7 @@ from pt_dance.retriever.dense import DenseRetriever
 
 
 class DenseScorer(DenseRetriever):
-    """Re-scores result frames (``qid``, ``docno`` or this index's ``docid``, and ``query`` or ``query_vec``)."""
+    """Re-score result frames (``qid``, ``docno`` or this index's ``docid``, and ``query`` or ``query_vec``)."""
 
     schematic = {"label": "DenseScorer", "help_url": None}
 

@@ -196,7 +196,7 @@ def _drawn(
 
 
 def _occurrence(values: np.ndarray) -> np.ndarray:
-    """For each entry, how many equal entries came before it."""
+    """Return for each entry how many equal ones came before it."""
     return pd.Series(values).groupby(values).cumcount().to_numpy()
 
 

@@ -77,7 +77,7 @@ class Reports:
 
 
 class _Relay(TrainerCallback):
-    """Hands what a trainer tells its loggers on to one that lives longer than the trainer."""
+    """Hand what a trainer tells its loggers on to one that lives longer than the trainer."""
 
     def __init__(self, logger: TrainerCallback, folder: Path):
         self.logger = logger

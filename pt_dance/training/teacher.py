@@ -21,7 +21,7 @@ _BLOCK = 4096
 
 
 class TeacherScores:
-    """Scores pairs with a teacher, keeping them by the texts of the pair and by the teacher's identity.
+    """Score pairs with a teacher, and keep the scores by the texts of the pair and by the teacher's identity.
 
     Memory is bounded by a block of pairs; what is known lies in an SQLite file, which a killed fit leaves intact.
 

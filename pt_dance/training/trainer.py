@@ -52,7 +52,7 @@ class _Bar(TrainerCallback):
 
 
 class _RoundEnd(TrainerCallback):
-    """Ends the training with the round's last step, in the middle of a schedule that other rounds go on with."""
+    """End the training with the round's last step, in the middle of a schedule that other rounds go on with."""
 
     def __init__(self, span: Span):
         self.span = span
@@ -85,7 +85,7 @@ class RoundTrainer(SentenceTransformerTrainer):
             self.add_callback(_Bar(span))
 
     def add_model_card_callback(self, default_args_dict):
-        """No card is computed from the training data in every round, since nobody would read it."""
+        """Compute no card from the training data in every round, since nobody would read it."""
 
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
         """Return the batches of the schedule."""
@@ -298,7 +298,7 @@ def keep_frozen(given, encoder) -> None:
 
 
 def training_arguments(encoder, examples: Examples, round_, span: Span, folder: str | Path):
-    """``SentenceTransformerTrainingArguments`` of a round; what ``round_.training_arguments`` says wins."""
+    """Return the arguments of a round's training; what ``round_.training_arguments`` says wins."""
     columns = columns_of(examples.rows)
     prompts = {column: prompt_for(encoder.model, kind) for column, kind in columns.items()}
     arguments = dict(
