@@ -71,8 +71,7 @@ def queries(count=20):
     return pd.DataFrame({"qid": [f"q{i}" for i in range(count)], "query": [d["text"][:20] for d in DOCUMENTS[:count]]})
 
 
-# --- what is written
-# ----------------------------------------------------------------------------------------------------
+# --- what is written --------------------------------------------------------------------------------------------------
 
 
 def test_vectors_docnos_and_metadata(make, encoder, tmp_path):
@@ -189,8 +188,7 @@ def test_it_knows_its_encoder(tmp_path, encoder, other):
         DenseIndex(tmp_path / "moved" / "index", other, verbose=False).retriever(10)(queries())
 
 
-# --- create, overwrite, append
-# ------------------------------------------------------------------------------------------
+# --- create, overwrite, append ----------------------------------------------------------------------------------------
 
 
 def test_the_same_index_is_used_again(make, encoder, tmp_path, capfd):
@@ -341,8 +339,7 @@ def test_append_to_an_index_of_pyterrier_dr(make, tmp_path):
     assert len(index) == 10 and (index.open().vectors == np.stack([r["doc_vec"] for r in records])).all()
 
 
-# --- going on where a call was interrupted
-# ------------------------------------------------------------------------------
+# --- going on where a call was interrupted ----------------------------------------------------------------------------
 
 
 class CountingEncoder:
@@ -504,8 +501,7 @@ def test_what_it_says(make, capfd, encoder):
     assert "had other settings: starting afresh" in capfd.readouterr().err
 
 
-# --- bad documents and damaged folders
-# ----------------------------------------------------------------------------------
+# --- bad documents and damaged folders --------------------------------------------------------------------------------
 
 GOOD = {"docno": "good", "text": "word1"}
 

@@ -99,6 +99,13 @@ def test_a_field_is_put_before_every_passage_once(tmp_path):
     assert list(texts.values()) == ["On trees | one two", "On trees | three four", "On trees | five", "six"]
 
 
+def test_white_space_at_the_end_costs_no_words(tmp_path):
+    corpus = Corpus.build([{"docno": "a", "text": "one two three four five\n"}], tmp_path / "corpus", verbose=False)
+    passages = corpus.to_passages(tmp_path / "p", length=3, stride=2, most=None, verbose=False)
+    texts = [d["text"].split() for d in passages.passages.get_corpus_iter(verbose=False)]
+    assert texts == [["one", "two", "three"], ["three", "four", "five"], ["five"]]
+
+
 def test_rows_of_passages(small):
     *_, passages, _, _, _ = small
     rows = passages.passage_rows(np.array([1, -1, 0]))

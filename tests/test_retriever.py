@@ -193,8 +193,7 @@ def test_a_grid_over_num_results(index):
     assert best == 1.0 and settings[0][2] in (3, 10)
 
 
-# --- in pipelines
-# -------------------------------------------------------------------------------------------------------
+# --- in pipelines -----------------------------------------------------------------------------------------------------
 
 
 def test_cut_off_is_fused_and_means_the_same(index):
@@ -339,8 +338,7 @@ def test_the_users_words_are_encoded_not_what_rewriters_made_of_them(index):
     assert told["score"].tolist() != expected["score"].tolist()
 
 
-# --- bad input
-# ----------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,19 @@
 """A training step: ``DanceRetriever.fit``'s training beside a bare torch loop over the same batches, in the same run.
 
-Both train the same model on the same rows in the same order (checked) with the same loss (cross-entropy over the
-positives and mined negatives of the batch, one mined negative a row), optimizer, learning rates and gradient clipping;
-the mined negatives are the best of an untrained static tower. The differences are on our side: batches are read from
-the corpus on disk (the bare loop has its texts in lists), pairs that are known to be relevant are masked (the bare loop
-masks nothing), and the trainer keeps its state, logs and could be resumed. Both tokenise every batch with the model's
-own ``preprocess``, except that pt_dance keeps the tokens of a static tower's texts: its first epoch tokenises, the
-others do not, so both are given at least two epochs of the same rows, and the first is reported on its own. On a CPU
-pt_dance also keeps the memory that tensors leave for the next ones instead of giving it back to the system, as any loop
-could; a third contender is the bare loop with that.
+Both train the same model on the same rows in the same order (this is checked), with the same loss (cross-entropy over
+the positives and mined negatives of the batch, one mined negative a row), optimizer, learning rates and gradient
+clipping. The mined negatives are the best of an untrained static tower.
 
-Each has a process of its own; they take turns in alternating order, from the same weights. A step is measured from the
-end of the step before it, so reading and tokenising its batch belong to it; the first steps and the last are left out.
-Nothing is written while training, as with fits of fewer steps than a round's ``checkpoint_steps``.
+The differences are on our side. Batches are read from the corpus on disk; the bare loop has its texts in lists. Pairs
+that are known to be relevant are masked; the bare loop masks nothing. The trainer keeps its state, logs, and could be
+resumed. Both tokenise every batch with the model's own ``preprocess``, but pt_dance keeps the tokens of a static
+tower's texts, so that only its first epoch tokenises: both run at least two epochs of the same rows, and the first one
+is reported on its own. On a CPU pt_dance also keeps the memory that tensors leave for the next ones, as any loop could:
+a third contender is the bare loop with that.
+
+Each contender has a process of its own. They take turns in alternating order, from the same weights. A step is measured
+from the end of the step before it, so that reading and tokenising its batch belong to it; the first steps and the last
+one are left out. Nothing is written while training, as in fits of fewer steps than a round's ``checkpoint_steps``.
 
     python experiments/benchmarks/overhead.py --dataset ../shared/data/medquad --out overhead.json
 """
@@ -55,8 +56,7 @@ CASES = {
 }
 
 
-# --- what both contenders start from
-# -----------------------------------------------------------------------------------
+# --- what both contenders start from ----------------------------------------------------------------------------------
 
 
 def prepare(options: argparse.Namespace, case: Case, name: str, folder: Path) -> dict:
@@ -136,8 +136,7 @@ class Turn:
         }
 
 
-# --- in a contender's process
-# ------------------------------------------------------------------------------------------
+# --- in a contender's process -----------------------------------------------------------------------------------------
 
 
 class Training:
@@ -324,8 +323,7 @@ def child(contender: str, folder: Path, skip: int) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
 
-# --- in the first process
-# ----------------------------------------------------------------------------------------------
+# --- in the first process ---------------------------------------------------------------------------------------------
 
 
 def compare(options: argparse.Namespace, name: str) -> dict:

@@ -75,8 +75,7 @@ class Measure:
         }
 
 
-# --- what a contender's process does
-# ------------------------------------------------------------------------------------
+# --- what a contender's process does ----------------------------------------------------------------------------------
 
 
 def build(path: str, count: int) -> None:
@@ -122,8 +121,7 @@ def contend(name: str, path: str, queries: int, k: int, device: str | None) -> N
         print(json.dumps({**measure.result, "rows": rows}), flush=True)
 
 
-# --- the referee
-# --------------------------------------------------------------------------------------------------------
+# --- the referee ------------------------------------------------------------------------------------------------------
 
 
 def child(*arguments: object) -> subprocess.Popen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,23 +136,24 @@ def _check_installed(backend: str) -> None:
 def _chosen(backend: str, corpus: Corpus) -> str:
     """Return the engine that is to index a corpus."""
     installed = [name for name, module in BACKENDS.items() if importlib.util.find_spec(module) is not None]
-    if backend == "auto":
-        if not installed:
-            raise ImportError(
-                "BM25 needs PISA (pip install 'pt_dance[pisa]') or Terrier and Java (pip install 'pt_dance[terrier]')"
-            )
-        cut = installed[0] == "pisa" and len(installed) > 1 and _docno_with_space(corpus) is not None
-        return installed[1] if cut else installed[0]
-    _check_installed(backend)
-    return backend
+    if backend != "auto":
+        _check_installed(backend)
+        return backend
+    if not installed:
+        raise ImportError(
+            "BM25 needs PISA (pip install 'pt_dance[pisa]') or Terrier and Java (pip install 'pt_dance[terrier]')"
+        )
+    cut = installed[0] == "pisa" and len(installed) > 1 and _docno_with_space(corpus) is not None
+    return installed[1] if cut else installed[0]
 
 
 def _docno_with_space(corpus: Corpus) -> str | None:
+    return next((docno for docno in _docnos(corpus) if re.search(r"\s", docno)), None)
+
+
+def _docnos(corpus: Corpus) -> Iterator[str]:
     for start in range(0, len(corpus), _BLOCK_DOCUMENTS):
-        for docno in corpus.docno(range(start, min(start + _BLOCK_DOCUMENTS, len(corpus)))):
-            if re.search(r"\s", docno):
-                return docno
-    return None
+        yield from corpus.docno(range(start, min(start + _BLOCK_DOCUMENTS, len(corpus))))
 
 
 def _pisa(corpus: Corpus, folder: Path, verbose: bool) -> int:
@@ -166,11 +168,8 @@ def _pisa(corpus: Corpus, folder: Path, verbose: bool) -> int:
 
 
 def _terrier(corpus: Corpus, folder: Path, verbose: bool) -> int:
-    longest = 1
-    for start in range(0, len(corpus), _BLOCK_DOCUMENTS):
-        docnos = corpus.docno(range(start, min(start + _BLOCK_DOCUMENTS, len(corpus))))
-        # Terrier counts in bytes, and cuts a longer docno without a word.
-        longest = max(longest, *(len(docno.encode()) for docno in docnos))
+    # Terrier counts in bytes, and cuts a longer docno without a word.
+    longest = max(len(docno.encode()) for docno in _docnos(corpus))
     with quiet():
         indexer = pt.IterDictIndexer(str(folder / "terrier"), meta={"docno": longest}, meta_reverse=["docno"])
         indexer.index(corpus.get_corpus_iter(verbose=verbose))

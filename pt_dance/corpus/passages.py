@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyterrier as pt
 
 from pt_dance.corpus.corpus import Corpus, holds
@@ -22,7 +21,6 @@ from pt_dance.storage.writing import in_turn, new_folder
 
 _BLOCK_DOCUMENTS = 500
 _COUNTS = "counts.u4"
-_FILLER = "\ue000"  # a character for private use, which stands in no text
 
 
 class PassageCorpus(Corpus):
@@ -173,10 +171,11 @@ def _fingerprint(documents: Corpus, passages: Corpus, counts: bytes) -> str:
     return new_digest(f"{documents.fingerprint} {passages.fingerprint} ".encode() + counts).hexdigest()
 
 
-def _filled(text: str, length: int, stride: int) -> str:
-    words = len(re.split(r"\s+", text))
-    missing = (length - words) % stride if words > length else 0
-    return text + f" {_FILLER}" * missing
+def _windows(text: str, length: int, stride: int, most: int | None) -> list[str]:
+    """Cut a text as :func:`pyterrier.text.sliding` does, but also keep what is left after the last full window."""
+    words = re.split(r"\s+", text)
+    starts = range(0, max(len(words) - length, 0) + stride, stride)[:most]
+    return [" ".join(words[start : start + length]) for start in starts]
 
 
 def _passages(
@@ -184,11 +183,8 @@ def _passages(
     verbose: bool,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Return the passages of all documents in order; their number is written to ``counts``."""
-    sliding = pt.text.sliding(text_attr="text", length=length, stride=stride, prepend_attr=None)
-    blocks = range(0, len(documents), _BLOCK_DOCUMENTS)
-    if verbose:
-        blocks = pt.tqdm(blocks, desc="passages", unit=f"{_BLOCK_DOCUMENTS} docs", delay=1)
-    for first in blocks:
+    blocks, unit = range(0, len(documents), _BLOCK_DOCUMENTS), f"{_BLOCK_DOCUMENTS} docs"
+    for first in pt.tqdm(blocks, desc="passages", unit=unit, disable=not verbose, delay=1):
         rows = np.arange(first, min(first + _BLOCK_DOCUMENTS, len(documents)))
         texts, docnos, before = documents.texts_at(rows), documents.docno(rows), [""] * len(rows)
         if prepend is not None:
@@ -196,15 +192,7 @@ def _passages(
             # A document's text begins with its first field, if that is not empty.
             before = [field and field + documents.separator for field in before]
             texts = [text[len(field) :] for text, field in zip(texts, before, strict=True)]
-        # PyTerrier leaves out what is left after the last full window: that is filled up, and emptied afterwards.
-        texts = [_filled(text, length, stride) for text in texts]
-        # Numbers instead of docnos, which may hold a %p of their own.
-        split: pd.DataFrame = sliding(pd.DataFrame({"docno": rows.astype(str), "text": texts}))
-        for name, text in zip(split["docno"], split["text"], strict=True):
-            row, _, number = name.partition("%p")
-            row, number = int(row), int(number)
-            if most is not None and number >= most:
-                continue
-            counts[row] += 1
-            text = re.sub(f"(?: {_FILLER})+$", "", text)
-            yield {"docno": f"{docnos[row - first]}%p{number}", "text": before[row - first] + text}
+        for row, docno, text, title in zip(rows, docnos, texts, before, strict=True):
+            for window in _windows(text, length, stride, most):
+                yield {"docno": f"{docno}%p{counts[row]}", "text": title + window}
+                counts[row] += 1

@@ -205,11 +205,7 @@ class Batch:
         return values.masked_fill(~counted[self.local], 0).sum() * share / counted.sum().clamp(min=1)
 
     def teacher_margins(self) -> Tensor:
-        """Return the teacher's margins T(q, d+) - T(q, d-), (L, n), from the training rows or from the labels.
-
-        Raises:
-            ValueError: Neither has them.
-        """
+        """Return the teacher's margins T(q, d+) - T(q, d-), (L, n), from the training rows or from the labels."""
         margins = self.rows.teacher_margins()
         if margins is not None:
             return margins
@@ -232,11 +228,9 @@ class Batch:
 
 
 def all_scores(left: Tensor, right: Tensor) -> Tensor:
-    """Return the dot product of every text on the left with every one on the right, (a, b).
+    """Return the dot product of every text on the left, (a, d), with every one on the right, (b, d), as (a, b).
 
-    Args:
-        left: (a, d), or (a, p, d) for texts of p passages, of which the best counts.
-        right: (b, d) or (b, p, d).
+    Of texts of p passages, (a, p, d) or (b, p, d), the best one counts.
     """
     if left.ndim == right.ndim == 2:
         return left @ right.T
@@ -246,11 +240,9 @@ def all_scores(left: Tensor, right: Tensor) -> Tensor:
 
 
 def own_scores(left: Tensor, right: Tensor) -> Tensor:
-    """Return the dot product of every text on the left with each of its own on the right, (a, n).
+    """Return the dot products of every text on the left, (a, d), with its own on the right, (a, n, d), as (a, n).
 
-    Args:
-        left: (a, d), or (a, p, d) for texts of p passages, of which the best counts.
-        right: (a, n, d) or (a, n, p, d).
+    Of texts of p passages, (a, p, d) or (a, n, p, d), the best one counts.
     """
     if left.ndim == 2 and right.ndim == 3:
         return torch.einsum("ad,and->an", left, right)

@@ -57,15 +57,8 @@ LossName = str | type[RetrievalLoss] | Sequence
 def options(loss: LossName) -> dict[str, Any]:
     """Return the options that :func:`make` takes for a loss, and their defaults.
 
-    Args:
-        loss: As :func:`make` takes it.
-
-    Returns:
-        Option name to default: the loss's own, then those of the dual direction and of the regularisers.
-
-    Raises:
-        ValueError: An unknown name.
-        TypeError: Neither a name, a loss class nor a list.
+    The loss's own come first, then those of the dual direction and of the regularisers. Errors are those of
+    :func:`make`.
     """
     if _is_list(loss):
         for name, _, own in _parts(loss):

@@ -97,15 +97,10 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
             self.check_rows(rows)
 
     def loss_of(self, batch: Batch) -> Tensor:
-        """Return the loss of a batch.
+        """Return the loss of a batch, a scalar that is differentiable by the embeddings.
 
-        (Not named ``loss``: by that attribute sentence-transformers' model cards look for losses inside losses.)
-
-        Args:
-            batch: Its embeddings are float32 or float64, of L2 norm 1 where ``similarity`` is "cosine".
-
-        Returns:
-            A scalar, differentiable by the embeddings.
+        These are float32 or float64, of L2 norm 1 where ``similarity`` is "cosine". (Not named ``loss``: by that
+        attribute sentence-transformers' model cards look for losses inside losses.)
         """
         raise NotImplementedError(f"{type(self).__name__} must implement loss_of(batch)")
 
@@ -139,14 +134,11 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         return self.loss_of(batch.unit() if self.similarity == "cosine" else batch)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Return the loss of the trainer's columns.
+        """Return the loss of the trainer's columns, a scalar.
 
         Args:
             sentence_features: The tokenised columns, in the order of the class description.
             labels: (B,) row numbers with ``rows``; without them whatever the loss itself says, or None.
-
-        Returns:
-            A scalar.
         """
         sentence_features = list(sentence_features)
         if self.rows is not None:
@@ -159,16 +151,13 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         return self.compute_loss_from_embeddings(self._embed(sentence_features), labels)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        """Return the loss of columns that are embedded already.
+        """Return the loss of columns that are embedded already, a scalar.
 
         Similarities are computed in float32 (float64 for float64 embeddings), also under autocast.
 
         Args:
             embeddings: One (B, d) tensor a column, in the order of the class description.
             labels: As :meth:`forward` takes them.
-
-        Returns:
-            A scalar.
 
         Raises:
             ValueError: Too few columns, columns that ``rows`` do not know, or labels that are no row numbers.

@@ -29,20 +29,12 @@ class ContrastiveLoss(RetrievalLoss):
         similarity: "cosine" or "dot".
         in_batch: Whether documents of other rows are candidates.
         rows: What is known of every training row.
-        query_negatives: How many of the last columns are mined queries; only without ``rows``.
-        mini_batch_size: Gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        query_negatives, mini_batch_size: As in :class:`~pt_dance.losses.RetrievalLoss`.
         gather_across_devices: Also take the documents of other processes as candidates.
 
     Inputs:
-        +-----------------------------------------------------------------------+---------------------------------+
-        | Columns                                                               | Label                           |
-        +=======================================================================+=================================+
-        | query, positive                                                       | row number, or none             |
-        +-----------------------------------------------------------------------+---------------------------------+
-        | query, positive, negative_1 … negative_n                              | without ``rows``                |
-        +-----------------------------------------------------------------------+                                 |
-        | query, positive, negative_1 … negative_n, negative_query_1 … m        |                                 |
-        +-----------------------------------------------------------------------+---------------------------------+
+        query, positive, negative_1 … negative_n, negative_query_1 … negative_query_m, the mined texts only where there
+        are some. Label: the row's number with ``rows``, else none.
 
     Relations:
         - Without ``rows`` it equals sentence-transformers' ``MultipleNegativesRankingLoss(scale=1 / temperature)``,

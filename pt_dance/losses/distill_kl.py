@@ -33,8 +33,7 @@ class DistillKLLoss(RetrievalLoss):
         teacher_temperature: :math:`\tau_T`. Raw scores of a cross-encoder often differ by 10 and more, so that nearly
             all of the teacher's mass is on one candidate; a higher temperature lets the others count.
         rows: What is known of every training row, the teacher's scores included.
-        query_negatives: How many of the last columns are mined queries; only without ``rows``.
-        mini_batch_size: Gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        query_negatives, mini_batch_size: As in :class:`~pt_dance.losses.RetrievalLoss`.
         gather_across_devices: Average over the rows of all processes, not over each one's own.
 
     Inputs:

@@ -26,19 +26,12 @@ class MarginMSELoss(RetrievalLoss):
             module, take about .05.
         similarity: "dot" or "cosine".
         rows: What is known of every training row, the teacher's scores included.
-        query_negatives: How many of the last columns are mined queries; only without ``rows``.
-        mini_batch_size: Gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        query_negatives, mini_batch_size: As in :class:`~pt_dance.losses.RetrievalLoss`.
         gather_across_devices: Average over the usable negatives of all processes, not over each one's own.
 
     Inputs:
-        +---------------------------------------------+----------------------------------------------------------+
-        | Columns                                     | Label                                                    |
-        +=============================================+==========================================================+
-        | query, positive, negative_1 … negative_n    | row number, with ``rows``                                |
-        +---------------------------------------------+----------------------------------------------------------+
-        | query, positive, negative_1 … negative_n    | without ``rows`` the teacher's margins                   |
-        |                                             | T(q, d+) - T(q, d-), or all its scores, positive first   |
-        +---------------------------------------------+----------------------------------------------------------+
+        query, positive, negative_1 … negative_n. Label: the row's number with ``rows``; without them the teacher's
+        margins T(q, d+) - T(q, d-), or all its scores, the positive's first.
 
     Relations:
         - Without ``rows`` it equals sentence-transformers' ``MarginMSELoss``, which has no masks.

@@ -25,18 +25,12 @@ class PairwiseLoss(RetrievalLoss):
         temperature: :math:`\tau`; 1 in ANCE, .01 in DANCE.
         similarity: "dot" (ANCE) or "cosine" (DANCE).
         rows: What is known of every training row.
-        query_negatives: How many of the last columns are mined queries; only without ``rows``.
-        mini_batch_size: Gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        query_negatives, mini_batch_size: As in :class:`~pt_dance.losses.RetrievalLoss`.
         gather_across_devices: Average over the usable negatives of all processes, not over each one's own.
 
     Inputs:
-        +-----------------------------------------------------------------------+---------------------------------+
-        | Columns                                                               | Label                           |
-        +=======================================================================+=================================+
-        | query, positive, negative_1 … negative_n                              | row number, or none             |
-        +-----------------------------------------------------------------------+ without ``rows``                |
-        | query, positive, negative_1 … negative_n, negative_query_1 … m        |                                 |
-        +-----------------------------------------------------------------------+---------------------------------+
+        query, positive, negative_1 … negative_n and, where there are some, negative_query_1 … negative_query_m. Label:
+        the row's number with ``rows``, else none.
 
     Relations:
         - DANCE's loss is ``DualLoss(PairwiseLoss(model, temperature=0.01, similarity="cosine"), weight=0.1)``.

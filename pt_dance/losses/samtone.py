@@ -38,8 +38,7 @@ class SamToneLoss(RetrievalLoss):
         similarity: "cosine" or "dot".
         sides: "query" or "both".
         rows: What is known of every training row.
-        query_negatives: How many of the last columns are mined queries; only without ``rows``.
-        mini_batch_size: Gradient caching, see :class:`~pt_dance.losses.base.RetrievalLoss`.
+        query_negatives, mini_batch_size: As in :class:`~pt_dance.losses.RetrievalLoss`.
         gather_across_devices: Also take the documents and queries of other processes as negatives.
 
     Inputs:
