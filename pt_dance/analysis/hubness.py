@@ -10,15 +10,11 @@ _BLOCK_CELLS = 1 << 21
 
 
 def nearest(anchors: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Search exactly, by dot product, block by block.
-
-    Args:
-        anchors: (a, d), what is searched with.
-        found: (n, d), what is searched.
-        k: How many to find, at most n.
+    """Search ``found``, (n, d), exactly with anchors, (a, d), by dot product, block by block.
 
     Returns:
-        Positions in ``found``, int64 (a, k), best first, equal ones in their order; and the dot products, (a, k).
+        Positions in ``found``, int64 (a, k), best first, equal ones in their order; and the dot products, (a, k). Where
+        n is smaller, k is n.
     """
     k = min(k, len(found))
     rows, scores = np.empty((len(anchors), k), dtype=np.int64), np.empty((len(anchors), k))
@@ -34,10 +30,7 @@ def nearest(anchors: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndarray,
 def times_found(rows: np.ndarray, weights: np.ndarray, number: int) -> np.ndarray:
     """Return N_k: how often each of ``number`` vectors is among the nearest ``rows`` (a, k) of the anchors, (r, n).
 
-    Args:
-        rows: What each anchor found.
-        weights: (r, a), how often each anchor counts.
-        number: How many vectors could be found.
+    Each anchor counts as often as its ``weights`` (r, a) say.
     """
     anchors, k = rows.shape
     hits = csr_matrix((np.ones(rows.size), rows.ravel(), np.arange(0, rows.size + 1, k)), shape=(anchors, number))

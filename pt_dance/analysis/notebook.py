@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pt_dance.storage.display import facts, grid
+from pt_dance.training.history import history_table
 from pt_dance.training.options import check_measures
 from pt_dance.training.round_table import recipe_table
 
@@ -35,7 +36,4 @@ def _rounds(dance: Any) -> str:
         return ""
     names = [str(measure) for measure in check_measures(dance.measure)]
     columns = ["round", "name", "training_loss", *names, "new_negatives", "mine_seconds", "train_seconds"]
-    kept = [column for column in columns if column in history.columns]
-    seconds = {column: history[column].map("{:.1f}".format) for column in kept if column.endswith("_seconds")}
-    rows = history[kept].assign(**seconds).to_numpy(dtype=object).tolist()
-    return grid([column.replace("_", " ") for column in kept], rows)
+    return grid(*history_table(history, columns))

@@ -21,6 +21,7 @@ from pt_dance.storage.display import cut
 from pt_dance.storage.folders import human_bytes, publish_file
 from pt_dance.storage.options import path_of, whole
 from pt_dance.storage.writing import writing
+from pt_dance.training.history import history_table
 from pt_dance.training.options import check_measures
 from pt_dance.training.record import read_record
 from pt_dance.training.run_folder import RunFolder
@@ -155,11 +156,8 @@ def _history(history: pd.DataFrame, measures: list) -> dict[str, list]:
     columns = ["round", "name", "loss", "training_loss", "steps"]
     columns += [name for m in measures for name in (str(m), f"d→q {m}") if name in history.columns]
     columns += [f"{phase}_seconds" for phase in figures.PHASES]
-    kept = [column for column in columns if column in history.columns]
-    seconds = [column for column in kept if column.endswith("_seconds")]
-    shown = history[kept].assign(**{column: history[column].map("{:.1f}".format) for column in seconds})
-    rows = shown.to_numpy(dtype=object).tolist()
-    return {"columns": [column.replace("_", " ") for column in kept], "rows": [list(map(_number, row)) for row in rows]}
+    headings, rows = history_table(history, columns)
+    return {"columns": headings, "rows": [list(map(_number, row)) for row in rows]}
 
 
 def _number(value: Any) -> str:

@@ -8,20 +8,13 @@ from typing import Any
 
 
 def recipe_in_words(settings: Mapping[str, Any]) -> list[str]:
-    """Say in a few sentences what each round does.
-
-    Args:
-        settings: What the run's folder keeps: ``"round 1 loss"`` and so on.
-
-    Returns:
-        A text a round.
-    """
-    return [
-        round_in_words(
-            {k.removeprefix(f"round {n} "): v for k, v in settings.items() if k.startswith(f"round {n} ")}, n
-        )
-        for n in range(1, int(settings.get("rounds", 0)) + 1)
-    ]
+    """Say in a few sentences, a text a round, what each round does, from the run's ``"round 1 loss"`` and so on."""
+    texts = []
+    for number in range(1, int(settings.get("rounds", 0)) + 1):
+        start = f"round {number} "
+        options = {key.removeprefix(start): value for key, value in settings.items() if key.startswith(start)}
+        texts.append(round_in_words(options, number))
+    return texts
 
 
 def round_in_words(round_: Mapping[str, Any], number: int) -> str:

@@ -12,7 +12,7 @@ from pt_dance.corpus.quiet import quiet
 
 
 class QuietPisaRetrieve(PisaRetrieve):
-    """PISA's retriever, which else writes to the terminal whenever it opens an index, and cannot be pickled."""
+    """PISA's retriever, which otherwise writes to the terminal whenever it opens an index, and cannot be pickled."""
 
     def reset_retrieval_context(self, force: bool = False) -> None:
         """Open the index if that is needed."""

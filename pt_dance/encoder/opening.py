@@ -178,7 +178,7 @@ def _folder_of(name: str) -> Path:
         for repository in tries:
             try:
                 return Path(snapshot_download(repository, ignore_patterns=_NOT_NEEDED))
-            except Exception as error:  # no network, no such repository, an impossible name: all mean "not to be had"
+            except Exception as error:  # no network, no such repository, an impossible name: it cannot be fetched
                 reason = reason or first_line(error)
     finally:
         enable_progress_bars()

@@ -19,7 +19,7 @@ class TokenMemory:
     """Token ids by text and tokenizer, in bounded memory; the texts that were not read for longest go first.
 
     Args:
-        most_tokens: ids kept at most, 4 bytes each; a text counts as 32 more.
+        most_tokens: Ids kept at most, 4 bytes each; a text counts as 32 more.
     """
 
     def __init__(self, most_tokens: int) -> None:
@@ -32,9 +32,9 @@ class TokenMemory:
         """Return the token ids of each text without special tokens, int32 (tokens,).
 
         Args:
-            tokenizer: reads texts that are not known.
-            mark: what tells its settings from others', see :func:`mark_of`.
-            texts: the texts.
+            tokenizer: Reads texts that are not known.
+            mark: What tells its settings from others', see :func:`mark_of`.
+            texts: The texts.
         """
         keys = [xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"), seed=mark) for text in texts]
         with self._lock:

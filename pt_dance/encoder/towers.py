@@ -207,7 +207,7 @@ def linear_layer(width: int, dim: int, seed: int, *, bias: bool = False, normal:
 def with_head(
     model: SentenceTransformer, head: str, dim: int, shared: bool, init: str, seed: int
 ) -> SentenceTransformer:
-    """Give a model ANCE's head in the place of its normalisation; see :meth:`pt_dance.DualEncoder.with_head`."""
+    """Give a model ANCE's head in place of its normalisation; see :meth:`pt_dance.DualEncoder.with_head`."""
     choice("head", head, ("layernorm",))
     choice("init", init, ("orthogonal", "normal"))
     dim, seed = whole("dim", dim), whole("seed", seed, 0)

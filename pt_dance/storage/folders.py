@@ -100,7 +100,7 @@ def sync_folder(path: str | Path) -> None:
 
 
 def publish_file(building: str | Path, final: str | Path) -> None:
-    """Give a finished file its final name in the same folder in one step, in the place of an older one."""
+    """Give a finished file its final name in the same folder in one step, in place of an older one."""
     building, final = Path(building), Path(final)
     _sync(building)
     os.replace(building, final)
@@ -137,7 +137,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def replace_folder(building: str | Path, final: str | Path) -> None:
-    """Put a finished folder in the place of an existing one, on the same file system, and remove the old one.
+    """Put a finished folder in place of an existing one, on the same file system, and remove the old one.
 
     Where the system can exchange two folders, there is no moment at which ``final`` is missing; elsewhere a crash
     between two renames is mended by :func:`recover_folder`. Processes that hold the old files open can go on reading

@@ -67,7 +67,7 @@ def writing(path: str | Path, what: str, left: str) -> Iterator[None]:
     The message calls it ``what``, e.g. "the index", and says what is ``left`` of it, :data:`KEPT` or :data:`NOTHING`.
 
     Raises:
-        DiskError: In the place of the error of another library.
+        DiskError: Instead of the error of another library.
     """
     try:
         yield
@@ -98,7 +98,7 @@ def new_folder(path: Path, what: str, *, replace: bool = False) -> Iterator[Path
         building.mkdir(parents=True, exist_ok=True)
     with lock_folder(building, f"another process is making {path}: wait for it"):
         try:
-            # Inside the clean-up, so that a full disk is seen to be full.
+            # Inside the clean-up, so that the disk is still full when that is looked at.
             with writing(path, what, NOTHING):
                 for old in building.iterdir():
                     remove_folder(old) if old.is_dir() else old.unlink()

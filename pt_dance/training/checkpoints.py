@@ -47,7 +47,7 @@ def check(checkpoint: Path) -> dict[str, float]:
     """Return what :func:`publish` was told about a checkpoint, after checking that its files are as they were written.
 
     Raises:
-        ValueError: if it is damaged; names the file.
+        ValueError: If it is damaged; names the file.
     """
     advice = "remove the checkpoint, and this round is trained from its beginning"
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
 
 # The row of the encoder as it came, but for what is measured of it.
 UNTRAINED = {
@@ -68,3 +70,11 @@ def describe_round(row: dict, rounds: int, measures: Sequence) -> str:
     measured = "".join(f", {m} {row[str(m)]:.4f}" for m in measures if str(m) in row)
     seconds = ", ".join(f"{step} {row[f'{step}_seconds']:.0f} s" for step in ("mine", "train", "refresh", "validate"))
     return f"round {row['round']}/{rounds} {row['name']}{loss}{measured} ({seconds})"
+
+
+def history_table(history: pd.DataFrame, columns: Iterable[str]) -> tuple[list[str], list[list]]:
+    """Return the headings and the rows of those of the columns that a history has, with seconds in tenths."""
+    kept = [column for column in columns if column in history.columns]
+    seconds = {column: history[column].map("{:.1f}".format) for column in kept if column.endswith("_seconds")}
+    rows = history[kept].assign(**seconds).to_numpy(dtype=object).tolist()
+    return [column.replace("_", " ") for column in kept], rows

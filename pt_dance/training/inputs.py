@@ -24,9 +24,9 @@ class TrainingInput:
     Attributes:
         topics: ``qid``, ``query`` (the user's words) and whatever other query columns came along, one row a query.
         qrels: ``qid``, ``docno``, ``label`` of these topics.
-        pairs: all known-relevant pairs, see :func:`pt_dance.mining.positive_pairs`.
-        readings: what the encoder reads of queries and documents, which decides what is the same.
-        first_stage: the result frame that came in, reduced to what mining needs; None where plain topics came in.
+        pairs: All known-relevant pairs, see :func:`pt_dance.mining.positive_pairs`.
+        readings: What the encoder reads of queries and documents, which decides what is the same.
+        first_stage: The result frame that came in, reduced to what mining needs; None where plain topics came in.
     """
 
     topics: pd.DataFrame
@@ -68,18 +68,18 @@ def check_training_input(
     """Check the frames given to ``fit``; each problem is one plain sentence.
 
     Args:
-        topics_or_res: a query frame (``qid``, ``query``) or a result frame (``qid``, ``query``, ``docno``, ...).
+        topics_or_res: A query frame (``qid``, ``query``) or a result frame (``qid``, ``query``, ``docno``, ...).
         qrels: ``qid``, ``docno``, ``label``.
         corpus: ``Corpus`` that every relevant document and every result must be in; for validation, at least one
             relevant document, since it may well be measured on a part of a collection.
         reads: ``DualEncoder`` whose reading decides which queries and documents are the same.
-        context: the transformer that validates, named in errors.
+        context: The transformer that validates, named in errors.
         what: "training" or "validation".
 
     Raises:
-        TypeError: if something else than data frames came, or an id is no string or a label no number.
-        KeyError: if a column is missing.
-        ValueError: if nothing came, a query has no text, there are no qrels for the topics, or the qrels name documents
+        TypeError: If something else than data frames came, or an id is no string or a label no number.
+        KeyError: If a column is missing.
+        ValueError: If nothing came, a query has no text, there are no qrels for the topics, or the qrels name documents
             that are not in the corpus; if a column, or a pair of the qrels with another label, is there twice.
     """
     for name, frame in ((f"{what} topics", topics_or_res), (f"{what} qrels", qrels)):
@@ -177,8 +177,8 @@ def _checked_labels(qrels: pd.DataFrame, what: str) -> pd.DataFrame:
     """Return the qrels with labels of type int64 and no pair twice.
 
     Raises:
-        TypeError: if a label is no number.
-        ValueError: if a label is no whole number, or a pair has two different ones.
+        TypeError: If a label is no number.
+        ValueError: If a label is no whole number, or a pair has two different ones.
     """
     labels = qrels["label"]
     numbers = (int, float, np.integer, np.floating, np.bool_)
@@ -222,11 +222,11 @@ def check_query_texts(topics: pd.DataFrame, name: str = "query", *, blank: bool 
 
     Args:
         topics: ``qid`` and ``query``; a query may have several rows.
-        name: what an error calls a row.
-        blank: whether texts may be empty, as those that are searched may, unlike those that are learnt from.
+        name: What an error calls a row.
+        blank: Whether texts may be empty, as those that are searched may, unlike those that are learnt from.
 
     Raises:
-        ValueError: if a text is missing, empty, no string, or no valid Unicode.
+        ValueError: If a text is missing, empty, no string, or no valid Unicode.
     """
     texts = topics["query"]
     good = _are_strings(texts)

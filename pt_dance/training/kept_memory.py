@@ -21,7 +21,7 @@ def keep_freed_memory() -> Iterator[None]:
 
     By default glibc gives large blocks back to the system as soon as they are freed, and the system clears every page
     of the next one, which is a good part of a transformer's training step on a CPU. In here freed memory is kept; the
-    peak is some percent higher, as blocks of other sizes do not fit into gaps. With another C library, or where the
+    peak is a few percent higher, as blocks of other sizes do not fit into gaps. With another C library, or where the
     environment says how malloc should work (``MALLOC_…``, ``GLIBC_TUNABLES``), nothing is changed.
 
     At the end what is free is given back. Two thresholds stay as they are in any process that has freed a tensor of

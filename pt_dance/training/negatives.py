@@ -33,12 +33,12 @@ def mine(
     Args:
         what: "negatives" or "query_negatives".
         round_: ``Round`` with the source and the options of mining.
-        training: the checked training input.
+        training: The checked training input.
         corpus: ``Corpus`` with the documents.
-        retriever: makes the current model's ``DenseRetriever`` with so many results; only called where it is needed.
-        qids: topics to mine for.
-        seed: fixes the draw.
-        verbose: shows progress.
+        retriever: Makes the current model's ``DenseRetriever`` with so many results; only called where it is needed.
+        qids: Topics to mine for.
+        seed: Fixes the draw.
+        verbose: Shows progress.
 
     Returns:
         The frame of :func:`pt_dance.mining.mine_documents` or :func:`pt_dance.mining.mine_queries`; None where the

@@ -28,11 +28,11 @@ class Processes:
     sent is JSON.
 
     Args:
-        on_cpu: whether training is on a CPU.
+        on_cpu: Whether training is on a CPU.
 
     Attributes:
-        count: how many processes there are.
-        is_first: whether this is the one that writes.
+        count: How many processes there are.
+        is_first: Whether this is the one that writes.
     """
 
     def __init__(self, *, on_cpu: bool):
@@ -50,10 +50,10 @@ class Processes:
         """Refuse to train where the processes were not given the same.
 
         Args:
-            settings: what the fit depends on, as JSON values.
+            settings: What the fit depends on, as JSON values.
 
         Raises:
-            ValueError: in all of the processes; says what differs where it is known.
+            ValueError: In all of the processes; says what differs where it is known.
         """
         if self.count == 1:
             return
@@ -74,7 +74,7 @@ class Processes:
         """Let the first process go through the block while the others wait; then they do, and find it done.
 
         Raises:
-            RuntimeError: in the others, where the first one failed.
+            RuntimeError: In the others, where the first one failed.
         """
         if not self.is_first:
             self._broadcast()
@@ -91,7 +91,7 @@ class Processes:
         """Return what ``work`` gives in the first process, which alone calls it; JSON values.
 
         Raises:
-            RuntimeError: in the others, where it failed.
+            RuntimeError: In the others, where it failed.
         """
         if not self.is_first:
             return self._broadcast()
@@ -106,7 +106,7 @@ class Processes:
         """Wait until all processes have come to here.
 
         Raises:
-            RuntimeError: where one of them is gone.
+            RuntimeError: Where one of them is gone.
         """
         if self.count > 1:
             with self.together():
@@ -117,7 +117,7 @@ class Processes:
         """Do what takes all processes; where one of them is gone, say so in one sentence.
 
         Raises:
-            RuntimeError: where one of them is gone.
+            RuntimeError: Where one of them is gone.
         """
         try:
             yield
@@ -169,7 +169,7 @@ def freeze_unused(model: SentenceTransformer) -> None:
     For other weights without a gradient, processes that train together would wait.
 
     Args:
-        model: the model to be trained; its mode, gradients and the random numbers stay as they are.
+        model: The model to be trained; its mode, gradients and the random numbers stay as they are.
     """
     was_training = model.training
     model.eval()

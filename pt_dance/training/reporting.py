@@ -25,11 +25,11 @@ class Reports:
     """The loggers of a fit, which begin with the first round that is trained and end with the fit.
 
     Args:
-        folder: folder of the run; TensorBoard's files go to its sub-folder ``logs`` unless the environment says where.
-        recipe: the ``Round``s of the fit, whose training arguments name loggers (``report_to``).
+        folder: Folder of the run; TensorBoard's files go to its sub-folder ``logs`` unless the environment says where.
+        recipe: The ``Round``s of the fit, whose training arguments name loggers (``report_to``).
 
     Raises:
-        ValueError: if there is no logger of a name, or it is not installed.
+        ValueError: If there is no logger of a name, or it is not installed.
     """
 
     def __init__(self, folder: Path, recipe: Iterable):

@@ -15,7 +15,7 @@ def round_settings(round_: Any, chosen: Mapping[str, Any] | None = None) -> dict
 
     Args:
         round_: ``Round``.
-        chosen: the round's row of the history, where it was trained: what it left open and the encoder decided.
+        chosen: The round's row of the history, where it was trained: what it left open and the encoder decided.
     """
     chosen = chosen or {}
     rate = chosen.get("learning_rate") if round_.learning_rate is None else round_.learning_rate
@@ -57,7 +57,7 @@ def recipe_table(rounds: Sequence[Any], history: Sequence[Mapping[str, Any]] = (
 
     Args:
         rounds: ``Round``s.
-        history: rows of those that were trained.
+        history: Rows of those that were trained.
     """
     rows = {row["round"]: row for row in history}
     settings = [round_settings(round_, rows.get(number)) for number, round_ in enumerate(rounds, start=1)]

@@ -16,8 +16,8 @@ class TokenCache:
     """``model.preprocess`` of a static tower, with the token ids of texts that come again from memory.
 
     Args:
-        model: a model of static towers (one, or a router over several); weights are not touched.
-        memory: where ids are kept.
+        model: A model of static towers (one, or a router over several); weights are not touched.
+        memory: Where ids are kept.
     """
 
     def __init__(self, model: SentenceTransformer, memory: TokenMemory = MEMORY):

@@ -26,7 +26,7 @@ def validate(dense, validation: TrainingInput, measures: Sequence) -> dict[str, 
 
     Args:
         dense: ``DenseRetriever`` with stored vectors of the documents and as many results as :func:`depth_of` says.
-        validation: checked validation topics and qrels.
+        validation: Checked validation topics and qrels.
         measures: ir_measures measures.
 
     Returns:
@@ -42,7 +42,7 @@ def try_measures(validation: TrainingInput, measures: Sequence) -> None:
     """Compute each measure of two results in both directions, to see that it can be computed here.
 
     Raises:
-        ValueError: if a measure cannot be computed; names it and says why.
+        ValueError: If a measure cannot be computed; names it and says why.
     """
     qrels = validation.qrels[validation.qrels["label"] > 0].head(2)
     results = qrels[["qid", "docno"]].assign(score=1.0, rank=0)
