@@ -183,7 +183,7 @@ def _folder_of(name: str) -> Path:
     finally:
         enable_progress_bars()
     raise FileNotFoundError(
-        f"there is no model folder {name!r}, and no such model could be had from the Hugging Face hub: {reason}"
+        f"there is no model folder {name!r}, and no such model could be fetched from the Hugging Face hub: {reason}"
     )
 
 

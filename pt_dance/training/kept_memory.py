@@ -24,8 +24,8 @@ def keep_freed_memory() -> Iterator[None]:
     peak is a few percent higher, as blocks of other sizes do not fit into gaps. With another C library, or where the
     environment says how malloc should work (``MALLOC_…``, ``GLIBC_TUNABLES``), nothing is changed.
 
-    At the end what is free is given back. Two thresholds stay as they are in any process that has freed a tensor of
-    32 MiB or more: blocks below that size are taken from memory that is kept, up to 64 MiB at its end.
+    At the end what is free is given back. Two thresholds keep the values that they get in any process that frees a
+    tensor of 32 MiB or more: smaller blocks are taken from memory that is kept, up to 64 MiB at its end.
     """
     libc = _glibc()
     if libc is None:

@@ -17,7 +17,7 @@ from pt_dance.storage.writing import number_of_processes
 
 # Mining and indexing may take days, during which the other processes wait.
 _LONGEST_WAIT = timedelta(days=30)
-# By what torch.distributed's errors are told apart, which are mostly plain RuntimeErrors.
+# What tells torch.distributed's errors from others: most of them are plain RuntimeErrors.
 _SAID = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -42,7 +42,7 @@ class Processes:
         if self.count > 1:
             PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
             with self.together():
-                # the other one may be of GPUs, which are not to be kept busy, or made by the user's script
+                # the default group may be one of GPUs, which waiting would keep busy, or made by the user's script
                 self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
             self.is_first = dist.get_rank() == 0
 
