@@ -389,7 +389,7 @@ def test_damaged_folders_give_one_plain_sentence(bert_path, tmp_path, damage):
 def test_bad_arguments(tmp_path, static, small, bert_path):
     with pytest.raises(FileNotFoundError, match="there is no model folder"):
         DualEncoder(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no such model could be had"):
+    with pytest.raises(FileNotFoundError, match="no such model could be fetched"):
         DualEncoder("nobody/nothing-of-this-name")
     with pytest.raises(FileNotFoundError, match="there is no encoder folder"):
         DualEncoder.load(tmp_path / "nowhere")
