@@ -8,7 +8,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pt_dance import analysis, datasets, losses, mining, recipes
+    from pt_dance import analysis, datasets, engines, losses, mining, recipes
     from pt_dance.corpus import Corpus, PassageCorpus, bm25
     from pt_dance.encoder import CrossEncoderScorer, DualEncoder
     from pt_dance.estimator import DanceRetriever
@@ -30,7 +30,7 @@ _OBJECTS = {
     "Round": "recipes",
     "bm25": "corpus",
 }
-_MODULES = ("analysis", "datasets", "losses", "mining", "recipes")
+_MODULES = ("analysis", "datasets", "engines", "losses", "mining", "recipes")
 
 # Spelled out, since type checkers and editors read it without running it; a test compares it with the tables above.
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "analysis",
     "bm25",
     "datasets",
+    "engines",
     "losses",
     "mining",
     "recipes",

@@ -109,7 +109,7 @@ def _names(*extras: str) -> set[str]:
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     imported = _imported("pt_dance")
-    declared = _names("pisa", "terrier", "lora", "lamb")
+    declared = _names("pisa", "terrier", "lora", "lamb", "ray")
     assert [name for name, homes in imported.items() if not homes & declared] == []
     # The Trainer asks for accelerate; matplotlib, scikit-learn and Jinja2 belong to pt_dance.analysis.
     assert _names() - set().union(*imported.values()) <= {"accelerate", "jinja2", "matplotlib", "scikit-learn"}
@@ -129,7 +129,7 @@ def test_every_dependency_has_a_lower_bound():
     """And what people install has no upper one, which would keep it from living beside other packages."""
     for requirement in _dependencies("all"):
         assert ">=" in {bound.operator for bound in requirement.specifier}, requirement
-    for requirement in _dependencies("pisa", "terrier", "lora", "lamb", "test"):
+    for requirement in _dependencies("pisa", "terrier", "lora", "lamb", "ray", "test"):
         assert {bound.operator for bound in requirement.specifier} == {">="}, requirement
 
 

@@ -107,3 +107,15 @@ class TextColumn:
             positions, data = self._view(number)
             texts.append(str(data[positions[at] : positions[at + 1]], "utf-8"))
         return texts
+
+    def bytes(self, rows: range) -> int:
+        """Return how many bytes the strings of consecutive rows take."""
+        count, start = 0, rows.start
+        while start < rows.stop:
+            number = int(np.searchsorted(self._ends, start, side="right"))
+            end = min(rows.stop, int(self._ends[number]))
+            positions, _ = self._view(number)
+            begin = int(self._starts[number])
+            count += int(positions[end - begin] - positions[start - begin])
+            start = end
+        return count

@@ -186,6 +186,10 @@ class Corpus(pt.Artifact):
         """Return one column (``docno``, a field, or ``text``) of row numbers, like :meth:`texts_at`."""
         return self._columns[name].take(rows)
 
+    def field_bytes(self, name: str, rows: range) -> int:
+        """Return how many bytes one column takes in consecutive rows, without reading it."""
+        return self._columns[name].bytes(rows)
+
     def known_rows(self, docnos: Sequence[str]) -> np.ndarray:
         """Return the row number of each docno, ``int64``.
 

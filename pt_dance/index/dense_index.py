@@ -130,17 +130,18 @@ class DenseIndex(FlexIndex):
         """
         return self.indexer(mode="append").index(inp)
 
-    def indexer(self, *, mode: str = "create") -> DenseIndexer:
+    def indexer(self, *, mode: str = "create", engine: Any = None) -> DenseIndexer:
         """Return an indexer.
 
         Args:
             mode: "create" a new index or use the same one that is there, "overwrite" an existing one, which stays until
                 the new one is complete, or "append" to it.
+            engine: A :class:`pt_dance.engines.Ray` encodes a ``Corpus`` in its workers, to the same bytes.
 
         Raises:
             ValueError: If there is no such mode.
         """
-        return DenseIndexer(self, mode=mode)
+        return DenseIndexer(self, mode=mode, engine=engine)
 
     def index_inputs(self) -> list[list[str]]:
         """Return the columns that documents need, for PyTerrier's inspection."""
@@ -341,13 +342,13 @@ class DenseIndex(FlexIndex):
         *,
         batch_size: int | None = None,
         drop_query_vec: bool | None = None,
+        engine: Any = None,
         verbose: bool | None = None,
     ) -> DenseRetriever:
         """Return the exact retriever and re-scorer of this index; see :class:`pt_dance.DenseRetriever`."""
+        given = {"batch_size": batch_size, "drop_query_vec": drop_query_vec, "engine": engine}
         verbose = self.verbose if verbose is None else verbose
-        return DenseRetriever(
-            self, num_results=num_results, batch_size=batch_size, drop_query_vec=drop_query_vec, verbose=verbose
-        )
+        return DenseRetriever(self, num_results=num_results, verbose=verbose, **given)
 
     def ann_retriever(
         self, num_results: int = 1000, method: str = "hnsw", *, verbose: bool | None = None, **other: Any

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyterrier as pt
 
 from pt_dance.index import indexing
+from pt_dance.storage.engine import check_engine
 
 if TYPE_CHECKING:
     from pt_dance.index.dense_index import DenseIndex
@@ -18,22 +19,24 @@ class DenseIndexer(pt.Indexer):
     Args:
         index: The index to write.
         mode: "create", "overwrite" or "append".
+        engine: Has workers that encode; this process does where it is None.
 
     Raises:
+        TypeError: If ``engine`` is none.
         ValueError: If there is no such mode.
     """
 
     schematic = {"label": "DenseIndexer", "help_url": None}
 
-    def __init__(self, index: DenseIndex, *, mode: str = "create") -> None:
+    def __init__(self, index: DenseIndex, *, mode: str = "create", engine: Any = None) -> None:
         mode = getattr(mode, "value", mode)
         if mode not in indexing.MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, indexing.MODES))}, not {mode!r}")
-        self._index, self.mode = index, mode
+        self._index, self.mode, self.engine = index, mode, check_engine(engine)
 
     def index(self, iter: Any, **_: Any) -> DenseIndex:
         """Index documents; see :meth:`DenseIndex.index`."""
-        indexing.run(self._index, iter, self.mode)
+        indexing.run(self._index, iter, self.mode, self.engine)
         self._index.forget()
         return self._index
 

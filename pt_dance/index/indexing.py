@@ -12,8 +12,10 @@ import pyterrier as pt
 from pt_dance.corpus.corpus import Corpus
 from pt_dance.corpus.passages import PassageCorpus
 from pt_dance.index.files import DOCNOS, SHARDS, OpenIndex, row_bytes
+from pt_dance.index.parts import PARTS, write_parts
 from pt_dance.index.shards import ShardReader, StreamError, digest_of_shard
 from pt_dance.index.writer import IndexWriter, Shard, recorded_settings, recorded_shards
+from pt_dance.storage.engine import Engine
 from pt_dance.storage.folders import (
     DiskError,
     building_path,
@@ -38,9 +40,14 @@ MODES = ("create", "overwrite", "append")
 _BYTES_PER_DOCNO = 50
 
 
-def run(index: DenseIndex, source: Any, mode: str) -> None:
+def run(index: DenseIndex, source: Any, mode: str, engine: Engine | None = None) -> None:
     """Build, replace or extend the index at ``index.index_path``; see :meth:`pt_dance.DenseIndex.indexer`."""
     path = Path(index.index_path)
+    if engine is not None and not isinstance(source, Corpus):
+        raise TypeError(
+            f"an engine's workers read documents from the files of a pt_dance.Corpus, not from a "
+            f"{type(source).__name__}: Corpus.build(documents, path) makes one"
+        )
     with in_turn(path), writing(path, "the index", KEPT):
         base = _base(index, source) if mode == "append" else None
         documents = ShardReader(
@@ -59,7 +66,7 @@ def run(index: DenseIndex, source: Any, mode: str) -> None:
             if mode == "create":
                 _check_same(index, source, documents)
                 return
-        _build(index, source, documents, base)
+        _build(index, source, documents, base, engine)
 
 
 def _base(index: DenseIndex, source: Any) -> OpenIndex:
@@ -137,7 +144,9 @@ def _other_documents(index: DenseIndex, documents: ShardReader, there: OpenIndex
     return f"of {count:,} documents where more were given" if documents.read(1) else None
 
 
-def _build(index: DenseIndex, source: Any, documents: ShardReader, base: OpenIndex | None) -> None:
+def _build(
+    index: DenseIndex, source: Any, documents: ShardReader, base: OpenIndex | None, engine: Engine | None
+) -> None:
     path = Path(index.index_path)
     building = building_path(path)
     building.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +158,8 @@ def _build(index: DenseIndex, source: Any, documents: ShardReader, base: OpenInd
             if not first:
                 raise ValueError("there are no documents to index")
             writer = _writer(index, documents, building, base, first)
-            _write_shards(index, writer, documents, first)
+            _write_shards(index, writer, documents, first, engine, source)
+            remove_folder(building / PARTS)  # of an earlier call, which had an engine
             writer.finish(_meta(index, source, base, documents.precision))
         except OSError as err:
             if err.errno not in (errno.ENOSPC, errno.EDQUOT) or writer is None:
@@ -218,11 +228,21 @@ def _settings(documents: ShardReader, encoder: Any) -> dict[str, Any]:
     }
 
 
-def _write_shards(index: DenseIndex, writer: IndexWriter, documents: ShardReader, shard: list[tuple[str, Any]]) -> None:
+def _write_shards(
+    index: DenseIndex, writer: IndexWriter, documents: ShardReader, shard: list[tuple[str, Any]], engine: Engine | None,
+    source: Any,
+) -> None:  # fmt: skip
     documents.push_back(shard)
     with progress_bar(index.verbose, f"{Path(index.index_path).name} vectors", documents.length) as bar:
         while True:
             recorded: Shard | None = writer.recorded[0] if writer.recorded else None
+            if recorded is None and engine is not None:
+                write_parts(
+                    engine, writer, source.passages if isinstance(source, PassageCorpus) else source, documents.encoder,
+                    documents.precision, text_field=documents.text_field, first=documents.position,
+                    shard_size=documents.shard_size, progress=bar.update,
+                )  # fmt: skip
+                return
             shard = documents.read(recorded.docs if recorded else None)
             if recorded:
                 if len(shard) == recorded.docs and digest_of_shard(shard) == recorded.digest:

@@ -36,7 +36,7 @@ class ShardReader:
             content = "doc_vec" if "doc_vec" in source.columns else self.text_field
             pt.validate.columns(source, includes=["docno", content], context=context)
         self._documents: Iterator[dict[str, Any]] = iter_documents(source)
-        self._position = 0
+        self.position = 0  # documents read so far
         self.with_vectors: bool | None = None
 
     def read(self, count: int | None) -> list[tuple[str, Any]]:
@@ -50,13 +50,13 @@ class ShardReader:
                 raise
             except Exception as err:
                 raise StreamError(
-                    f"the documents' iterator raised a {type(err).__name__} after {self._position:,} documents "
+                    f"the documents' iterator raised a {type(err).__name__} after {self.position:,} documents "
                     f"({err}); whole shards before it are kept: call again and it goes on from there"
                 ) from err
             if document is None:
                 break
             docno, content = self._check(document)
-            self._position += 1
+            self.position += 1
             characters += len(content)
             shard.append((docno, content))
         return shard
@@ -64,11 +64,11 @@ class ShardReader:
     def push_back(self, shard: list[tuple[str, Any]]) -> None:
         """Give documents back, to be read again."""
         key = "doc_vec" if self.with_vectors else self.text_field
-        self._position -= len(shard)
+        self.position -= len(shard)
         self._documents = itertools.chain(({"docno": docno, key: content} for docno, content in shard), self._documents)
 
     def _check(self, document: dict[str, Any]) -> tuple[str, Any]:
-        docno = check_docno(document.get("docno"), self._position)
+        docno = check_docno(document.get("docno"), self.position)
         with_vectors = document.get("doc_vec") is not None
         if self.with_vectors is None:
             self.with_vectors = with_vectors

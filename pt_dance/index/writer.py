@@ -116,6 +116,7 @@ class IndexWriter:
     Attributes:
         recorded: Shards found on disk that the caller has not confirmed with :meth:`keep` yet.
         count: Documents that are in the index so far.
+        settings: What the journal says that it was begun with.
         fresh: Whether work done under other settings was thrown away.
     """
 
@@ -123,7 +124,7 @@ class IndexWriter:
         self, folder: Path, settings: dict[str, Any], vec_size: int, vec_dtype: str, base: OpenIndex | None = None
     ):
         self.folder, self.vec_dtype, self.vec_size = folder, vec_dtype, vec_size
-        self._settings = {
+        self.settings = {
             **settings,
             "vec_size": vec_size,
             "vec_dtype": vec_dtype,
@@ -162,7 +163,7 @@ class IndexWriter:
             try:
                 entry = json.loads(line)
                 if number == 0:
-                    if entry != {"settings": self._settings}:
+                    if entry != {"settings": self.settings}:
                         return None
                     continue
                 shard = Shard(**entry)
@@ -190,10 +191,15 @@ class IndexWriter:
             shards = recorded_shards(base, (self.folder / DOCNOS).stat().st_size)
         # The journal comes last: without it, nothing of the above counts.
         with open(self.folder / SHARDS, "wb") as out:
-            for entry in ({"settings": self._settings}, *map(asdict, shards)):
+            for entry in ({"settings": self.settings}, *map(asdict, shards)):
                 out.write(json.dumps(entry).encode() + b"\n")
             out.flush()
             os.fsync(out.fileno())
+
+    @property
+    def shards(self) -> int:
+        """How many shards are in the index so far."""
+        return len(self._shards)
 
     def _take(self, shard: Shard) -> None:
         self._shards.append(shard)
@@ -237,7 +243,7 @@ class IndexWriter:
         """Return the open files of vectors, docnos and journal, at first cut off behind the confirmed shards."""
         if self._files is not None:
             return self._files
-        entries = ({"settings": self._settings}, *map(asdict, self._shards))
+        entries = ({"settings": self.settings}, *map(asdict, self._shards))
         journal = sum(len(json.dumps(entry).encode()) + 1 for entry in entries)
         sizes = {
             self._vectors_path: self.count * self._row_bytes,

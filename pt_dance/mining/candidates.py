@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -141,15 +141,15 @@ class CandidateSelection:
         self._positive_ranks: list[int] = []
 
     def mine(
-        self, sources: pd.Series, search: Callable[[slice], list[tuple[pd.DataFrame, float]]], *, block: int, what: str,
+        self, sources: pd.Series, found: Iterable[list[tuple[pd.DataFrame, float]]], *, block: int, what: str,
         unit: str, verbose: bool,
     ) -> pd.DataFrame:  # fmt: skip
         """Return the negatives of all sources, in their order, with the report in ``attrs["mining"]``.
 
         Args:
             sources: The ids that negatives are mined for.
-            search: Gives the results of each source pipeline for a part of them, and that pipeline's weight.
-            block: How many are searched with at a time.
+            found: For every block of them, the results of each source pipeline and that pipeline's weight.
+            block: How many a block has.
             what: What is mined, for the progress bar.
             unit: What it counts.
             verbose: Whether to show it, and say how many got fewer negatives than asked.
@@ -157,10 +157,9 @@ class CandidateSelection:
         columns = [self.source_column, self.candidate_column, "score", "rank"]
         parts = [pd.DataFrame(columns=columns)]
         with progress_bar(verbose, f"mining {what}", len(sources), unit=unit) as bar:
-            for start in range(0, len(sources), block):
-                part = slice(start, start + block)
-                ids = sources.iloc[part].tolist()
-                parts.append(self.select(ids, search(part))[columns])
+            for start, results in zip(range(0, len(sources), block), found, strict=True):
+                ids = sources.iloc[start : start + block].tolist()
+                parts.append(self.select(ids, results)[columns])
                 bar.update(len(ids))
         mined = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
         order = pd.Series(range(len(sources)), index=sources.to_numpy())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 import pyterrier as pt
@@ -13,6 +14,7 @@ from pt_dance.mining.judgements import positive_pairs
 from pt_dance.mining.readings import Readings
 from pt_dance.mining.sources import resolve_source
 from pt_dance.storage import options
+from pt_dance.storage.engine import check_engine, run
 
 
 def mine_documents(
@@ -30,6 +32,7 @@ def mine_documents(
     qids: pd.Series | None = None,
     reads: object = None,
     query_block: int = 1000,
+    engine: Any = None,
     verbose: bool = False,
 ) -> pd.DataFrame:
     """Mine hard negatives: documents that a pipeline ranks high and that are not known to be relevant.
@@ -55,6 +58,8 @@ def mine_documents(
         reads: ``DualEncoder`` that is trained, or :class:`Readings`: what it reads of texts decides which are the same.
             None compares them letter by letter.
         query_block: How many queries are retrieved at a time; bounds memory, does not change the result.
+        engine: A :class:`pt_dance.engines.Ray`, whose workers retrieve for a block of queries each; what cannot be sent
+            to them is made there by a :class:`pt_dance.engines.LazyPipeline`. None retrieves in this process.
         verbose: Shows a progress bar and says how many queries got fewer negatives than asked.
 
     Returns:
@@ -66,6 +71,7 @@ def mine_documents(
     Raises:
         ValueError: If an option makes no sense.
         KeyError: If a column is missing.
+        TypeError: If a source cannot be sent to the engine's workers.
     """
     readings = Readings.of(reads, corpus)
     selection = CandidateSelection(
@@ -84,18 +90,52 @@ def mine_documents(
     if qids is not None:
         topics = topics[topics["qid"].isin(qids)]
     size = options.whole("query_block", query_block)
-
-    def search(part: slice) -> list[tuple[pd.DataFrame, float]]:
-        return [(_results(pipeline, topics.iloc[part], depth), weight) for pipeline, weight in pipelines]
-
-    return selection.mine(topics["qid"], search, block=size, what="documents", unit="query", verbose=verbose)
+    blocks = [topics.iloc[start : start + size] for start in range(0, len(topics), size)]
+    found = _results(pipelines, blocks, depth, check_engine(engine))
+    return selection.mine(topics["qid"], found, block=size, what="documents", unit="query", verbose=verbose)
 
 
-def _results(source: pt.Transformer | pd.DataFrame, topics: pd.DataFrame, depth: int) -> pd.DataFrame:
-    if isinstance(source, pd.DataFrame):
-        results = source[source["qid"].isin(topics["qid"])]
-    else:
-        results = (source % depth).compile()(topics)
-    if "docno" not in results.columns:
-        raise KeyError(f"the negative source {source!r} gave no column 'docno' (columns: {list(results.columns)})")
-    return results
+def _results(
+    sources: list[tuple[pt.Transformer | pd.DataFrame, float]], blocks: list[pd.DataFrame], depth: int, engine: Any
+) -> Iterator[list[tuple[pd.DataFrame, float]]]:
+    """Yield for every block of topics what each source finds, and the source's weight."""
+    pipelines = [source for source, _ in sources if not isinstance(source, pd.DataFrame)]
+    answers: Iterator[list[pd.DataFrame]] = iter([[]] * len(blocks))
+    if pipelines:
+        what = f"the negative source {' + '.join(map(repr, pipelines))}"
+        answers = run(engine, PipelineSearch(pipelines, depth), blocks, what)
+    for block, answer in zip(blocks, answers, strict=True):
+        frames, found = iter(answer), []
+        for source, weight in sources:
+            given = isinstance(source, pd.DataFrame)
+            frame = source[source["qid"].isin(block["qid"])] if given else next(frames)
+            if "docno" not in frame.columns:
+                raise KeyError(
+                    f"the negative source {source!r} gave no column 'docno' (columns: {list(frame.columns)})"
+                )
+            found.append((frame, weight))
+        yield found
+
+
+class PipelineSearch:
+    """Retrieves with negative sources, in a worker or in this process.
+
+    Args:
+        pipelines: The sources.
+        depth: How many results of a query are kept.
+    """
+
+    def __init__(self, pipelines: list[pt.Transformer], depth: int) -> None:
+        self.pipelines, self.depth = pipelines, depth
+
+    def __call__(self) -> Callable[[pd.DataFrame], list[pd.DataFrame]]:
+        """Compile the pipelines; return what gives a frame of results of each for topics."""
+        compiled = [(pipeline % self.depth).compile() for pipeline in self.pipelines]
+
+        def search(topics: pd.DataFrame) -> list[pd.DataFrame]:
+            results: list[pd.DataFrame] = [pipeline(topics) for pipeline in compiled]
+            wanted = ("qid", "docno", "score", "rank")
+            # Where there is no docno, the message tells what there is.
+            return [r[[c for c in r.columns if c in wanted]] if "docno" in r.columns else r.iloc[:0] for r in results]
+
+        return search

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyterrier as pt
 
@@ -14,6 +16,7 @@ from pt_dance.mining.judgements import positive_pairs
 from pt_dance.mining.readings import Readings
 from pt_dance.retriever.nearest_queries import encoded_vectors, nearest_queries
 from pt_dance.storage import options
+from pt_dance.storage.engine import check_engine, run
 
 
 def mine_queries(
@@ -32,6 +35,7 @@ def mine_queries(
     qids: pd.Series | None = None,
     reads: object = None,
     document_block: int = 1000,
+    engine: Any = None,
     verbose: bool = False,
 ) -> pd.DataFrame:
     """Mine query negatives: for each positive document, training queries close to it for which it is not relevant.
@@ -59,6 +63,8 @@ def mine_queries(
         qids: Mine for the positive documents of these topics only; all topics are candidates all the same.
         reads: As in :func:`mine_documents`; ``source`` where that is an encoder and nothing else is given.
         document_block: How many documents are searched with at a time; bounds memory, does not change the result.
+        engine: A :class:`pt_dance.engines.Ray`, whose workers search with a block of documents each, as in
+            :func:`mine_documents`.
         verbose: Shows a progress bar and says how many documents got fewer negatives than asked.
 
     Returns:
@@ -69,6 +75,7 @@ def mine_queries(
     Raises:
         ValueError: If an option makes no sense, ``index`` holds other weights, or neither corpus nor index is given.
         KeyError: If a column is missing or a positive document is not in the corpus.
+        TypeError: If the source cannot be sent to the engine's workers.
     """
     is_encoder = not isinstance(source, pt.Transformer) or hasattr(source, "encode_queries")
     if reads is None and hasattr(source, "reading_digests"):
@@ -90,37 +97,64 @@ def mine_queries(
     documents = wanted["docno"].drop_duplicates().reset_index(drop=True)
     topics = topics[["qid", "query"]]
     topics = topics[~pd.Series(readings.queries(topics["query"]), index=topics.index).duplicated()]
+    search: VectorSearch | PipelineSearch
     if is_encoder:
-        search = _vector_search(source, topics, corpus, index, depth)
+        search = VectorSearch(source, topics, corpus, index, depth)
     elif corpus is None:
         raise ValueError("mining queries with a pipeline needs corpus=..., whose texts are the pipeline's queries")
     else:
-        search = _pipeline_search(source, topics, corpus, depth)
+        search = PipelineSearch(source, corpus, depth)
+    known = topics.sort_values("qid", kind="stable")["qid"].to_numpy(dtype=object)
     size = options.whole("document_block", document_block)
-    return selection.mine(
-        documents, lambda part: [(search(documents.iloc[part].tolist()), 1.0)], block=size, what="queries", unit="doc",
-        verbose=verbose,
-    )  # fmt: skip
+    blocks = [documents.iloc[start : start + size].tolist() for start in range(0, len(documents), size)]
+    answers = run(check_engine(engine), search, blocks, f"the source {source!r} of query negatives")
+    found = ([(search.frame(*block, known), 1.0)] for block in zip(blocks, answers, strict=True))
+    return selection.mine(documents, found, block=size, what="queries", unit="doc", verbose=verbose)
 
 
-def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int):
-    """Return a function from docnos to the queries nearest to these documents' vectors."""
-    queries = topics.sort_values("qid", kind="stable")
-    qids = queries["qid"].to_numpy(dtype=object)
-    if index is not None:
-        if index.fingerprint != encoder.fingerprint:
+class VectorSearch:
+    """Finds the queries nearest to documents' vectors, in a worker or in this process.
+
+    Args:
+        encoder: Encodes the queries, here, and the documents where there is no index.
+        topics: All queries.
+        corpus: The documents, where there is no index.
+        index: Holds the documents' vectors, or None.
+        depth: How many queries a document gets.
+
+    Raises:
+        ValueError: If there is neither corpus nor index, or the index holds other weights.
+    """
+
+    def __init__(self, encoder: Any, topics: pd.DataFrame, corpus: Any, index: Any, depth: int) -> None:
+        if index is None and corpus is None:
+            raise ValueError("mining queries needs corpus=... (texts to encode) or index=... (stored vectors)")
+        if index is not None and index.fingerprint != encoder.fingerprint:
             raise ValueError("the index was made with other weights than the encoder has; refresh it first")
-    elif corpus is None:
-        raise ValueError("mining queries needs corpus=... (texts to encode) or index=... (stored vectors)")
-    texts = queries["query"].tolist()
-    vectors = encoder.encode_queries(texts, precision=None if index is None else index.precision)
-
-    def search(docnos: list[str]) -> pd.DataFrame:
+        texts = topics.sort_values("qid", kind="stable")["query"].tolist()
+        self.vectors = encoder.encode_queries(texts, precision=None if index is None else index.precision)
+        self.corpus, self.depth, self.index, self.encoder = corpus, depth, index, encoder
         if index is not None:
-            found, owner = index.stored_vectors(docnos)
+            # Stored vectors need no encoder, which would be sent along.
+            self.corpus, self.encoder = None, None
+            self.index = copy.copy(index)
+            self.index.given_encoder = None
+
+    def __call__(self) -> Callable[[list[str]], tuple[np.ndarray, np.ndarray]]:
+        """Return what finds scores and numbers of the best queries of documents, both (documents, k)."""
+        return self._search
+
+    def _search(self, docnos: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self.index is not None:
+            found, owner = self.index.stored_vectors(docnos)
         else:
-            found, owner = encoded_vectors(encoder.encode_docs, corpus, docnos)
-        scores, rows = nearest_queries(found, owner, vectors, depth)
+            found, owner = encoded_vectors(self.encoder.encode_docs, self.corpus, docnos)
+        return nearest_queries(found, owner, self.vectors, self.depth)
+
+    @staticmethod
+    def frame(docnos: list[str], answer: tuple[np.ndarray, np.ndarray], qids: np.ndarray) -> pd.DataFrame:
+        """Return ranked queries of documents from what was found; ``qids`` are those of all queries, in order."""
+        scores, rows = answer
         return pd.DataFrame(
             {
                 "docno": pd.Series(docnos, dtype=object).repeat(rows.shape[1]).to_numpy(),
@@ -130,17 +164,26 @@ def _vector_search(encoder, topics: pd.DataFrame, corpus, index, depth: int):
             }
         )
 
-    return search
 
+class PipelineSearch:
+    """Finds queries by a pipeline with documents' texts, in a worker or in this process.
 
-def _pipeline_search(pipeline: pt.Transformer, topics: pd.DataFrame, corpus, depth: int):
-    """Return a function from docnos to the queries that a pipeline finds with these documents' texts."""
-    cut = (pipeline % depth).compile()
-    known = set(topics["qid"])
+    Args:
+        pipeline: Gives queries' qids in the column ``docno``.
+        corpus: Has the documents' texts.
+        depth: How many queries a document gets.
+    """
 
-    def search(docnos: list[str]) -> pd.DataFrame:
-        found: pd.DataFrame = cut(pd.DataFrame({"qid": docnos, "query": corpus.texts(docnos)}))
-        found = found.drop(columns="query", errors="ignore").rename(columns={"qid": "docno", "docno": "qid"})
-        return found[found["qid"].isin(known)]
+    def __init__(self, pipeline: pt.Transformer, corpus: Any, depth: int) -> None:
+        self.pipeline, self.corpus, self.depth = pipeline, corpus, depth
 
-    return search
+    def __call__(self) -> Callable[[list[str]], pd.DataFrame]:
+        """Compile the pipeline; return what gives its results for documents."""
+        cut, corpus = (self.pipeline % self.depth).compile(), self.corpus
+        return lambda docnos: cut(pd.DataFrame({"qid": docnos, "query": corpus.texts(docnos)}))
+
+    @staticmethod
+    def frame(docnos: list[str], answer: pd.DataFrame, qids: np.ndarray) -> pd.DataFrame:
+        """Return ranked queries of documents from the pipeline's results, without queries that are not known."""
+        found = answer.drop(columns="query", errors="ignore").rename(columns={"qid": "docno", "docno": "qid"})
+        return found[found["qid"].isin(qids)]

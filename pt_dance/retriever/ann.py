@@ -71,6 +71,8 @@ class AnnRetriever(DenseRetriever):
         **other: Any,
     ) -> None:
         super().__init__(index, **other)
+        if self.engine is not None:
+            raise ValueError("FAISS searches in this process: AnnRetriever takes no engine, DenseRetriever does")
         self.method = options.choice("method", method, tuple(BUILD_OPTIONS))
         self.threads = options.whole("threads", threads)
         self.build_options = _checked(method, BUILD_OPTIONS[method], build_options)

@@ -11,8 +11,10 @@ import pandas as pd
 import pyterrier as pt
 
 from pt_dance.retriever.opened import SearchableIndex, check_index
+from pt_dance.retriever.search.ranges import EngineSearch
 from pt_dance.retriever.search.vectors import MAX_NORM
 from pt_dance.storage import options
+from pt_dance.storage.engine import check_engine
 from pt_dance.storage.queries import users_queries
 from pt_dance.storage.texts import checked_texts
 
@@ -43,10 +45,12 @@ class DenseRetriever(pt.Transformer):
             retriever encodes the queries itself. By default a ``query_vec`` that came in stays, and no other is added.
         rescore_cutoff: Results kept for a query when re-scoring; all by default. ``% k`` sets it when a pipeline is
             compiled.
+        engine: A :class:`pt_dance.engines.Ray`, each of whose workers searches a range of the rows; None searches in
+            this process. The results are the same. Re-scoring is done in this process.
         verbose: Whether to show a progress bar.
 
     Raises:
-        TypeError: If ``index`` is no dense index.
+        TypeError: If ``index`` is no dense index, or ``engine`` no engine.
         ValueError: If ``num_results`` or ``rescore_cutoff`` is no whole number of at least 1.
     """
 
@@ -61,6 +65,7 @@ class DenseRetriever(pt.Transformer):
         batch_size: int | None = None,
         drop_query_vec: bool | None = None,
         rescore_cutoff: int | None = None,
+        engine: Any = None,
         verbose: bool = False,
     ) -> None:
         self.index = check_index(index)
@@ -69,6 +74,8 @@ class DenseRetriever(pt.Transformer):
         self.batch_size = options.whole("batch_size", batch_size, or_none=True)
         self.drop_query_vec = drop_query_vec
         self.rescore_cutoff = rescore_cutoff
+        self.engine = check_engine(engine)
+        self._by_engine: EngineSearch | None = None
         self.verbose = verbose
 
     @property
@@ -166,7 +173,12 @@ class DenseRetriever(pt.Transformer):
 
     def _search(self, vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield number of the first query, scores and document numbers of a block, best first; -1 for no more."""
-        return self.index.open().documents.iter_search(self.index, vectors, self.num_results, self.batch_size)
+        opened, searched = self.index.open(), self.index
+        if self.engine is not None:
+            if self._by_engine is None or self._by_engine.identity != opened.identity:
+                self._by_engine = EngineSearch(self.engine, opened, getattr(self.index, "device", None))
+            searched = self._by_engine
+        return opened.documents.iter_search(searched, vectors, self.num_results, self.batch_size)
 
     def _rescore(self, inp: pd.DataFrame) -> pd.DataFrame:
         kept = inp.drop(columns=[name for name in self._dropped() if name in inp.columns and name != "docno"])
@@ -278,6 +290,9 @@ class DenseRetriever(pt.Transformer):
 
     def __repr__(self) -> str:
         return f"DenseRetriever({str(self.index.index_path)!r}, {self.num_results})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_by_engine": None}
 
     def subtransformers(self) -> dict[str, pt.Transformer]:
         """Return no transformers: index and encoder are parts of this one."""

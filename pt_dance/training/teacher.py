@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +18,7 @@ from pt_dance.losses.rows import TrainingRows
 from pt_dance.mining.sources import describe_source
 from pt_dance.storage import options
 from pt_dance.storage.digests import texts_digest
+from pt_dance.storage.engine import check_engine, run
 from pt_dance.storage.progress import progress_bar
 
 _BLOCK = 4096
@@ -28,11 +32,14 @@ class TeacherScores:
     Args:
         teacher: any PyTerrier pipeline that scores rows of ``qid``, ``query``, ``docno`` and ``text``.
         path: the SQLite file; made when missing.
+        engine: :class:`pt_dance.engines.Ray`, whose workers ask the teacher; one that cannot be sent to them is made
+            there by a :class:`pt_dance.engines.LazyPipeline`. None asks in this process.
         verbose: shows a progress bar.
     """
 
-    def __init__(self, teacher: pt.Transformer, path: str | Path, *, verbose: bool = False):
+    def __init__(self, teacher: pt.Transformer, path: str | Path, *, engine: Any = None, verbose: bool = False):
         self.teacher = teacher
+        self.engine = check_engine(engine)
         self.path = options.path_of(path)
         self.verbose = verbose
         self._identity = teacher_identity(teacher).encode()
@@ -76,18 +83,7 @@ class TeacherScores:
         with bar, contextlib.closing(sqlite3.connect(self.path)) as store:
             try:
                 store.execute("CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, score REAL) WITHOUT ROWID")
-                for start in range(0, len(queries), _BLOCK):
-                    part = slice(start, start + _BLOCK)
-                    frame = pd.DataFrame(
-                        {
-                            "qid": queries[part].astype(str),
-                            "query": [query_texts[q] for q in queries[part]],
-                            "docno": corpus.docno(documents[part]),
-                            "text": corpus.texts_at(documents[part]),
-                        }
-                    )
-                    scores[part] = self._block(store, frame)
-                    bar.update(len(frame))
+                self._ask_missing(store, scores, queries, documents, query_texts, corpus, bar.update)
             except sqlite3.OperationalError:
                 raise  # a full disk or another process: nothing is wrong with the file
             except sqlite3.DatabaseError as error:
@@ -96,23 +92,92 @@ class TeacherScores:
                 ) from None
         return scores
 
-    def _block(self, store: sqlite3.Connection, frame: pd.DataFrame) -> np.ndarray:
-        keys = [self._key(query, text) for query, text in zip(frame["query"], frame["text"], strict=True)]
+    def _ask_missing(
+        self, store: sqlite3.Connection, scores: np.ndarray, queries: np.ndarray, documents: np.ndarray,
+        query_texts: list[str], corpus, progress: Callable[[int], object],
+    ) -> None:  # fmt: skip
+        """Fill in the scores of all pairs, asking for those that are not in the store."""
+        asked: set[bytes] = set()  # by blocks that are not answered yet
+        waiting: deque[tuple[slice, list[bytes], list[bytes]]] = deque()
+
+        def questions() -> Iterator[Question]:
+            for start in range(0, len(queries), _BLOCK):
+                part = slice(start, start + _BLOCK)
+                texts = [query_texts[q] for q in queries[part]]
+                keys = [self._key(*pair) for pair in zip(texts, corpus.texts_at(documents[part]), strict=True)]
+                known = self._known(store, keys)
+                new = {key: place for place, key in reversed(list(enumerate(keys))) if key not in known}
+                new = {key: place for key, place in new.items() if key not in asked}
+                if not new and all(key in known for key in keys):
+                    fill(part, keys, known)
+                    continue
+                asked.update(new)
+                places = sorted(new.values())
+                waiting.append((part, keys, [keys[place] for place in places]))
+                rows = [start + place for place in places]
+                yield Question(queries[rows], [texts[place] for place in places], documents[rows])
+
+        def fill(part: slice, keys: list[bytes], known: dict[bytes, float]) -> None:
+            scores[part] = [known[key] for key in keys]
+            progress(len(keys))
+
+        what = f"the teacher {self.teacher!r}"
+        for answer in run(self.engine, Asking(self.teacher, corpus), questions(), what):
+            part, keys, new_keys = waiting.popleft()
+            found = zip(new_keys, answer.tolist(), strict=True)
+            store.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", found)
+            store.commit()
+            asked.difference_update(new_keys)
+            fill(part, keys, self._known(store, keys))
+
+    @staticmethod
+    def _known(store: sqlite3.Connection, keys: list[bytes]) -> dict[bytes, float]:
         known: dict[bytes, float] = {}
         for start in range(0, len(keys), 500):
             part = keys[start : start + 500]
             marks = ",".join("?" * len(part))
             known.update(store.execute(f"SELECT pair, score FROM scores WHERE pair IN ({marks})", part).fetchall())
-        missing = pd.Series([key not in known for key in keys]) & ~pd.Series(keys).duplicated()
-        if missing.any():
-            new = self._ask(frame[missing.to_numpy()].reset_index(drop=True))
-            new_keys = [key for key, is_new in zip(keys, missing, strict=True) if is_new]
-            store.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", zip(new_keys, new.tolist(), strict=True))
-            store.commit()
-            known.update(zip(new_keys, new.tolist(), strict=True))
-        return np.array([known[key] for key in keys], dtype=np.float32)
+        return known
 
-    def _ask(self, frame: pd.DataFrame) -> np.ndarray:
+    def _key(self, query: str, text: str) -> bytes:
+        return texts_digest(query, text, start=self._identity)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pairs to be scored: query numbers, their texts, and rows of the corpus."""
+
+    queries: np.ndarray
+    texts: list[str]
+    documents: np.ndarray
+
+
+class Asking:
+    """Asks a teacher, in a worker or in this process.
+
+    Args:
+        teacher: Scores rows of ``qid``, ``query``, ``docno`` and ``text``.
+        corpus: Has the texts.
+    """
+
+    def __init__(self, teacher: pt.Transformer, corpus: Any) -> None:
+        self.teacher, self.corpus = teacher, corpus
+
+    def __call__(self) -> Callable[[Question], np.ndarray]:
+        """Return what gives the scores of a question's pairs, float64 (pairs,)."""
+        return self._answer
+
+    def _answer(self, question: Question) -> np.ndarray:
+        if not len(question.texts):
+            return np.empty(0)
+        frame = pd.DataFrame(
+            {
+                "qid": question.queries.astype(str),
+                "query": question.texts,
+                "docno": self.corpus.docno(question.documents),
+                "text": self.corpus.texts_at(question.documents),
+            }
+        )
         answer: pd.DataFrame = self.teacher(frame)
         if "score" not in answer.columns or len(answer) != len(frame):
             raise ValueError(
@@ -127,9 +192,6 @@ class TeacherScores:
                 f"the teacher {self.teacher!r} scored docno {row.docno!r} for {row['query']!r} with no finite number"
             )
         return scores
-
-    def _key(self, query: str, text: str) -> bytes:
-        return texts_digest(query, text, start=self._identity)
 
 
 def teacher_identity(teacher: pt.Transformer) -> str:
