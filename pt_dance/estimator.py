@@ -26,6 +26,7 @@ from pt_dance.index.dense_index import DenseIndex
 from pt_dance.recipes import SOURCES, Round, check_recipe
 from pt_dance.recipes import dance as dance_recipe
 from pt_dance.retriever.dense import DenseRetriever
+from pt_dance.storage.engine import check_engine
 from pt_dance.storage.folders import remove_folder, write_json
 from pt_dance.storage.meta import META
 from pt_dance.storage.options import is_whole, path_of, whole
@@ -77,6 +78,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         seed: int = 42,
         patience: int | None = None,
         keep: str = "all",
+        engine: Any = None,
         verbose: bool = True,
     ):
         """Prepare a run; nothing is encoded or trained yet.
@@ -96,6 +98,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             patience: stops when this many rounds in a row were not better than the best; None never stops early.
             keep: "all" keeps the index of every round; "best" drops those of rounds that are neither the best nor the
                 last, so that disk use does not grow with the rounds. Encoders are always kept.
+            engine: :class:`pt_dance.engines.Ray`, whose workers index, search, mine and ask teachers; None is for none.
             verbose: shows progress and a line a round.
 
         Raises:
@@ -113,10 +116,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         self.num_results = num_results
         self.path = check_path(path)
         self._run = RunFolder(self.path)
-        self.seed = int(seed)
-        self.patience = patience
-        self.keep = keep
-        self.verbose = verbose
+        self.seed, self.patience, self.keep = int(seed), patience, keep
+        self.engine, self.verbose = check_engine(engine), verbose
         self.corpus = self._run.corpus_of(corpus, verbose=verbose)
         self._given = encoder
         self._is_loaded = False
@@ -185,7 +186,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             if round != self._round and not self._run.has(round):
                 raise ValueError(f"round={round!r} is not in {str(self.path)!r}: it was not trained or not saved")
             index = self._refreshed(round)
-        return index.retriever(num_results=self.num_results if num_results is None else num_results)
+        return index.retriever(self.num_results if num_results is None else num_results, engine=self.engine)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Retrieve for a query frame; re-score a result frame by docno, keeping all rows and other columns."""
@@ -306,6 +307,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         started = time.perf_counter()
         round_, span, processes = self.recipe[number - 1], job.spans[number - 1], job.processes
         given: dict[str, Any] = dict(training=job.training, corpus=self.corpus, qids=job.qids(number))
+        given["engine"] = self.engine
         mine = partial(
             mine_round, self._run, number, round_=round_, retriever=partial(self.retriever, round=self._before(number)),
             seed=job.seed_of(number), verbose=job.verbose, **given,
@@ -338,7 +340,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             index = self._refreshed(number)
             refreshed = time.perf_counter()
             if job.validation is not None:
-                measured = validate(index.retriever(depth_of(self._measures)), job.validation, self._measures)
+                retriever = index.retriever(depth_of(self._measures), engine=self.engine)
+                measured = validate(retriever, job.validation, self._measures)
         seconds = {"refresh_seconds": refreshed - started, "validate_seconds": time.perf_counter() - refreshed}
         row = {**row, **measured, **seconds}
         self._run.finish(number, row)
@@ -359,7 +362,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
 
     def _refreshed(self, number: int) -> DenseIndex:
         """Return the index of a round's encoder; made where it is not there yet."""
-        return self._run.index(number, self._encoder_of(number), self.corpus, verbose=self.verbose)
+        return self._run.index(number, self._encoder_of(number), self.corpus, engine=self.engine, verbose=self.verbose)
 
     # ------------------------------------------------------------------ save and load
 

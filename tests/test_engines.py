@@ -22,9 +22,9 @@ import pyterrier as pt
 import pytest
 from pandas.testing import assert_frame_equal
 
-from pt_dance import Corpus, DenseIndex, DualEncoder
+from pt_dance import Corpus, DanceRetriever, DenseIndex, DualEncoder, recipes
 from pt_dance.engines import LazyPipeline
-from pt_dance.engines.reaper import processes_of
+from pt_dance.engines.reaper import processes_of, status_of
 from pt_dance.index import parts, shards
 from pt_dance.index.parts import Part, plan
 from pt_dance.index.shards import ShardReader
@@ -298,7 +298,7 @@ def test_searches_mining_and_teacher_by_two_workers(engine, index, encoder, corp
         mine_documents(_unsendable(dense), some, qrels, engine=engine)
     assert "cannot be sent to another process" in str(raised.value)
     assert "LazyPipeline(lambda: ...)" in str(raised.value) and "\n" not in str(raised.value)
-    teacher = pt.apply.doc_score(lambda row: float(len(set(row["query"].split()) & set(row["text"].split()))))
+    teacher = _overlap()
     rows = training_rows(corpus, some["query"].tolist())
     expected = TeacherScores(teacher, tmp_path / "one.sqlite").of(*rows)
     found = TeacherScores(teacher, tmp_path / "two.sqlite", engine=engine).of(*rows)
@@ -348,6 +348,30 @@ def test_a_lazy_pipeline_is_made_once_and_what_it_is_not_is_said():
         LazyPipeline(lazy)
 
 
+def test_a_fit_by_workers_gives_the_weights_of_one_process(engine, encoder, corpus, tmp_path):
+    some, qrels = topics(40), standard_library(None).qrels
+    qrels = qrels[qrels["qid"].isin(some["qid"])]
+    overlap = LazyPipeline(_overlap)  # as a cross-encoder would be
+    rounds = [*recipes.dance(1, warm_up=0, depth=20), *recipes.margin_mse(overlap, 1, negatives=lambda dense: dense)]
+    fitted = {}
+    for name, given in (("one", None), ("two", engine)):
+        dance = DanceRetriever(
+            encoder, corpus, tmp_path / name, recipe=rounds, num_results=9, engine=given, verbose=False
+        )
+        fitted[name] = dance.fit(some, qrels, some, qrels)
+    one, two = fitted.values()
+    assert [two.retriever(round=n).index.fingerprint for n in range(3)] == [
+        one.retriever(round=n).index.fingerprint for n in range(3)
+    ]
+    timed = [column for column in one.history.columns if column.endswith("_seconds")]
+    assert_frame_equal(two.history.drop(columns=timed), one.history.drop(columns=timed))
+    assert_frame_equal(two(some), one(some))
+
+
+def _overlap() -> pt.Transformer:
+    return pt.apply.doc_score(lambda row: float(len(set(row["query"].split()) & set(row["text"].split()))))
+
+
 # ------------------------------------------------------------------------------------------------ what an engine leaves
 
 
@@ -371,6 +395,27 @@ def test_nothing_is_left_of_a_killed_program(engine):
     assert not folder.exists()
     assert not list(processes_of(str(folder)))
     assert Path(engine._cluster.folder).exists(), "another program's cluster was ended, too"
+
+
+def test_the_same_call_goes_on_after_ray_itself_was_killed(engine, encoder, corpus, tmp_path, monkeypatch):
+    make(tmp_path / "one", encoder, corpus)
+    add, added = parts.IndexWriter.add, []
+
+    def add_then_kill(writer, docnos, *rest):
+        add(writer, docnos, *rest)
+        if not added:
+            found = [(status_of(pid)[0], pid) for pid in processes_of(engine._cluster.folder, os.getpid())]
+            # The workers last, which nobody starts again.
+            for pid in [pid for name, pid in sorted(found, reverse=True) if name.startswith(("raylet", "ray::Worker"))]:
+                os.kill(pid, signal.SIGKILL)
+        added.append(len(docnos))
+
+    monkeypatch.setattr(parts.IndexWriter, "add", add_then_kill)
+    with pytest.raises(RuntimeError, match=r"^Ray's own processes on this machine ended early .* goes on from there$"):
+        make(tmp_path / "two", encoder, corpus, engine)
+    make(tmp_path / "two", encoder, corpus, engine)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert sum(added) == len(corpus)
 
 
 def test_nothing_is_left_of_a_closed_engine(engine):

@@ -64,7 +64,7 @@ class PrivateCluster:
             self._servers = {
                 pid: started
                 for pid in reaper.processes_of(self.folder, os.getpid())
-                if (status := _status(pid)) is not None and status[0] in _SERVERS and (started := status[2])
+                if (status := reaper.status_of(pid)) is not None and status[0] in _SERVERS and (started := status[2])
             }
         except BaseException:
             self.stop()
@@ -73,7 +73,7 @@ class PrivateCluster:
     def alive(self) -> bool:
         """Return whether Ray's own processes are still there, as far as the system tells."""
         for pid, started in self._servers.items():
-            status = _status(pid)
+            status = reaper.status_of(pid)
             if status is None or status[1] == "Z" or status[2] != started:
                 return False
         return True
@@ -137,14 +137,3 @@ def _silence() -> None:
 
 def _print_nothing(*_: Any, **__: Any) -> None:
     pass
-
-
-def _status(pid: int) -> tuple[str, str, str] | None:
-    """Return name, state and start time of a process; None if there is none."""
-    try:
-        about = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    name, _, rest = about.partition("(")[2].rpartition(")")
-    fields = rest.split()
-    return name, fields[0], fields[19]

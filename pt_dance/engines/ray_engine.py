@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
@@ -23,13 +24,13 @@ _open: weakref.WeakSet[Ray] = weakref.WeakSet()
 class Ray:
     """Workers of Ray (``pip install 'pt_dance[ray]'``) for encoding, search, mining and a teacher's scores.
 
-    Bytes of an index, results and negatives are those of one process. The workers start when they are first needed,
-    which takes some ten seconds, and are kept until :meth:`close`, or the end of a ``with`` block or of the program::
+    Bytes of an index, results and negatives are those of one process. The workers start when they are first needed, and
+    are kept until :meth:`close`, or the end of a ``with`` block or of the program::
 
         with engines.Ray(workers=2) as engine:
             index = DenseIndex("runs/index", encoder).indexer(engine=engine).index(corpus)
 
-    For small jobs one process is faster: a worker is a process that imports everything, in about 1 GiB of memory.
+    For small jobs one process is faster: a worker is a process that has to import everything first.
 
     Without an address a cluster of this program's own is started on this machine, with no dashboard and no
     authentication, and it ends with the program, killed or not; a Ray that the program is connected to is used as it
@@ -124,7 +125,7 @@ class Ray:
             max_task_retries=_RETRIES,
             scheduling_strategy="SPREAD",
         )
-        self._actors = [remote.remote() for _ in range(self.workers)]
+        self._actors = [remote.remote(sys.path) for _ in range(self.workers)]
         return self._actors
 
     def _alive(self) -> bool:

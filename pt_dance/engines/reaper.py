@@ -33,6 +33,18 @@ def processes_of(folder: str, but: int = 0) -> Iterator[int]:
                     break
 
 
+def status_of(pid: int) -> tuple[str, str, str] | None:
+    """Return name, state and start time of a process; None if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            about = file.read()
+    except OSError:
+        return None
+    name, _, rest = about.partition("(")[2].rpartition(")")
+    fields = rest.split()
+    return name, fields[0], fields[19]
+
+
 def end(folder: str, but: int = 0) -> None:
     """Kill the processes of a cluster and remove its folder."""
     until = time.monotonic() + _PATIENCE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import traceback
 from typing import Any
 
@@ -16,9 +17,14 @@ class WorkerTracebackError(Exception):
 
 
 class Worker:
-    """Keeps what the last task needed: an encoder, a range of an index, a pipeline."""
+    """Keeps what the last task needed: an encoder, a range of an index, a pipeline.
 
-    def __init__(self) -> None:
+    Args:
+        paths: Where the program that asks finds its modules; its functions may be in any of them.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        sys.path += [path for path in paths if path not in sys.path]
         self._key: str | None = None
         self._work: Any = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ def mine(
     *,
     qids: pd.Series,
     seed: int,
+    engine: Any,
     verbose: bool,
 ) -> pd.DataFrame | None:
     """Mine a round's document or query negatives.
@@ -38,6 +40,7 @@ def mine(
         retriever: Makes the current model's ``DenseRetriever`` with so many results; only called where it is needed.
         qids: Topics to mine for.
         seed: Fixes the draw.
+        engine: Has workers that search; this process does where None.
         verbose: Shows progress.
 
     Returns:
@@ -50,7 +53,7 @@ def mine(
     options = dict(
         depth=round_.depth, negatives=round_.negatives_per_query, sampling=round_.sampling,
         rank_range=round_.rank_range, filters=round_.filters, seed=seed, qids=qids, reads=training.readings,
-        verbose=verbose,
+        engine=engine, verbose=verbose,
     )  # fmt: skip
     results = max(round_.depth, _RESULTS)
     if what == "negatives":

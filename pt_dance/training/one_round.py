@@ -22,7 +22,7 @@ from pt_dance.training.trainer import keep_frozen, train
 
 def mine_round(
     run: RunFolder, number: int, what: str, *, round_: Any, training: TrainingInput, corpus: Any, retriever: Callable,
-    qids: pd.Series, seed: int, verbose: bool,
+    qids: pd.Series, seed: int, engine: Any, verbose: bool,
 ) -> tuple[pd.DataFrame | None, dict]:  # fmt: skip
     """Return the negatives of a round and the report on them; read back where they were mined before.
 
@@ -36,11 +36,14 @@ def mine_round(
         retriever: Makes the ``DenseRetriever`` of the weights that the round starts from, with so many results.
         qids: Topics that have their turn.
         seed: Fixes the draw.
+        engine: Has workers that search; this process does where None.
         verbose: Shows progress.
     """
     if (stored := run.read_frame(number, what)) is not None:
         return stored
-    frame = negatives.mine(what, round_, training, corpus, retriever, qids=qids, seed=seed, verbose=verbose)
+    frame = negatives.mine(
+        what, round_, training, corpus, retriever, qids=qids, seed=seed, engine=engine, verbose=verbose
+    )
     if frame is None:
         return None, {}
     check_in_corpus(frame["docno"], corpus, f"{what} of round {number}")
@@ -53,7 +56,7 @@ def mine_round(
 def train_round(
     run: RunFolder, number: int, round_: Any, span: Span, before: DualEncoder, found: pd.DataFrame | None,
     query_negatives: pd.DataFrame | None, *, training: TrainingInput, corpus: Any, started: DualEncoder | None,
-    qids: pd.Series, loggers: Sequence, processes: Processes, verbose: bool,
+    qids: pd.Series, loggers: Sequence, processes: Processes, engine: Any, verbose: bool,
 ) -> dict:  # fmt: skip
     """Train a copy of an encoder and write it; return what :meth:`RunFolder.trained` will.
 
@@ -71,11 +74,12 @@ def train_round(
         qids: Topics that have their turn.
         loggers: Callbacks of the trainer.
         processes: Those that train together.
+        engine: Has workers that ask the teacher; this process does where None.
         verbose: Shows progress.
     """
     teacher = None
     if round_.teacher is not None:
-        teacher = TeacherScores(round_.teacher, run.path / "teacher.sqlite", verbose=verbose)
+        teacher = TeacherScores(round_.teacher, run.path / "teacher.sqlite", engine=engine, verbose=verbose)
     with contextlib.nullcontext() if teacher is None else processes.first_alone():
         examples = build_examples(
             training.topics, training.pairs, corpus, negatives=found, query_negatives=query_negatives,

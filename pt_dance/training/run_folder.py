@@ -180,13 +180,14 @@ class RunFolder:
             raise ValueError(f"{str(folder)!r} is damaged: its weights are not those that round {number} gave")
         return encoder
 
-    def index(self, number: int, encoder: DualEncoder, corpus, *, verbose: bool) -> DenseIndex:
+    def index(self, number: int, encoder: DualEncoder, corpus, *, engine: Any = None, verbose: bool) -> DenseIndex:
         """Return the index of a round, in a folder of its own; made where it is not there yet.
 
         Args:
             number: of the round.
             encoder: its encoder.
             corpus: ``Corpus`` to index; None where the index is there.
+            engine: has workers that encode; this process does where None.
             verbose: shows progress.
 
         Raises:
@@ -197,7 +198,7 @@ class RunFolder:
         if not index.built():
             if path.exists():
                 index.open()  # says which of its files is damaged
-            return index.index(corpus)
+            return index.indexer(engine=engine).index(corpus)
         known = index.open().meta.get("corpus")
         if corpus is not None and known != corpus.fingerprint:
             raise ValueError(
