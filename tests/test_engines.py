@@ -306,7 +306,7 @@ def test_searches_mining_and_teacher_by_two_workers(engine, index, encoder, corp
 
 
 def _unsendable(dense: pt.Transformer) -> pt.Transformer:
-    """A pipeline that holds a lock, as PISA's and Terrier's hold what is in C++ or Java."""
+    """A pipeline that holds a lock, as others hold what is in Java."""
     lock = threading.Lock()
 
     def search(frame: pd.DataFrame) -> pd.DataFrame:

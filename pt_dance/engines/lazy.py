@@ -12,14 +12,14 @@ import pyterrier as pt
 class LazyPipeline(pt.Transformer):
     """A pipeline that a function makes when it is first needed, in every process anew.
 
-    PISA's and Terrier's retrievers cannot be sent to another process. Instead, what makes them is sent::
+    A stage that holds something of its process (a Java object, a lock, an open connection) cannot be sent to another
+    one. Instead, what makes it is sent::
 
-        bm25 = engines.LazyPipeline(lambda: pt_dance.bm25(corpus, "runs/bm25"))
+        bm25 = engines.LazyPipeline(lambda: pt.terrier.Retriever("runs/terrier", wmodel="BM25"))
         mine_documents(bm25, topics, qrels, corpus, engine=engines.Ray(workers=2))
 
     Args:
-        make: Returns the pipeline; what it refers to must be sendable itself, as a :class:`pt_dance.Corpus` and paths
-            are.
+        make: Returns the pipeline, from what can be sent itself, as paths and a :class:`pt_dance.Corpus` can.
         cutoff: How many results of a query are kept; all by default. ``% k`` sets it when a pipeline is compiled.
 
     Raises:

@@ -29,6 +29,8 @@ _SURROUNDINGS = {
     # Nobody else can reach the cluster, which listens on this machine's own addresses for the time of the program.
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray ends a worker when memory runs out, and would try its task again without end.
+    "RAY_task_oom_retries": "3",
     # Workers are as nice as the program, which waits for them; by default they are nicer than all else (15).
     "RAY_worker_niceness": "0",
 }

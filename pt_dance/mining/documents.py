@@ -107,10 +107,7 @@ def _results(
     for block, answer in zip(blocks, answers, strict=True):
         frames, found = iter(answer), []
         for source, weight in sources:
-            if isinstance(source, pd.DataFrame):
-                frame = source[source["qid"].isin(block["qid"])]
-            else:
-                frame = next(frames)
+            frame = source[source["qid"].isin(block["qid"])] if isinstance(source, pd.DataFrame) else next(frames)
             if "docno" not in frame.columns:
                 raise KeyError(
                     f"the negative source {source!r} gave no column 'docno' (columns: {list(frame.columns)})"
