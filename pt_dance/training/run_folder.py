@@ -187,7 +187,7 @@ class RunFolder:
             number: of the round.
             encoder: its encoder.
             corpus: ``Corpus`` to index; None where the index is there.
-            engine: has workers that encode; this process does where None.
+            engine: Has workers that encode; this process does where None.
             verbose: shows progress.
 
         Raises:
