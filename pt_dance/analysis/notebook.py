@@ -11,12 +11,7 @@ from pt_dance.training.round_table import recipe_table
 
 
 def run_view(dance: Any, schematic: str) -> str:
-    """Return a schematic, what the retriever is, its recipe and its rounds, as HTML.
-
-    Args:
-        dance: A ``DanceRetriever``.
-        schematic: HTML of its schematic.
-    """
+    """Return the schematic of a ``DanceRetriever``, what it is, its recipe and its rounds, as HTML."""
     history = dance.history
     about = {
         "state": f"trained, {int((history['round'] > 0).sum())} rounds" if len(history) else "not trained yet",

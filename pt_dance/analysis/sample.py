@@ -73,17 +73,7 @@ def draw(
 ) -> PairSample:
     """Draw relevant pairs and a pool of documents; the draw does not depend on the order of rows.
 
-    Args:
-        topics: Columns ``qid`` and ``query``.
-        qrels: Columns ``qid``, ``docno``, ``label``; a label above 0 is relevant.
-        corpus: A ``Corpus``.
-        sample: How many pairs, at most.
-        pool: How many documents are searched, at most, except that every relevant one is among them.
-        seed: Fixes the draw.
-
-    Raises:
-        KeyError: If a column is missing.
-        ValueError: If a number makes no sense or fewer than two pairs are left.
+    Arguments and errors are those of :func:`pt_dance.analysis.space`.
     """
     for name, value, lowest in (("sample", sample, 2), ("pool", pool, 0), ("seed", seed, 0)):
         whole(name, value, lowest)

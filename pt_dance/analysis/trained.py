@@ -19,7 +19,7 @@ from pt_dance.training.run_folder import RunFolder
 
 
 def with_facts(encoder: Any, dance: Any, number: int, history: list[dict]) -> Any:
-    """Return a round's encoder, which now knows what trained it; arguments are those of :func:`training_facts`."""
+    """Return a round's encoder, which now knows what trained it."""
     facts = training_facts(dance, number, history)
     if facts is not None and dance.initial_encoder is not None:
         encoder.origin = with_training(dance.initial_encoder.origin, facts)
@@ -27,16 +27,10 @@ def with_facts(encoder: Any, dance: Any, number: int, history: list[dict]) -> An
 
 
 def training_facts(dance: Any, number: int, history: list[dict]) -> dict[str, Any] | None:
-    """Return what there is to say of a round's encoder, as JSON values.
+    """Return what there is to say of a round's encoder, as JSON values; None where nothing was trained.
 
-    Args:
-        dance: The ``DanceRetriever`` whose run it is.
-        number: The round.
-        history: Rows of the rounds.
-
-    Returns:
-        ``fingerprint``, and ``rounds``, ``data``, ``measures``, ``versions``, ``citations`` for
-        :func:`pt_dance.encoder.card.model_card`; None where nothing was trained.
+    That is its ``fingerprint``, and ``rounds``, ``data``, ``measures``, ``versions`` and ``citations`` for
+    :func:`pt_dance.encoder.card.model_card`.
     """
     run = RunFolder(dance.path)
     trained = run.trained(number) if number else None
