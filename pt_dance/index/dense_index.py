@@ -234,7 +234,7 @@ class DenseIndex(FlexIndex):
         """Return the row of each docno, ``int64``, -1 where there is no such document.
 
         Raises:
-            TypeError: If one string is given in the place of a list.
+            TypeError: If one string is given instead of a list.
         """
         return self.open().rows(options.list_of("docnos", docnos, "DenseIndex.rows"))
 
@@ -243,7 +243,7 @@ class DenseIndex(FlexIndex):
 
         Raises:
             KeyError: Naming a docno that is not in the index.
-            TypeError: If one string is given in the place of a list.
+            TypeError: If one string is given instead of a list.
         """
         return self._known(options.list_of("docnos", docnos, "DenseIndex.known_rows"), self.rows)
 
@@ -252,7 +252,7 @@ class DenseIndex(FlexIndex):
 
         Raises:
             KeyError: Naming a docno that is not in the index.
-            TypeError: If one string is given in the place of a list.
+            TypeError: If one string is given instead of a list.
         """
         docnos = options.list_of("docnos", docnos, "DenseIndex.known_documents")
         return self._known(docnos, self.open().documents.rows)

@@ -292,7 +292,7 @@ def _text_or_none(value: Any) -> str | None:
 
 
 def _path_beside(encoder: Any, index_path: Path) -> str | None:
-    """Where the encoder is saved, as seen from the index, if both lie in the same folder and can be moved together."""
+    """Return where the encoder is, as seen from the index, if both lie in one folder and can be moved together."""
     path = getattr(encoder, "path", None)
     if not isinstance(path, (str, Path)) or not Path(path).is_dir():
         return None

@@ -68,7 +68,7 @@ def plan(corpus: Corpus, field: str, first: int, size: int, number: int) -> Iter
 
 
 class PartWriter:
-    """Encodes parts and writes them, in a worker.
+    """Encode parts and write them, in a worker.
 
     Args:
         folder: Where parts are written; exists.

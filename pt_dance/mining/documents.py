@@ -117,7 +117,7 @@ def _results(
 
 
 class PipelineSearch:
-    """Retrieves with negative sources, in a worker or in this process.
+    """Retrieve with negative sources, in a worker or in this process.
 
     Args:
         pipelines: The sources.

@@ -113,7 +113,7 @@ def mine_queries(
 
 
 class VectorSearch:
-    """Finds the queries nearest to documents' vectors, in a worker or in this process.
+    """Find the queries nearest to documents' vectors, in a worker or in this process.
 
     Args:
         encoder: Encodes the queries, here, and the documents where there is no index.
@@ -166,7 +166,7 @@ class VectorSearch:
 
 
 class PipelineSearch:
-    """Finds queries by a pipeline with documents' texts, in a worker or in this process.
+    """Find queries by a pipeline with documents' texts, in a worker or in this process.
 
     Args:
         pipeline: Gives queries' qids in the column ``docno``.

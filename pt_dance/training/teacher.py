@@ -30,11 +30,11 @@ class TeacherScores:
     Memory is bounded by a block of pairs; what is known lies in an SQLite file, which a killed fit leaves intact.
 
     Args:
-        teacher: any PyTerrier pipeline that scores rows of ``qid``, ``query``, ``docno`` and ``text``.
-        path: the SQLite file; made when missing.
+        teacher: Any PyTerrier pipeline that scores rows of ``qid``, ``query``, ``docno`` and ``text``.
+        path: The SQLite file; made when missing.
         engine: :class:`pt_dance.engines.Ray`, whose workers ask the teacher; one that cannot be sent to them is made
             there by a :class:`pt_dance.engines.LazyPipeline`. None asks in this process.
-        verbose: shows a progress bar.
+        verbose: Shows a progress bar.
     """
 
     def __init__(self, teacher: pt.Transformer, path: str | Path, *, engine: Any = None, verbose: bool = False):
@@ -48,8 +48,8 @@ class TeacherScores:
         """Return the same rows with the teacher's scores of their positives, document negatives and query negatives.
 
         Args:
-            rows: training rows; entries of -1 (no negative) get the score 0, which every loss masks.
-            query_texts: text of each query number.
+            rows: Training rows; entries of -1 (no negative) get the score 0, which every loss masks.
+            query_texts: Text of each query number.
             corpus: ``Corpus`` with the documents.
 
         Returns:
