@@ -460,6 +460,7 @@ def test_nothing_is_left_of_a_killed_program(engine):
     assert Path(engine._cluster.folder).exists(), "another program's cluster was ended, too"
 
 
+@pytest.mark.collections  # Ray starts once more
 def test_the_same_call_goes_on_after_ray_itself_was_killed(engine, encoder, corpus, tmp_path, monkeypatch):
     make(tmp_path / "one", encoder, corpus)
     add, added = parts.IndexWriter.add, []
