@@ -27,7 +27,8 @@ class Usage:
     """Time, CPU time and peak memory of what runs inside.
 
     ``result`` has seconds, cpu_seconds, and the peak resident set above the baseline in MiB as the kernel noted it
-    (peak_mib) and, where asked, as a thread saw it that looked 50 times a second (sampled_mib).
+    (peak_mib) and, where asked, as a thread saw it that looked 50 times a second (sampled_mib; anonymous_mib without the
+    pages of files, which the system takes back when it needs them, and without a baseline).
 
     Args:
         baseline: resident set in MiB that is not counted; what is in memory when measuring starts if None.
@@ -44,7 +45,7 @@ class Usage:
         Path("/proc/self/clear_refs").write_text("5")
         if self.baseline is None:
             self.baseline = memory("VmRSS")
-        self._most, self._stop = memory("VmRSS"), threading.Event()
+        self._most, self._anonymous, self._stop = memory("VmRSS"), memory("RssAnon"), threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         if self.sampled:
             self._watcher.start()
@@ -54,6 +55,7 @@ class Usage:
     def _watch(self) -> None:
         while not self._stop.wait(0.02):
             self._most = max(self._most, memory("VmRSS"))
+            self._anonymous = max(self._anonymous, memory("RssAnon"))
 
     def __exit__(self, *_: object) -> None:
         self.result = {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
@@ -62,6 +64,7 @@ class Usage:
             self._stop.set()
             self._watcher.join()
             self.result["sampled_mib"] = self._most - self.baseline
+            self.result["anonymous_mib"] = self._anonymous
 
 
 def answers() -> TextIO:
