@@ -7,6 +7,7 @@ import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import faiss
 import numpy as np
 import pandas as pd
 import pyterrier as pt
@@ -159,3 +160,42 @@ class TestContract(pt.testing.transformer_test_class(lambda: None)):
     @classmethod
     def make(cls, index):
         cls.transformer = index.ann_retriever(10)
+
+
+def test_an_ivfpq_merged_on_disk_is_the_one_made_in_memory(tmp_path, monkeypatch):
+    rng = np.random.default_rng(5)
+    centres = rng.standard_normal((30, 16))
+    vectors = (centres[rng.integers(0, 30, 3000)] + 0.3 * rng.standard_normal((3000, 16))).astype(np.float32)
+    index = DenseIndex(tmp_path / "i", verbose=False)
+    index.index({"docno": f"d{i}", "doc_vec": v} for i, v in enumerate(vectors))
+    queries = pd.DataFrame({"qid": [str(i) for i in range(50)], "query_vec": list(vectors[::60])})
+    whole = index.ann_retriever(20, "ivfpq", build_options={"lists": 40})
+    expected, recall = whole(queries), whole.recall(queries, k=20)
+    in_memory = names(whole)
+    monkeypatch.setattr("pt_dance.retriever.ann._ROWS_IN_MEMORY", 700)
+    again = DenseIndex(tmp_path / "i", verbose=False).ann_retriever(20, "ivfpq", build_options={"lists": 40})
+    merged = again(queries)
+    assert in_memory == ["index.faiss", "pt_meta.json"]
+    assert names(again) == ["index.faiss", "lists.ivfdata", "pt_meta.json"]
+    pd.testing.assert_frame_equal(merged, expected)
+    assert again.recall(queries, k=20) == recall > 0.5
+    # The folder can be moved, and another process opens it; lists that were cut are made again.
+    (tmp_path / "i").rename(tmp_path / "moved")
+    moved = DenseIndex(tmp_path / "moved", verbose=False).ann_retriever(20, "ivfpq", build_options={"lists": 40})
+    pd.testing.assert_frame_equal(moved(queries), expected)
+    lists = moved._folder() / "lists.ivfdata"
+    lists.write_bytes(lists.read_bytes()[:-1])
+    moved = DenseIndex(tmp_path / "moved", verbose=False).ann_retriever(20, "ivfpq", build_options={"lists": 40})
+    pd.testing.assert_frame_equal(moved(queries), expected)
+
+
+def test_a_graph_finds_the_lists_where_there_are_many(tmp_path, monkeypatch):
+    monkeypatch.setattr("pt_dance.retriever.ann._MOST_FLAT_LISTS", 10)
+    index = DenseIndex(tmp_path / "i", verbose=False)
+    index.index({"docno": str(i), "doc_vec": v} for i, v in enumerate(VECTORS))
+    graph = index.ann_retriever(20, "ivfpq", candidates=200, search_options={"probes": 20})
+    assert "HNSW" in type(faiss.downcast_index(graph._ann().quantizer)).__name__ and graph.recall(QUERIES, k=10) > 0.8
+
+
+def names(retriever):
+    return sorted(file.name for file in retriever._folder().iterdir())

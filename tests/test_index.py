@@ -454,6 +454,42 @@ def test_an_interrupted_append_goes_on(make, encoder, tmp_path):
     assert (make().open().vectors == make("fresh").index(DOCUMENTS).open().vectors).all()
 
 
+def test_appending_copies_no_vectors(make, tmp_path, encoder):
+    index = make().index(DOCUMENTS[:100])
+    vectors = Path(index.index_path) / "vecs.f4"
+    expected, file = vectors.read_bytes(), vectors.stat().st_ino
+    with pytest.raises(StreamError):
+        index.append(failing_after(DOCUMENTS[100:], 140))
+    # The index that is there shares the file with the longer one, and is what it was.
+    assert vectors.stat().st_size > len(expected) and vectors.read_bytes()[: len(expected)] == expected
+    assert make().built() and make().open().vectors.tobytes() == expected
+    assert len(FlexIndex(str(index.index_path)).payload()[1]) == 100
+    shutil.rmtree(_files.building_path(index.index_path))
+    make().append(DOCUMENTS[200:])
+    assert vectors.stat().st_ino == file and vectors.stat().st_size == 2 * len(expected)
+    fresh = make("fresh").index([*DOCUMENTS[:100], *DOCUMENTS[200:]])
+    assert (make().open().vectors == fresh.open().vectors).all() and list(make().open().docnos) == list(
+        fresh.open().docnos
+    )
+
+
+def test_an_index_without_offsets_gets_them_when_it_is_opened(make, monkeypatch):
+    index = make().index(DOCUMENTS)
+    folder, offsets = Path(index.index_path), Path(index.index_path) / "docno_offsets.i8"
+    expected, meta = offsets.read_bytes(), json.loads((folder / "pt_meta.json").read_text())
+    del meta["files"][offsets.name]
+    (folder / "pt_meta.json").write_text(json.dumps(meta))
+    offsets.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+        assert list(make().open().docnos) == [d["docno"] for d in DOCUMENTS] and not offsets.exists()
+    assert list(make().open().docnos) == [d["docno"] for d in DOCUMENTS] and offsets.read_bytes() == expected
+    assert not [file for file in folder.iterdir() if file.name.startswith(".")]
+    offsets.write_bytes(expected[:-8])
+    with pytest.raises(ValueError, match=r"docno_offsets.i8 has 2,400 bytes where 2,408 belong"):
+        make().open()
+
+
 def test_two_writers_do_not_meet(make):
     def documents():
         yield from DOCUMENTS[:100]

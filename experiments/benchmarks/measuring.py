@@ -27,8 +27,8 @@ class Usage:
     """Time, CPU time and peak memory of what runs inside.
 
     ``result`` has seconds, cpu_seconds, and the peak resident set above the baseline in MiB as the kernel noted it
-    (peak_mib) and, where asked, as a thread saw it that looked 50 times a second (sampled_mib; anonymous_mib without the
-    pages of files, which the system takes back when it needs them, and without a baseline).
+    (peak_mib) and, where asked, as a thread saw it that looked 50 times a second (sampled_mib). The thread notes, too,
+    the peak without the pages of files, which the system takes back when it needs them (anonymous_mib, no baseline).
 
     Args:
         baseline: resident set in MiB that is not counted; what is in memory when measuring starts if None.

@@ -4,7 +4,8 @@ Texts are synthetic, as long as MedQuAD's documents are, and read by a static to
 measured is this package rather than a large model. Every stage runs in a process of its own, whose peak resident set
 is told whole, libraries included, and what of it is not pages of files, which the system takes back when it needs
 them. One query is mined for and trained on for every 100 documents. Between two sizes the slope is the exponent of
-time by size: 1 is as many times the seconds as there are times the documents.
+CPU time by size: 1 is as many times the seconds as there are times the documents. CPU time, since the clock also counts
+what else the machine does.
 
 What is measured is written to --out after every stage. The same command goes on where an earlier one was interrupted;
 what the stages made lies in --folder until a size is done.
@@ -18,11 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def queries(corpus, count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
 # --- the stages, each in a process of its own: what is prepared, and what is measured ---------------------------------
 
 
-class Stage:
+class _Stage:
     """One measurement: ``prepare`` returns what is measured, which returns a few words and numbers about it.
 
     Args:
@@ -264,7 +265,7 @@ def run_stage(name: str, folder: Path, count: int) -> dict:
     if name in MADE:  # What a killed process left half-made would be continued, and its time with it.
         for left in (folder / MADE[name], folder / Path(MADE[name]).parent / f".{Path(MADE[name]).name}.building"):
             shutil.rmtree(left.parent if left.name == "pt_meta.json" else left, ignore_errors=True)
-    work = getattr(Stage(folder, count), name)()
+    work = getattr(_Stage(folder, count), name)()
     loaded, before = memory("VmRSS"), on_disk(folder)
     with Usage(baseline=0.0, sampled=True) as usage:
         about = work()
@@ -284,12 +285,12 @@ def needed(stages: list[str], done: dict[str, dict], folder: Path) -> list[str]:
 
 
 def slopes(found: dict[str, dict[str, dict]]) -> dict[str, dict[str, float]]:
-    """Return for every size and stage the exponent of its seconds by what it does, against the size before."""
+    """Return for every size and stage the exponent of its CPU time by what it does, against the size before."""
     result: dict[str, dict[str, float]] = {}
     sizes = sorted(found, key=int)
-    for small, large in zip(sizes, sizes[1:], strict=False):
+    for small, large in pairwise(sizes):
         result[large] = {
-            name: math.log(found[large][name]["seconds"] / found[small][name]["seconds"])
+            name: math.log(found[large][name]["cpu_seconds"] / found[small][name]["cpu_seconds"])
             / math.log(found[large][name]["units"] / found[small][name]["units"])
             for name in STAGES
             if name in found[large] and name in found[small]
@@ -299,7 +300,7 @@ def slopes(found: dict[str, dict[str, dict]]) -> dict[str, dict[str, float]]:
 
 def table(report: dict) -> str:
     lines = [
-        "| stage | documents | seconds | slope | CPU seconds | peak MiB | of it no files' pages | written MB |",
+        "| stage | documents | seconds | CPU seconds | slope | peak MiB | without pages of files | written MB |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     rising = slopes(report["sizes"])
@@ -309,9 +310,10 @@ def table(report: dict) -> str:
             if m is None:
                 continue
             slope = rising.get(size, {}).get(name)
+            shown = "–" if slope is None else f"{slope:.2f}"
+            memory = f"{m['peak_mib']:,.0f} | {m['anonymous_mib']:,.0f} | {m['bytes'] / 1e6:,.0f}"
             lines.append(
-                f"| {title} | {int(size):,} | {m['seconds']:.1f} | {'–' if slope is None else f'{slope:.2f}'} "
-                f"| {m['cpu_seconds']:.1f} | {m['peak_mib']:,.0f} | {m['anonymous_mib']:,.0f} | {m['bytes'] / 1e6:,.0f} |"
+                f"| {title} | {int(size):,} | {m['seconds']:.1f} | {m['cpu_seconds']:.1f} | {shown} | {memory} |"
             )
     return "\n".join(lines)
 

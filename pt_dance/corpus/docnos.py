@@ -8,8 +8,9 @@ block (npids 0.1.3).
 
 from __future__ import annotations
 
+import contextlib
 import re
-from array import array
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from more_itertools import chunked
 
+from pt_dance.corpus.sorting import BLOCK, SeenNumbers, ends_of_lines, mapped_file, rank_strings, sort_numbers
 from pt_dance.storage.digests import short_text_digest
 
 MAX_DOCNO_LENGTH = 1024
@@ -57,15 +59,22 @@ def duplicate_error(docno: str) -> ValueError:
 
 
 class DuplicateDocnos:
-    """Find docnos that occur twice, in bounded memory: 16 bytes a docno, whatever its length.
+    """Finds docnos that occur twice, in bounded memory, whatever their number and length.
 
-    Attributes:
-        hashes: ``array('Q')`` with the hash of every docno added, in order.
+    Args:
+        folder: Where temporary files lie: 16 bytes a docno.
     """
 
-    def __init__(self) -> None:
-        self.hashes = array("Q")
-        self._runs: list[np.ndarray] = []  # sorted hashes; sizes shrink by half or more, so there are few of them
+    def __init__(self, folder: Path | None = None) -> None:
+        self._seen = SeenNumbers(folder)
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """The hash of every docno added, in order, ``uint64``, memory-mapped."""
+        return self._seen.all()
 
     def add_block(self, docnos: Sequence[str]) -> list[int]:
         """Add a block of valid docnos and return the positions of those whose hash has been seen before.
@@ -74,19 +83,7 @@ class DuplicateDocnos:
         hash: the caller compares the strings.
         """
         block = np.fromiter((short_text_digest(d) for d in docnos), dtype=np.uint64, count=len(docnos))
-        self.hashes.frombytes(block.tobytes())
-        order = np.argsort(block, kind="stable")
-        run = block[order]
-        seen = np.zeros(len(block), dtype=bool)
-        seen[order[1:]] = run[1:] == run[:-1]
-        for old in self._runs:
-            at = np.searchsorted(old, block)
-            seen |= old[np.minimum(at, len(old) - 1)] == block
-        while self._runs and len(self._runs[-1]) <= 2 * len(run):
-            run = np.sort(np.concatenate([self._runs.pop(), run]))
-        if len(run):
-            self._runs.append(run)
-        return np.flatnonzero(seen).tolist()
+        return np.flatnonzero(self._seen.add(block)).tolist()
 
 
 class DocnoRows:
@@ -102,13 +99,12 @@ class DocnoRows:
         self._hashes, self._rows, self._docnos_at = hashes, rows, docnos_at
 
     @staticmethod
-    def write(path: str | Path, hashes: array | np.ndarray) -> None:
+    def write(path: str | Path, hashes: np.ndarray) -> None:
         """Write the table for hashes in row order: n sorted ``uint64``, then n ``uint32`` rows (12 bytes a docno)."""
-        values = np.frombuffer(hashes, dtype=np.uint64)
-        order = np.argsort(values, kind="stable")
-        with open(path, "wb") as out:
-            out.write(values[order].astype("<u8").tobytes())
-            out.write(order.astype("<u4").tobytes())
+        with open(path, "w+b") as file:
+            table = mapped_file(file, "<u4", 3 * len(hashes))
+            sort_numbers(hashes, table[: 2 * len(hashes)].view("<u8"), table[2 * len(hashes) :])
+            table.flush()
 
     @classmethod
     def open(cls, path: str | Path, count: int, docnos_at: Callable[[np.ndarray], Sequence[str]]) -> DocnoRows:
@@ -159,44 +155,102 @@ class DocnoRows:
 
 
 class DocnoColumn:
-    """The docnos of an index by row, in Arrow memory, memory-mapped where ``docnos.txt`` is there."""
+    """The docnos of an index by row, in Arrow memory, memory-mapped where there are files of them.
 
-    def __init__(self, lines: Any, count: int, source: Path) -> None:
+    Args:
+        lines: Bytes, a docno a line.
+        count: How many there are.
+        source: What messages call them.
+        offsets: ``int64`` (count + 1,), where each line begins and the last one ends, as :meth:`write_offsets` writes
+            them; found by reading all lines if None.
+
+    Raises:
+        ValueError: If ``lines`` are not so many docnos.
+    """
+
+    def __init__(self, lines: Any, count: int, source: Path, offsets: np.ndarray | None = None) -> None:
         import pyarrow as pa
 
-        data = np.frombuffer(lines, dtype=np.uint8)
-        ends = np.flatnonzero(data == 10) + 1
-        if len(ends) != count or (count and ends[-1] != len(data)):
-            raise ValueError(f"{source} does not hold {count:,} docnos: the index is damaged; index again")
-        offsets = np.concatenate([[0], ends]).astype(np.int64)
+        self._data, self._source, self._count = np.frombuffer(lines, dtype=np.uint8), source, count
+        self._checked = offsets is None
+        if offsets is None:
+            offsets = np.empty(count + 1, dtype=np.int64)
+            ends_of_lines(self._data, offsets, self._damaged())
+        elif offsets[0] != 0 or offsets[-1] != len(self._data):
+            raise self._damaged()
+        self._offsets = offsets.view(np.ndarray)
         # Every string keeps its line break: Arrow's strings lie end to end, so the file can be used as it is.
-        self._lines = pa.LargeStringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(lines))
+        self._lines = pa.LargeStringArray.from_buffers(count, pa.py_buffer(self._offsets), pa.py_buffer(lines))
+
+    @staticmethod
+    def write_offsets(lines: Path, count: int, path: Path) -> np.ndarray:
+        """Write where each docno of a file begins, 8 bytes each, so that opening it need not read them all.
+
+        Returns what was written, memory-mapped.
+
+        Raises:
+            ValueError: If the file does not hold ``count`` docnos.
+        """
+        with open(path, "w+b") as file:
+            offsets = mapped_file(file, "<i8", count + 1)
+            data = np.memmap(lines, dtype=np.uint8, mode="r")
+            ends_of_lines(data, offsets, _damaged(lines, count))
+            offsets.flush()
+        return offsets
+
+    def _damaged(self) -> ValueError:
+        return _damaged(self._source, self._count)
+
+    def _check(self, rows: np.ndarray) -> None:
+        """Refuse offsets of a damaged file, with which Arrow would read other memory."""
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self._count:
+            raise IndexError(f"rows are 0 to {self._count - 1}, not {rows.min()} to {rows.max()}")
+        if not self._checked:
+            starts, ends = self._offsets[rows], self._offsets[rows + 1]
+            inside = (starts >= 0) & (starts < ends) & (ends <= len(self._data))
+            if not inside.all() or not (self._data[ends - 1] == 10).all():
+                raise self._damaged()
 
     def take(self, rows: np.ndarray) -> Any:
         """Return the docnos of rows as an Arrow array of strings."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        lines = self._lines.take(pa.array(np.asarray(rows, dtype=np.int64)))
-        return pc.utf8_rtrim(lines, characters="\n")
+        rows = np.asarray(rows, dtype=np.int64)
+        self._check(rows)
+        return pc.utf8_rtrim(self._lines.take(pa.array(rows)), characters="\n")
 
     def at(self, rows: np.ndarray) -> list[str]:
         """Return the docnos of rows as a list."""
         return self.take(rows).to_pylist()
 
+    def _blocks(self) -> Iterator[Any]:
+        for start in range(0, self._count, 1 << 16):
+            end = min(start + (1 << 16), self._count)
+            self._check(np.arange(start, end))
+            yield self._lines[start:end]
+
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self._lines), 1 << 16):
-            yield from (line[:-1] for line in self._lines[start : start + (1 << 16)].to_pylist())
+        for block in self._blocks():
+            yield from (line[:-1] for line in block.to_pylist())
 
-    def ranks(self) -> np.ndarray:
-        """Return the place of every row's docno in docno order (by code point), ``uint32``."""
-        import pyarrow.compute as pc
+    def ranks(self, out: np.ndarray | None = None, folder: Path | None = None) -> np.ndarray:
+        """Return the place of every row's docno in docno order (by code point), ``uint32``.
 
+        Args:
+            out: Where they are written, e.g. a memory-mapped file; new memory if None.
+            folder: Where temporary files lie.
+        """
+        for _ in self._blocks():
+            pass  # all offsets are checked
+        ranks = np.empty(self._count, dtype="<u4") if out is None else out
         # A line break sorts before every character that a docno may hold.
-        order = pc.sort_indices(self._lines).to_numpy()
-        ranks = np.empty(len(order), dtype="<u4")
-        ranks[order] = np.arange(len(order), dtype="<u4")
+        rank_strings(self._lines, ranks, folder)
         return ranks
+
+
+def _damaged(source: Path, count: int) -> ValueError:
+    return ValueError(f"{source} does not hold {count:,} docnos: the index is damaged; index again")
 
 
 def write_npids(path: str | Path, docnos: Iterator[str]) -> None:
@@ -216,4 +270,32 @@ def write_npids(path: str | Path, docnos: Iterator[str]) -> None:
             out.write_header(0, len(block), {"format": "fixedbytes", "length": width, "prefix": ""})
             out.write(np.array(block, dtype=f"S{width}").tobytes())
     with npids.Lookup(path) as lookup, FileManager(path, "a") as out:
-        codecs.inv["hash"].build(lookup.fwd, out)
+        if len(lookup) <= BLOCK:
+            codecs.inv["hash"].build(lookup.fwd, out)
+        else:
+            _write_hash_lookup(lookup.fwd, out, Path(path).parent)
+
+
+def _write_hash_lookup(docnos: Any, out: Any, folder: Path) -> None:
+    """Write what npids' ``InvHash.build`` writes, which needs some 40 bytes of memory a docno, with little memory."""
+    from npids.codecs.inv_hash import fnv1_32
+
+    count = len(docnos)
+    bits = (count - 1).bit_length()
+    with contextlib.ExitStack() as files:
+        arrays = []
+        for _ in range(3):
+            file = files.enter_context(tempfile.TemporaryFile(dir=folder))
+            arrays.append(mapped_file(file, "<u4", count))
+        buckets, ordered, rows = arrays
+        for start in range(0, count, _NPIDS_BLOCK):
+            part = np.arange(start, min(start + _NPIDS_BLOCK, count))
+            buckets[part] = fnv1_32(docnos.lookup(part, as_bytes=True)) & ((1 << bits) - 1)
+        sort_numbers(buckets, ordered, rows, bits)
+        out.write_header(1, count, {"format": "hash", "hash_bits": bits, "hash_fn": "fnv1_32"})
+        for start in range(0, 1 << bits, BLOCK):
+            firsts = np.arange(start, min(start + BLOCK, 1 << bits), dtype=np.uint32)
+            out.write(np.searchsorted(ordered, firsts).astype(np.uint32).tobytes())
+        out.write(np.array([count], dtype=np.uint32).tobytes())
+        for start in range(0, count, BLOCK):
+            out.write(rows[start : start + BLOCK].tobytes())

@@ -79,21 +79,21 @@ def write_rows(folder: Path, rows: Iterable[tuple[str, ...]], fields: list[str],
     """
     names = columns_of(fields)
     digest = new_digest("\x1f".join(names).encode())
-    seen, suspects = DuplicateDocnos(), dict[int, str]()
+    seen, suspects = DuplicateDocnos(folder), dict[int, str]()
     with table_writer(folder / TABLE, names) as write:
         for block in constrained_batches(rows, _BLOCK_CHARACTERS, _BLOCK_DOCUMENTS, _characters, strict=False):
-            first, docnos = len(seen.hashes), [row[0] for row in block]
+            first, docnos = len(seen), [row[0] for row in block]
             again = seen.add_block(docnos)
             if len(suspects) < _BLOCK_DOCUMENTS:  # so many are no accident
                 suspects |= {first + place: docnos[place] for place in again}
             for row in block:
                 add_texts(digest, row)
             write({name: list(values) for name, values in zip(names, zip(*block, strict=True), strict=True)})
-    if not seen.hashes:
+    if not len(seen):
         raise ValueError("the source has no documents: a corpus needs at least one")
     DocnoRows.write(folder / HASHES, seen.hashes)
     column = TextColumn(open_table(folder / TABLE), "docno")
-    first_rows = DocnoRows.open(folder / HASHES, len(seen.hashes), column.take)(list(suspects.values()))
+    first_rows = DocnoRows.open(folder / HASHES, len(seen), column.take)(list(suspects.values()))
     for (suspect, docno), first_row in zip(suspects.items(), first_rows, strict=True):
         if suspect != first_row:
             raise duplicate_error(docno)
@@ -101,7 +101,7 @@ def write_rows(folder: Path, rows: Iterable[tuple[str, ...]], fields: list[str],
         "type": "corpus",
         "format": "arrow",
         "package_hint": "pt_dance",
-        "doc_count": len(seen.hashes),
+        "doc_count": len(seen),
         "fields": fields,
         "separator": separator,
         "fingerprint": digest.hexdigest(),

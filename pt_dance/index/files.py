@@ -1,14 +1,18 @@
 """The files of a dense index: read without trusting them, opened all together or not at all.
 
 ``vecs.f4`` (or ``vecs.f2``) holds the vectors row by row, ``docnos.npids`` FLEX's docno lookup; with ``pt_meta.json``
-they are what pyterrier_dr opens. ``docnos.txt`` (a docno a line), ``docnos.hash`` (rows by hash), ``docno_ranks.u4``
-(the place of each row's docno in docno order, which decides ties) and ``shards.jsonl`` (what was indexed, shard by
-shard) are ours; a folder without them is read all the same, and what they hold is computed.
+they are what pyterrier_dr opens. ``docnos.txt`` (a docno a line), ``docno_offsets.i8`` (where each line begins),
+``docnos.hash`` (rows by hash), ``docno_ranks.u4`` (the place of each row's docno in docno order, which decides ties)
+and ``shards.jsonl`` (what was indexed, shard by shard) are ours; a folder without them is read all the same, and what
+they hold is computed. Vectors may go on behind the last one that counts: where documents are being appended, the
+longer index shares the file (:mod:`pt_dance.index.writer`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ NPIDS = "docnos.npids"
 DOCNOS = "docnos.txt"
 HASHES = "docnos.hash"
 RANKS = "docno_ranks.u4"
+OFFSETS = "docno_offsets.i8"
 SHARDS = "shards.jsonl"
 VECTORS = {"float32": "vecs.f4", "float16": "vecs.f2"}
 FORMATS = {"float32": "flex", "float16": "flex_f16"}
@@ -46,6 +51,12 @@ def row_bytes(vec_dtype: str, vec_size: int) -> int:
     return np.dtype(vec_dtype).itemsize * vec_size
 
 
+def can_grow(meta: dict[str, Any]) -> bool:
+    """Return whether the file of vectors may be longer than its metadata says, which says so twice."""
+    size = meta["doc_count"] * row_bytes(meta["vec_dtype"], meta["vec_size"])
+    return (meta.get("files") or {}).get(VECTORS[meta["vec_dtype"]]) == size
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """Read and check an index's ``pt_meta.json``; ``vec_dtype`` is filled in.
 
@@ -64,12 +75,15 @@ def read_meta(path: Path) -> dict[str, Any]:
     read["vec_dtype"] = next(dtype for dtype, name in FORMATS.items() if name == read["format"])
     _check_encoder(path / META, read.get("encoder"))
     count = read["doc_count"]
-    sizes: dict[str, Any] = {VECTORS[read["vec_dtype"]]: count * row_bytes(read["vec_dtype"], read["vec_size"])}
-    for name, bytes_each in ((HASHES, 12), (RANKS, 4)):
+    vectors = VECTORS[read["vec_dtype"]]
+    sizes: dict[str, Any] = {vectors: count * row_bytes(read["vec_dtype"], read["vec_size"])}
+    if can_grow(read) and (path / vectors).is_file() and (path / vectors).stat().st_size > sizes[vectors]:
+        sizes[vectors] = None
+    for name, size in ((HASHES, 12 * count), (RANKS, 4 * count), (OFFSETS, 8 * (count + 1))):
         if (path / name).exists():
-            sizes[name] = bytes_each * count
+            sizes[name] = size
     # Only names of ours are looked at: metadata can point nowhere else.
-    for name in (NPIDS, DOCNOS, HASHES, RANKS, SHARDS):
+    for name in (NPIDS, DOCNOS, OFFSETS, HASHES, RANKS, SHARDS):
         if name in (read.get("files") or {}):
             sizes.setdefault(name, read["files"][name])
     meta_files.check_sizes(path, {**sizes, NPIDS: sizes.get(NPIDS)}, "index", "index again")
@@ -127,7 +141,8 @@ class OpenIndex:
         self.vectors = np.memmap(file, mode="c", dtype=dtype, shape=(count, meta["vec_size"]))
         self._lookup: Any = None
         if (path / DOCNOS).exists():
-            self.docnos = DocnoColumn(np.memmap(path / DOCNOS, dtype=np.uint8, mode="r"), count, path / DOCNOS)
+            lines = np.memmap(path / DOCNOS, dtype=np.uint8, mode="r")
+            self.docnos = DocnoColumn(lines, count, path / DOCNOS, _offsets(path, count))
         else:
             lines = "".join(f"{docno}\n" for docno in self.lookup).encode("utf-8", "surrogatepass")
             self.docnos = DocnoColumn(lines, count, path / NPIDS)
@@ -170,6 +185,26 @@ class OpenIndex:
                 raise ValueError(f"{file} holds {count:,} docnos where {self.meta['doc_count']:,} belong: index again")
             self._lookup = lookup
         return self._lookup
+
+
+def _offsets(path: Path, count: int) -> np.ndarray | None:
+    """Return where each docno begins, memory-mapped; None where the folder cannot hold it.
+
+    An index of an earlier version gets the file when it is first opened.
+    """
+    if not (path / OFFSETS).exists():
+        beside = path / f".{OFFSETS}.{os.getpid()}.{threading.get_ident()}"
+        try:
+            DocnoColumn.write_offsets(path / DOCNOS, count, beside)
+            # A link does not replace what another process, or the index that took this one's place, has there.
+            with contextlib.suppress(FileExistsError):
+                os.link(beside, path / OFFSETS)
+        except OSError:
+            return None
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+    return np.memmap(path / OFFSETS, dtype="<i8", mode="r", shape=(count + 1,))
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

@@ -8,6 +8,7 @@ difference (or the end) is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,17 +21,20 @@ import numpy as np
 from more_itertools import chunked
 
 from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, duplicate_error, write_npids
+from pt_dance.corpus.sorting import mapped_file
 from pt_dance.index.files import (
     DOCNOS,
     FORMATS,
     HASHES,
     META,
     NPIDS,
+    OFFSETS,
     RANKS,
     SHARDS,
     VECTORS,
     DocnoColumn,
     OpenIndex,
+    can_grow,
     row_bytes,
 )
 from pt_dance.retriever.search.vectors import MAX_NORM
@@ -132,7 +136,7 @@ class IndexWriter:
         }
         self._vectors_path = folder / VECTORS[vec_dtype]
         self._row_bytes = row_bytes(vec_dtype, vec_size)
-        self._seen = DuplicateDocnos()
+        self._seen = DuplicateDocnos(folder)
         self.count = 0
         self._docno_bytes = 0
         self._shards: list[Shard] = []
@@ -184,7 +188,7 @@ class IndexWriter:
             self._vectors_path.touch()
             (self.folder / DOCNOS).touch()
         else:
-            shutil.copyfile(base.path / VECTORS[base.meta["vec_dtype"]], self._vectors_path)
+            _share_vectors(base, self._vectors_path)
             with open(self.folder / DOCNOS, "wb") as out:
                 for docno in base.docnos:
                     out.write(docno.encode("utf-8") + b"\n")
@@ -274,13 +278,15 @@ class IndexWriter:
         self._open()
         self.close()
         lines = self.folder / DOCNOS
-        docnos = DocnoColumn(np.memmap(lines, dtype=np.uint8, mode="r"), self.count, lines)
+        offsets = DocnoColumn.write_offsets(lines, self.count, self.folder / OFFSETS)
+        docnos = DocnoColumn(np.memmap(lines, dtype=np.uint8, mode="r"), self.count, lines, offsets)
         (self.folder / NPIDS).unlink(missing_ok=True)
         write_npids(self.folder / NPIDS, iter(docnos))
         DocnoRows.write(self.folder / HASHES, self._seen.hashes)
-        (self.folder / RANKS).write_bytes(docnos.ranks().data)
+        with open(self.folder / RANKS, "w+b") as file:
+            docnos.ranks(mapped_file(file, "<u4", self.count), self.folder).flush()
         digest = add_file(add_file(new_digest(), self._vectors_path), lines)
-        names = (self._vectors_path.name, NPIDS, DOCNOS, HASHES, RANKS, SHARDS)
+        names = (self._vectors_path.name, NPIDS, DOCNOS, OFFSETS, HASHES, RANKS, SHARDS)
         write_json(
             self.folder / META,
             {
@@ -294,6 +300,20 @@ class IndexWriter:
                 "files": {name: (self.folder / name).stat().st_size for name in names},
             },
         )
+
+
+def _share_vectors(base: OpenIndex, target: Path) -> None:
+    """Give the file of an index's vectors a second name, or copy it where that cannot be.
+
+    The file is only ever added to: what is behind an index's vectors does not count in it, and the next call that
+    appends cuts it off.
+    """
+    source = base.path / VECTORS[base.meta["vec_dtype"]]
+    if can_grow(base.meta):
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def recorded_shards(base: OpenIndex, docno_bytes: int) -> list[Shard]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -45,6 +45,8 @@ class TrainingRows:
     teacher_negatives: np.ndarray | None = None
     teacher_query_negatives: np.ndarray | None = None
     passages: np.ndarray | None = None
+    # Which query each row of ``relevance`` is of, where it has not all of them, in order.
+    _judged: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         relevance = sp.csr_matrix(self.relevance, dtype=bool)
@@ -117,7 +119,7 @@ class TrainingRows:
             bool (a, b). Time and memory beyond it grow with the queries' judgements, not with the collection.
         """
         found = np.zeros((len(queries), len(documents)), dtype=bool)
-        found[_matches(*_entries(self.relevance, queries), documents)] = True
+        found[_matches(*self._entries(queries), documents)] = True
         return found
 
     def relevant_to_own(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -130,7 +132,7 @@ class TrainingRows:
         Returns:
             bool (a, n).
         """
-        of, judged = _entries(self.relevance, queries)
+        of, judged = self._entries(queries)
         found = np.zeros(documents.shape, dtype=bool)
         entry, column = np.nonzero(judged[:, None] == documents[of])
         found[of[entry], column] = True
@@ -146,8 +148,8 @@ class TrainingRows:
         Returns:
             bool (a, b).
         """
-        of, documents = _entries(self.relevance, queries)
-        other_of, other_documents = (of, documents) if others is queries else _entries(self.relevance, others)
+        of, documents = self._entries(queries)
+        other_of, other_documents = (of, documents) if others is queries else self._entries(others)
         related = queries[:, None] == others[None, :]
         row, entry = _matches(of, documents, other_documents)
         related[row, other_of[entry]] = True
@@ -165,13 +167,30 @@ class TrainingRows:
         """
         return self.mirrored.related_queries(documents, others)
 
+    def _entries(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what is relevant to some queries: position in ``rows`` and document of each."""
+        rows = np.asarray(rows)
+        there = np.ones(rows.shape, dtype=bool)
+        if self._judged is not None:
+            there = np.isin(rows, self._judged)
+            rows = np.where(there, np.searchsorted(self._judged, rows), 0)
+        starts = self.relevance.indptr
+        first = starts[rows]
+        count = np.where(there, starts[np.minimum(rows + 1, len(starts) - 1)] - first, 0)
+        return np.repeat(np.arange(len(count)), count), self.relevance.indices[_runs(first, count)]
+
     @cached_property
     def mirrored(self) -> TrainingRows:
         """The same rows with the roles of queries and documents swapped: what the dual direction looks up."""
         other = object.__new__(TrainingRows)  # what was checked once is not checked again
         other.query, other.positive = self.positive, self.query
         other.negatives, other.query_negatives = self.query_negatives, self.negatives
-        other.relevance = self.relevance.T.tocsr()
+        # Only documents that were judged have a row: no array is as long as the collection.
+        judged, column = np.unique(self.relevance.indices, return_inverse=True)
+        shape = self.relevance.shape[0], len(judged)
+        other.relevance = sp.csr_matrix((self.relevance.data, column, self.relevance.indptr), shape=shape).T.tocsr()
+        other._judged = judged
+        other.__dict__["mirrored"] = self
         other.teacher_positive = self.teacher_positive
         other.teacher_negatives = self.teacher_query_negatives
         other.teacher_query_negatives = self.teacher_negatives
@@ -179,9 +198,8 @@ class TrainingRows:
         return other
 
     def __repr__(self) -> str:
-        queries, documents = self.relevance.shape
         return (
-            f"TrainingRows({len(self)} rows, {queries} queries, {documents} documents, "
+            f"TrainingRows({len(self)} rows, {self.relevance.nnz} relevant pairs, "
             f"{self.negatives.shape[1]} negatives, {self.query_negatives.shape[1]} query negatives)"
         )
 
@@ -196,13 +214,6 @@ def _numbers(name: str, values: np.ndarray, count: int, lowest: int) -> np.ndarr
             f"it holds {array.min()} to {array.max()}"
         )
     return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _entries(matrix: sp.csr_matrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the entries of some rows of a CSR matrix: position in ``rows`` and column of each."""
-    first = matrix.indptr[rows]
-    count = matrix.indptr[np.asarray(rows) + 1] - first
-    return np.repeat(np.arange(len(count)), count), matrix.indices[_runs(first, count)]
 
 
 def _matches(of: np.ndarray, values: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

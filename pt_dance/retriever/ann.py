@@ -27,12 +27,16 @@ BUILD_OPTIONS: dict[str, dict[str, int | None]] = {
     "ivfpq": {"lists": None, "subvectors": None},
 }
 SEARCH_OPTIONS: dict[str, dict[str, int]] = {"hnsw": {"ef_search": 128}, "ivfpq": {"probes": 32}}
-_FOLDER, _FILE = "ann", "index.faiss"
+_FOLDER, _FILE, _LISTS = "ann", "index.faiss", "lists.ivfdata"
 _QUERY_BLOCK = 512
 _ADD_BLOCK = 1 << 14
 # A codebook of product quantization has 256 entries; FAISS asks for 39 training vectors for each centre.
 _LEAST_FOR_IVFPQ = 256
 _PER_CENTRE = 39
+# Rows of an ivfpq that are filled in memory at a time; with more, its lists are merged on disk and stay there.
+_ROWS_IN_MEMORY = 1 << 22
+# Beyond so many lists a graph over their centres finds a vector's list quicker than comparing with all of them.
+_MOST_FLAT_LISTS = 8192
 
 
 class AnnRetriever(DenseRetriever):
@@ -135,6 +139,8 @@ class AnnRetriever(DenseRetriever):
         for start in range(0, len(vectors), _QUERY_BLOCK):
             block = np.ascontiguousarray(vectors[start : start + _QUERY_BLOCK])
             rows = ann.search(block, count, params=self._parameters(count))[1]
+            if rows.max(initial=-1) >= len(self.index):
+                raise ValueError(f"{self._folder() / _LISTS} is damaged: remove {self._folder()}, it is built again")
             scores = np.full(rows.shape, -np.inf, dtype=np.float32)
             query, slot = np.nonzero(rows >= 0)
             scores[query, slot] = self.index.score_pairs(block, query, rows[query, slot])
@@ -158,9 +164,10 @@ class AnnRetriever(DenseRetriever):
         try:
             meta = read_json(folder / META)
             size = (folder / _FILE).stat().st_size
+            lists = (folder / _LISTS).stat().st_size if self._on_disk() else None
         except (OSError, ValueError):
             return False
-        return meta.get("of") == self.index.open().identity and meta.get("size") == size
+        return (meta.get("of"), meta.get("size"), meta.get("lists")) == (self.index.open().identity, size, lists)
 
     def _ann(self) -> Any:
         import faiss
@@ -172,7 +179,8 @@ class AnnRetriever(DenseRetriever):
             # FAISS trusts what it reads: only the bytes that were written here reach it.
             if file_digest(file) != read_json(file.with_name(META)).get("digest"):
                 raise ValueError(f"{file} is not what was written there: remove {file.parent}, it is built again")
-            ann = faiss.read_index(str(file))
+            flags = faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR if self._on_disk() else 0
+            ann = faiss.read_index(str(file), flags)
             if (ann.ntotal, ann.d) != self.index.open().vectors.shape:
                 raise ValueError(f"{file} is of other vectors: remove {file.parent}, it is built again")
             self._loaded = identity, ann
@@ -187,13 +195,15 @@ class AnnRetriever(DenseRetriever):
             ann = self._empty(count, dimension)
             if not ann.is_trained:
                 wanted = _PER_CENTRE * max(_LEAST_FOR_IVFPQ, self._lists(count))
-                chosen = np.sort(np.random.default_rng(0).permutation(count)[:wanted])
+                # A row of each of as many equal stretches: no array is as long as the collection.
+                at = np.arange(min(wanted, count)) + np.random.default_rng(0).random(min(wanted, count))
+                chosen = np.minimum((at * (count / len(at))).astype(np.int64), count - 1)
                 ann.train(np.ascontiguousarray(vectors[chosen], dtype=np.float32))
             with progress_bar(self.verbose, repr(self), count) as bar:
-                for start in range(0, count, _ADD_BLOCK):
-                    block = np.ascontiguousarray(vectors[start : start + _ADD_BLOCK], dtype=np.float32)
-                    ann.add(block)
-                    bar.update(len(block))
+                if self._on_disk():
+                    self._merge(folder, ann, vectors, bar)
+                else:
+                    _add(ann, vectors, 0, count, bar)
         faiss.write_index(ann, str(folder / _FILE))
         meta = {
             "type": "ann_index",
@@ -204,7 +214,29 @@ class AnnRetriever(DenseRetriever):
             "size": (folder / _FILE).stat().st_size,
             "digest": file_digest(folder / _FILE),
         }
+        if self._on_disk():
+            meta["lists"] = (folder / _LISTS).stat().st_size
         write_json(folder / META, meta)
+
+    def _on_disk(self) -> bool:
+        """Return whether the lists stay on disk, where FAISS maps them."""
+        return self.method == "ivfpq" and len(self.index) > _ROWS_IN_MEMORY
+
+    def _merge(self, folder: Path, ann: Any, vectors: Any, bar: Any) -> None:
+        """Fill a trained, empty ``ann`` part by part and merge the parts' lists in a file, in memory for one part."""
+        import faiss
+        from faiss.contrib.ondisk import merge_ondisk
+
+        parts = []
+        for start in range(0, len(vectors), _ROWS_IN_MEMORY):
+            part = faiss.clone_index(ann)
+            _add(part, vectors, start, min(start + _ROWS_IN_MEMORY, len(vectors)), bar)
+            parts.append(folder / f"part-{len(parts):05}.faiss")
+            faiss.write_index(part, str(parts[-1]))
+            del part
+        merge_ondisk(ann, [str(part) for part in parts], str(folder / _LISTS))
+        for part in parts:
+            part.unlink()
 
     def _lists(self, count: int) -> int:
         return self.build_options.get("lists") or max(1, min(int(4 * count**0.5), count // _PER_CENTRE))
@@ -227,8 +259,8 @@ class AnnRetriever(DenseRetriever):
         parts = self.build_options["subvectors"] or max(m for m in range(1, dimension // 4 + 2) if dimension % m == 0)
         if dimension % parts:
             raise ValueError(f"subvectors must divide the vectors' {dimension} numbers, and {parts} does not")
-        coarse = faiss.IndexFlatIP(dimension)
-        ann = faiss.IndexIVFPQ(coarse, dimension, lists, parts, 8, faiss.METRIC_INNER_PRODUCT)
+        centres = "_HNSW32" if lists > _MOST_FLAT_LISTS else ""
+        ann = faiss.index_factory(dimension, f"IVF{lists}{centres},PQ{parts}", faiss.METRIC_INNER_PRODUCT)
         ann.cp.seed = 0
         return ann
 
@@ -250,6 +282,18 @@ class AnnRetriever(DenseRetriever):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": None}
+
+
+def _add(ann: Any, vectors: Any, start: int, end: int, bar: Any) -> None:
+    """Add rows of an index to what FAISS searches, under their numbers."""
+    for first in range(start, end, _ADD_BLOCK):
+        last = min(first + _ADD_BLOCK, end)
+        block = np.ascontiguousarray(vectors[first:last], dtype=np.float32)
+        if start:
+            ann.add_with_ids(block, np.arange(first, last))
+        else:
+            ann.add(block)
+        bar.update(len(block))
 
 
 def _checked(method: str, known: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:

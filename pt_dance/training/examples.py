@@ -136,12 +136,9 @@ def build_examples(
     rows = TrainingRows(
         query=query.astype(np.int32),
         positive=positive.astype(np.int32),
-        negatives=_drawn(
-            numbers(negatives, "qid", "docno"), len(texts), pair_query, query, epoch, negatives_per_row, seed
-        ),
+        negatives=_drawn(numbers(negatives, "qid", "docno"), pair_query, query, epoch, negatives_per_row, seed),
         query_negatives=_drawn(
             numbers(query_negatives, "docno", "qid"),
-            len(corpus),
             pair_document,
             positive,
             epoch,
@@ -179,18 +176,21 @@ class _Documents:
 
 
 def _drawn(
-    mined: tuple[np.ndarray, np.ndarray] | None, sources: int, pair_source: np.ndarray, row_source: np.ndarray,
-    epoch: np.ndarray, per_row: int, seed: int,
+    mined: tuple[np.ndarray, np.ndarray] | None, pair_source: np.ndarray, row_source: np.ndarray, epoch: np.ndarray,
+    per_row: int, seed: int,
 ) -> np.ndarray:  # fmt: skip
     """Return the negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) if none."""
     if mined is None or per_row == 0:
         return np.empty((len(row_source), 0), dtype=np.int32)
     source, value = mined
+    # Numbered among themselves: no array is as long as the collection.
+    distinct = np.unique(np.concatenate([pair_source, source]))
+    pair_source, row_source, source = (np.searchsorted(distinct, part) for part in (pair_source, row_source, source))
     # topics that read the same share a pool, in which a document counts once
     keep = np.unique(source.astype(np.int64) * (max(int(value.max(initial=0)), 0) + 1) + value, return_index=True)[1]
     keep.sort()
-    pools = Pools(source[keep], value[keep], sources, seed)
-    pairs_of_source = np.bincount(pair_source, minlength=sources)
+    pools = Pools(source[keep], value[keep], len(distinct), seed)
+    pairs_of_source = np.bincount(pair_source, minlength=len(distinct))
     turn = epoch * pairs_of_source[row_source] + np.tile(_occurrence(pair_source), len(epoch) // len(pair_source))
     return pools.draw(row_source, turn, per_row)
 
