@@ -162,17 +162,17 @@ class TestContract(pt.testing.transformer_test_class(lambda: None)):
         cls.transformer = index.ann_retriever(10)
 
 
-def test_an_ivfpq_merged_on_disk_is_the_one_made_in_memory(tmp_path, monkeypatch):
+def test_an_ivfpq_merged_on_disk_is_the_one_made_in_memory(tmp_path, monkeypatch, capfd):
     rng = np.random.default_rng(5)
     centres = rng.standard_normal((30, 16))
-    vectors = (centres[rng.integers(0, 30, 3000)] + 0.3 * rng.standard_normal((3000, 16))).astype(np.float32)
+    vectors = (centres[rng.integers(0, 30, 1000)] + 0.3 * rng.standard_normal((1000, 16))).astype(np.float32)
     index = DenseIndex(tmp_path / "i", verbose=False)
     index.index({"docno": f"d{i}", "doc_vec": v} for i, v in enumerate(vectors))
-    queries = pd.DataFrame({"qid": [str(i) for i in range(50)], "query_vec": list(vectors[::60])})
+    queries = pd.DataFrame({"qid": [str(i) for i in range(50)], "query_vec": list(vectors[::20])})
     whole = index.ann_retriever(20, "ivfpq", build_options={"lists": 40})
     expected, recall = whole(queries), whole.recall(queries, k=20)
     in_memory = names(whole)
-    monkeypatch.setattr("pt_dance.retriever.ann._ROWS_IN_MEMORY", 700)
+    monkeypatch.setattr("pt_dance.retriever.ann._ROWS_IN_MEMORY", 300)
     again = DenseIndex(tmp_path / "i", verbose=False).ann_retriever(20, "ivfpq", build_options={"lists": 40})
     merged = again(queries)
     assert in_memory == ["index.faiss", "pt_meta.json"]
@@ -185,8 +185,7 @@ def test_an_ivfpq_merged_on_disk_is_the_one_made_in_memory(tmp_path, monkeypatch
     pd.testing.assert_frame_equal(moved(queries), expected)
     lists = moved._folder() / "lists.ivfdata"
     lists.write_bytes(lists.read_bytes()[:-1])
-    moved = DenseIndex(tmp_path / "moved", verbose=False).ann_retriever(20, "ivfpq", build_options={"lists": 40})
-    pd.testing.assert_frame_equal(moved(queries), expected)
+    assert not moved._is_there(moved._folder()) and not capfd.readouterr().out
 
 
 def test_a_graph_finds_the_lists_where_there_are_many(tmp_path, monkeypatch):

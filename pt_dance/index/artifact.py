@@ -13,7 +13,11 @@ from pt_dance.index.dense_index import DenseIndex
 from pt_dance.storage.folders import read_json
 from pt_dance.storage.meta import META
 
-_OURS = EntryPoint("dense_index.flex", "pt_dance.index.artifact:open_index", "pyterrier.artifact")
+_GROUP = "pyterrier.artifact"
+_OURS = {
+    name: EntryPoint(name, "pt_dance.index.artifact:open_index", _GROUP)
+    for name in ("dense_index.flex", "dense_index.flex_shards")
+}
 _entry_points = pt.utils.entry_points
 
 
@@ -35,6 +39,6 @@ def prefer_open_index() -> None:
 
 def _ours_first(group: str) -> tuple[EntryPoint, ...]:
     found = _entry_points(group)
-    if group != _OURS.group:
+    if group != _GROUP:
         return found
-    return (_OURS, *(entry for entry in found if entry.name != _OURS.name))
+    return (*_OURS.values(), *(entry for entry in found if entry.name not in _OURS))

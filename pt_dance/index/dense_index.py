@@ -12,6 +12,7 @@ import pyterrier as pt
 from pyterrier_dr import FlexIndex, SimFn
 
 from pt_dance.encoder.dual_encoder import DualEncoder
+from pt_dance.index import joined
 from pt_dance.index.files import VECTORS, OpenIndex, read_meta
 from pt_dance.index.flex_retrievers import FlatNumpyRetriever, FlatTorchRetriever
 from pt_dance.index.indexer import DenseIndexer
@@ -129,6 +130,19 @@ class DenseIndex(FlexIndex):
             ValueError: As for :meth:`index`, or if the encoder has other weights than those the index was made with.
         """
         return self.indexer(mode="append").index(inp)
+
+    def join(self) -> DenseIndex:
+        """Make one index of those in its folder's ``shards/00000``, ``shards/00001``, …, without copying vectors.
+
+        Other processes and machines make them, ``DenseIndex(path / "shards" / "00000", encoder).index(part)``.
+
+        Raises:
+            FileNotFoundError: If there are none, or one is missing in between.
+            ValueError: If they differ in weights, vectors or field, or a docno occurs twice.
+        """
+        joined.join(Path(self.index_path), OpenIndex)
+        self.forget()
+        return self
 
     def indexer(self, *, mode: str = "create", engine: Any = None) -> DenseIndexer:
         """Return an indexer.

@@ -20,15 +20,12 @@ from typing import Any
 import numpy as np
 
 from pt_dance.corpus.docnos import DocnoColumn, DocnoRows
+from pt_dance.index import joined
 from pt_dance.index.documents import PassageDocuments, RowDocuments
+from pt_dance.index.joined import DOCNOS, HASHES, NPIDS, OFFSETS, RANKS
 from pt_dance.storage import meta as meta_files
 from pt_dance.storage.meta import META
 
-NPIDS = "docnos.npids"
-DOCNOS = "docnos.txt"
-HASHES = "docnos.hash"
-RANKS = "docno_ranks.u4"
-OFFSETS = "docno_offsets.i8"
 SHARDS = "shards.jsonl"
 VECTORS = {"float32": "vecs.f4", "float16": "vecs.f2"}
 FORMATS = {"float32": "flex", "float16": "flex_f16"}
@@ -68,15 +65,19 @@ def read_meta(path: Path) -> dict[str, Any]:
         path,
         "dense index",
         type="dense_index",
-        formats=tuple(FORMATS.values()),
+        formats=(*FORMATS.values(), joined.FORMAT),
         entries=_ENTRIES,
         advice="make one with .index()",
     )
-    read["vec_dtype"] = next(dtype for dtype, name in FORMATS.items() if name == read["format"])
+    is_joined = read["format"] == joined.FORMAT
+    if not is_joined:
+        read["vec_dtype"] = next(dtype for dtype, name in FORMATS.items() if name == read["format"])
+    elif read.get("vec_dtype") not in VECTORS or not isinstance(read.get("shards"), list):
+        raise ValueError(f"{path / META} is damaged: it does not say what its shards hold")
     _check_encoder(path / META, read.get("encoder"))
     count = read["doc_count"]
     vectors = VECTORS[read["vec_dtype"]]
-    sizes: dict[str, Any] = {vectors: count * row_bytes(read["vec_dtype"], read["vec_size"])}
+    sizes: dict[str, Any] = {} if is_joined else {vectors: count * row_bytes(read["vec_dtype"], read["vec_size"])}
     if can_grow(read) and (path / vectors).is_file() and (path / vectors).stat().st_size > sizes[vectors]:
         sizes[vectors] = None
     for name, size in ((HASHES, 12 * count), (RANKS, 4 * count), (OFFSETS, 8 * (count + 1))):
@@ -111,7 +112,7 @@ class OpenIndex:
 
     Attributes:
         meta: The checked metadata.
-        vectors: (n, d), memory-mapped.
+        vectors: (n, d), memory-mapped; of shards a :class:`pt_dance.index.joined.JoinedVectors`.
         docnos: Docnos by row.
         rows: Rows by docno.
         identity: Tells this content from any other, also from what is later built at the same path.
@@ -138,7 +139,10 @@ class OpenIndex:
         file = path / VECTORS[meta["vec_dtype"]]
         dtype = np.dtype(meta["vec_dtype"]).newbyteorder("<")
         # Mapped so that writing would stay in memory: torch takes no arrays that cannot be written.
-        self.vectors = np.memmap(file, mode="c", dtype=dtype, shape=(count, meta["vec_size"]))
+        if meta["format"] == joined.FORMAT:
+            self.vectors: Any = joined.open_shards(path, meta, OpenIndex)
+        else:
+            self.vectors = np.memmap(file, mode="c", dtype=dtype, shape=(count, meta["vec_size"]))
         self._lookup: Any = None
         if (path / DOCNOS).exists():
             lines = np.memmap(path / DOCNOS, dtype=np.uint8, mode="r")

@@ -11,6 +11,7 @@ import pyterrier as pt
 
 from pt_dance.corpus.corpus import Corpus
 from pt_dance.corpus.passages import PassageCorpus
+from pt_dance.index import joined
 from pt_dance.index.files import DOCNOS, SHARDS, OpenIndex, row_bytes
 from pt_dance.index.parts import PARTS, write_parts
 from pt_dance.index.shards import ShardReader, StreamError, digest_of_shard
@@ -80,6 +81,8 @@ def _base(index: DenseIndex, source: Any) -> OpenIndex:
             f"the index {path} was made with other weights than those of the encoder given: documents can only be "
             "appended with the same ones"
         )
+    if base.meta["format"] == joined.FORMAT:
+        raise ValueError(f"{path} is joined from shards: index the documents as another shard and call join() again")
     with_passages = isinstance(source, PassageCorpus)
     if base.meta.get("passages", False) != with_passages:
         raise ValueError(

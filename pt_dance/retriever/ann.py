@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from pt_dance.corpus.quiet import quiet
 from pt_dance.retriever.dense import DenseRetriever
 from pt_dance.retriever.opened import SearchableIndex
 from pt_dance.retriever.search.arrays import best_first
@@ -180,7 +181,8 @@ class AnnRetriever(DenseRetriever):
             if file_digest(file) != read_json(file.with_name(META)).get("digest"):
                 raise ValueError(f"{file} is not what was written there: remove {file.parent}, it is built again")
             flags = faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR if self._on_disk() else 0
-            ann = faiss.read_index(str(file), flags)
+            with quiet():  # FAISS says where the lists are
+                ann = faiss.read_index(str(file), flags)
             if (ann.ntotal, ann.d) != self.index.open().vectors.shape:
                 raise ValueError(f"{file} is of other vectors: remove {file.parent}, it is built again")
             self._loaded = identity, ann
@@ -234,7 +236,8 @@ class AnnRetriever(DenseRetriever):
             parts.append(folder / f"part-{len(parts):05}.faiss")
             faiss.write_index(part, str(parts[-1]))
             del part
-        merge_ondisk(ann, [str(part) for part in parts], str(folder / _LISTS))
+        with quiet():
+            merge_ondisk(ann, [str(part) for part in parts], str(folder / _LISTS))
         for part in parts:
             part.unlink()
 
