@@ -216,14 +216,15 @@ def test_the_reference_has_every_public_name():
     assert public - listed == {"recipes.Round"}  # which is pt_dance.Round
 
 
-def test_the_tables_of_benchmarks_are_those_of_the_committed_results(monkeypatch):
+@pytest.mark.parametrize("name", ["benchmarks", "scaling"])
+def test_the_tables_of_measurements_are_those_of_the_committed_results(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments" / "benchmarks"))
     pages = importlib.import_module("pages")
-    page = text_of("benchmarks")
-    assert len(pages.BLOCKS) >= 8 and pages.render(page) == page
-    assert pages.render(re.sub(r"^(    . - \D*)\d", r"\g<1>7", page, flags=re.M)) == page
+    page = text_of(name)
+    assert set(pages.BLOCKS) == {"benchmarks", "scaling"} and pages.render(page, name) == page
+    assert pages.render(re.sub(r"^(    . - \D*)\d", r"\g<1>7", page, flags=re.M), name) == page
     with pytest.raises(ValueError, match="measured parts"):
-        pages.render(page.replace(".. measured: memory", ".. measured: memories"))
+        pages.render(re.sub("(measured: |end of )(memory|on-paper)", r"\1other", page), name)
 
 
 def test_the_measures_of_the_space_are_the_committed_ones_and_every_picture_is_there(monkeypatch):

@@ -1,10 +1,10 @@
-"""Write the committed measurements into pt_dance/pt_docs/benchmarks.rst.
+"""Write the committed measurements into pt_dance/pt_docs/benchmarks.rst and scaling.rst.
 
-What stands on that page between ".. measured: NAME" and ".. end of NAME" is made here, from the JSON files in
+What stands on these pages between ".. measured: NAME" and ".. end of NAME" is made here, from the JSON files in
 experiments/results and by the functions that print the tables of the scripts themselves. A test compares.
 
     python experiments/benchmarks/pages.py            # after a benchmark has written new results with --out
-    python experiments/benchmarks/pages.py --check    # only say whether the page is what it would be
+    python experiments/benchmarks/pages.py --check    # only say whether the pages are what they would be
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from types import SimpleNamespace
 import encoding
 import large_batches
 import memory
+import on_paper
 import overhead
 import retrieval
+import scale
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "pt_dance" / "pt_docs" / "benchmarks.rst"
+PAGES = ROOT / "pt_dance" / "pt_docs"
 RESULTS = ROOT / "experiments" / "results"
 MEASURED = re.compile(r"^\.\. measured: (?P<name>[\w-]+)\n.*?^\.\. end of (?P=name)$", re.M | re.S)
 
@@ -113,48 +115,67 @@ def kills() -> str:
     return list_table("\n".join(lines))
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "encoding": encoding_medquad,
-    "retrieval": lambda: retrieval_of("retrieval"),
-    "retrieval-by-size": lambda: retrieval_of("retrieval-by-size"),
-    "indexing-by-size": lambda: list_table(retrieval.indexing_table(load("retrieval-by-size")["indexing"])),
-    "overhead-static": lambda: overhead_of("overhead-medquad-static"),
-    "overhead-minilm": lambda: overhead_of("overhead-medquad-minilm"),
-    "memory": memory_medquad,
-    "large-batches": large_batches_medquad,
-    "kills": kills,
+def scale_of(name: str) -> str:
+    found = load(name)
+    return (
+        f"{found['dimension']} dimensions; {machine(found)}:\n\n"
+        + list_table(scale.table(found))
+        + f"\n\nShare of the exact best documents that ivfpq found, of {found['depth']} candidates: "
+        + f"{scale.recalls(found)}."
+    )  # fmt: skip
+
+
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "benchmarks": {
+        "encoding": encoding_medquad,
+        "retrieval": lambda: retrieval_of("retrieval"),
+        "retrieval-by-size": lambda: retrieval_of("retrieval-by-size"),
+        "indexing-by-size": lambda: list_table(retrieval.indexing_table(load("retrieval-by-size")["indexing"])),
+        "overhead-static": lambda: overhead_of("overhead-medquad-static"),
+        "overhead-minilm": lambda: overhead_of("overhead-medquad-minilm"),
+        "memory": memory_medquad,
+        "large-batches": large_batches_medquad,
+        "kills": kills,
+    },
+    "scaling": {
+        "scale": lambda: scale_of("scale"),
+        "on-paper": lambda: list_table(on_paper.table(load("scale"), load("encoding-medquad"))),
+    },
 }
 
 
-def render(page: str) -> str:
-    """Return the page with every measured part made anew.
+def render(page: str, name: str = "benchmarks") -> str:
+    """Return a page with every measured part made anew.
 
     Raises:
         ValueError: if a part that can be made is not on the page, or one on the page cannot be made.
     """
     named = [part["name"] for part in MEASURED.finditer(page)]
-    if sorted(named) != sorted(BLOCKS):
+    if sorted(named) != sorted(BLOCKS[name]):
         raise ValueError(
-            f"the page has the measured parts {sorted(named)}, those that can be made are {sorted(BLOCKS)}"
+            f"the page has the measured parts {sorted(named)}, those that can be made are {sorted(BLOCKS[name])}"
         )
-    return MEASURED.sub(lambda part: made(part["name"]), page)
+    return MEASURED.sub(lambda part: made(part["name"], name), page)
 
 
-def made(name: str) -> str:
-    """Return a measured part with the lines around it."""
-    return f".. measured: {name}\n\n{BLOCKS[name]()}\n\n.. end of {name}"
+def made(part: str, name: str) -> str:
+    """Return a measured part of a page with the lines around it."""
+    return f".. measured: {part}\n\n{BLOCKS[name][part]()}\n\n.. end of {part}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page would change")
     options = parser.parse_args()
-    before = PAGE.read_text(encoding="utf-8")
-    after = render(before)
-    if options.check:
-        return int(before != after)
-    PAGE.write_text(after, encoding="utf-8")
-    return 0
+    changed = False
+    for name in BLOCKS:
+        page = PAGES / f"{name}.rst"
+        before = page.read_text(encoding="utf-8")
+        after = render(before, name)
+        changed |= before != after
+        if not options.check:
+            page.write_text(after, encoding="utf-8")
+    return int(options.check and changed)
 
 
 if __name__ == "__main__":
