@@ -108,7 +108,7 @@ def _cut(block: Any, order: np.ndarray, cut: str) -> int:
     return bisect_left(range(len(order)), cut, key=lambda place: block[int(order[place])].as_py())
 
 
-def mapped_file(file: Any, dtype: str, count: int) -> np.ndarray:
+def mapped_file(file: Any, dtype: str, count: int) -> np.memmap:
     """Return new numbers in an empty open file, memory-mapped.
 
     Raises:

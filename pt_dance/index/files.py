@@ -145,7 +145,7 @@ class OpenIndex:
             self.vectors = np.memmap(file, mode="c", dtype=dtype, shape=(count, meta["vec_size"]))
         self._lookup: Any = None
         if (path / DOCNOS).exists():
-            lines = np.memmap(path / DOCNOS, dtype=np.uint8, mode="r")
+            lines: Any = np.memmap(path / DOCNOS, dtype=np.uint8, mode="r")
             self.docnos = DocnoColumn(lines, count, path / DOCNOS, _offsets(path, count))
         else:
             lines = "".join(f"{docno}\n" for docno in self.lookup).encode("utf-8", "surrogatepass")

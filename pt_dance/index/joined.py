@@ -165,7 +165,9 @@ def join(path: Path, opened: Callable[[Path], Any]) -> None:
             if row != first_row:
                 raise duplicate_error(docno)
         with open(path / RANKS, "w+b") as file:
-            docnos.ranks(mapped_file(file, "<u4", count), path).flush()
+            ranks = mapped_file(file, "<u4", count)
+            docnos.ranks(ranks, path)
+            ranks.flush()
         (path / NPIDS).unlink(missing_ok=True)
         write_npids(path / NPIDS, iter(docnos))
         known = [_content(shard) for shard in shards]

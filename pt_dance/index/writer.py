@@ -284,7 +284,9 @@ class IndexWriter:
         write_npids(self.folder / NPIDS, iter(docnos))
         DocnoRows.write(self.folder / HASHES, self._seen.hashes)
         with open(self.folder / RANKS, "w+b") as file:
-            docnos.ranks(mapped_file(file, "<u4", self.count), self.folder).flush()
+            ranks = mapped_file(file, "<u4", self.count)
+            docnos.ranks(ranks, self.folder)
+            ranks.flush()
         digest = add_file(add_file(new_digest(), self._vectors_path), lines)
         names = (self._vectors_path.name, NPIDS, DOCNOS, OFFSETS, HASHES, RANKS, SHARDS)
         write_json(

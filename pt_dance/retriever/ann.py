@@ -229,7 +229,7 @@ class AnnRetriever(DenseRetriever):
         import faiss
         from faiss.contrib.ondisk import merge_ondisk
 
-        parts = []
+        parts: list[Path] = []
         for start in range(0, len(vectors), _ROWS_IN_MEMORY):
             part = faiss.clone_index(ann)
             _add(part, vectors, start, min(start + _ROWS_IN_MEMORY, len(vectors)), bar)
