@@ -222,7 +222,8 @@ def test_the_tables_of_measurements_are_those_of_the_committed_results(name, mon
     pages = importlib.import_module("pages")
     page = text_of(name)
     assert set(pages.BLOCKS) == {"benchmarks", "scaling"} and pages.render(page, name) == page
-    assert pages.render(re.sub(r"^(    . - \D*)\d", r"\g<1>7", page, flags=re.M), name) == page
+    other = pages.MEASURED.sub(lambda part: re.sub(r"^(    . - \D*)\d", r"\g<1>7", part[0], flags=re.M), page)
+    assert other != page and pages.render(other, name) == page
     with pytest.raises(ValueError, match="measured parts"):
         pages.render(re.sub("(measured: |end of )(memory|on-paper)", r"\1other", page), name)
 
