@@ -308,6 +308,12 @@ def test_fewer_rows_than_workers(encoder, tmp_path):
 def test_an_index_that_was_replaced_meanwhile(encoder, corpus, tmp_path):
     index = make(tmp_path / "index", encoder, corpus)
     ranges = EngineSearch(Here(), index.open(), None)
+    # While documents are appended, the file of the vectors grows; the index that is there is what it was.
+    expected = ranges.search(encoder.encode_queries(["a"]), 3)
+    with open(tmp_path / "index" / "vecs.f4", "ab") as file:
+        file.write(bytes(64))
+    for found, known in zip(ranges.search(encoder.encode_queries(["a"]), 3), expected, strict=True):
+        assert (found == known).all()
     make(tmp_path / "index", encoder, corpus, mode="overwrite")
     with pytest.raises(ValueError, match=r"vecs\.f4 was replaced while it was searched"):
         ranges.search(encoder.encode_queries(["a"]), 3)

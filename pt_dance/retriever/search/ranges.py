@@ -30,7 +30,7 @@ class FileRows:
     offset: int
     dtype: str
     shape: tuple[int, ...]
-    stamp: tuple[int, ...]
+    stamp: tuple[int, int]
 
     @classmethod
     def of(cls, array: np.ndarray) -> FileRows | np.ndarray:
@@ -46,7 +46,9 @@ class FileRows:
         Raises:
             ValueError: If there is another file by now.
         """
-        if _stamp(self.path) != self.stamp:
+        # It may have grown: documents are appended to the file that this index, too, has its vectors in.
+        (file, size), (known, least) = _stamp(self.path), self.stamp
+        if file != known or size < least:
             raise ValueError(f"{self.path} was replaced while it was searched: make the retriever again")
         # Mapped so that writing would stay in memory: torch takes no arrays that cannot be written.
         return np.memmap(self.path, self.dtype, "c", self.offset, self.shape)[first:end]
@@ -124,6 +126,6 @@ def _part(array: FileRows | np.ndarray, first: int, end: int) -> np.ndarray:
     return array.part(first, end) if isinstance(array, FileRows) else array[first:end]
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def _stamp(path: Path) -> tuple[int, int]:
     status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_ino, status.st_size
