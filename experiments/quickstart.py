@@ -83,6 +83,40 @@ def gently(rounds: list, learning_rate: float) -> list:
     return [rounds[0], *(replace(round_, learning_rate=learning_rate) for round_ in rounds[1:])]
 
 
+def show_rounds(dance: DanceRetriever, qrels: pd.DataFrame, measure: str) -> None:
+    """Print what each round is worth on dev and how many of its negatives look like false ones.
+
+    Args:
+        dance: after its fit.
+        qrels: those it was trained on.
+        measure: its validation measure.
+    """
+    history = dance.history.set_index("round")
+    copies = {number: copies_among(dance, qrels, number) for number in history.index if number}
+    shown = pd.DataFrame({
+        "round": history["name"], f"dev {measure}": history[measure], "loss": history["training_loss"],
+        "new negatives": history["new_negatives"], "copies of a positive": pd.Series(copies),
+    })  # fmt: skip
+    print("\n" + shown.round(4).to_string(na_rep=""))
+
+
+def copies_among(dance: DanceRetriever, qrels: pd.DataFrame, number: int, least: float = 0.5) -> float:
+    """Return which share of a round's negatives has at least half of its words in common with a positive."""
+    mined = dance.negatives(number, texts=False).groupby("qid").head(3)
+    mined = mined[mined["qid"].isin(mined["qid"].drop_duplicates().sample(frac=1, random_state=0).head(500))]
+    pairs = mined.merge(qrels[qrels["label"] > 0][["qid", "docno"]], on="qid", suffixes=("", "_positive"))
+    distinct = sorted({*pairs["docno"], *pairs["docno_positive"]})
+    words = {
+        docno: set(text.lower().split())
+        for docno, text in zip(distinct, dance.corpus.texts(distinct), strict=True)
+    }  # fmt: skip
+    overlaps = [
+        len(words[a] & words[b]) / max(len(words[a] | words[b]), 1)
+        for a, b in zip(pairs["docno"], pairs["docno_positive"], strict=True)
+    ]
+    return float((pairs.assign(overlap=overlaps).groupby(["qid", "docno"])["overlap"].max() >= least).mean())
+
+
 def plot_history(history: pd.DataFrame, measure: str, path: Path) -> None:
     """Validation measure and seconds of each round, as a picture."""
     import matplotlib
@@ -153,6 +187,7 @@ def main() -> None:
     table["p (Holm)"] = table["nDCG@10 p-value corrected"].map(lambda p: "" if pd.isna(p) else f"{p:.1g}")
     print(f"\n{args.dataset}, {args.test_split} split (p: paired t-test of nDCG@10 against BM25, Holm-corrected)\n")
     print(table[["name", "nDCG@10", "p (Holm)", "RR@10", "R@100"]].to_string(index=False))
+    show_rounds(dance, train_qrels, "nDCG@10")
     show_examples({"BM25": first_stage, "untrained": before, "dense": dance}, test_topics, test_qrels)
     plot_history(dance.history, "nDCG@10", run / "history.png")
     dance.history.to_csv(run / "history.csv", index=False)

@@ -19,13 +19,14 @@ from ir_measures import nDCG
 from pt_dance.analysis import plot_history, write_report
 from pt_dance.analysis.notebook import run_view
 from pt_dance.analysis.trained import with_facts
-from pt_dance.corpus.corpus import Corpus
+from pt_dance.corpus.corpus import Corpus, check_corpus
 from pt_dance.corpus.passages import open_corpus
 from pt_dance.encoder.dual_encoder import DualEncoder
 from pt_dance.index.dense_index import DenseIndex
 from pt_dance.recipes import SOURCES, Round, check_recipe
 from pt_dance.recipes import dance as dance_recipe
 from pt_dance.retriever.dense import DenseRetriever
+from pt_dance.storage.attributes import Fixed, Live
 from pt_dance.storage.engine import check_engine
 from pt_dance.storage.folders import remove_folder, write_json
 from pt_dance.storage.meta import META
@@ -35,7 +36,7 @@ from pt_dance.training.history import UNTRAINED, begins_with, best_round, descri
 from pt_dance.training.inputs import check_fit, check_query_texts
 from pt_dance.training.job import Job
 from pt_dance.training.one_round import mine_round, train_round
-from pt_dance.training.options import check_measures, check_options, check_path
+from pt_dance.training.options import ONE_CHECK, check_measures, check_path
 from pt_dance.training.outcome import Outcome
 from pt_dance.training.processes import Processes
 from pt_dance.training.record import read_negatives, write_record
@@ -63,8 +64,11 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     ARTIFACT_PACKAGE_HINT = "pt_dance"
     schematic = {"label": "DanceRetriever", "help_url": None}
 
-    path: Path
     _index: DenseIndex | None
+    path, num_results = Fixed(), Live(whole)
+    seed, patience, keep = (Live(ONE_CHECK[name]) for name in ("seed", "patience", "keep"))
+    recipe = Live(lambda _, value: None if value is None else check_recipe(value))
+    corpus, engine = Live(check_corpus), Live(lambda _, value: check_engine(value))
 
     def __init__(
         self,
@@ -110,14 +114,13 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             raise TypeError(
                 f"encoder must be a pt_dance.DualEncoder, not {type(encoder).__name__}; DualEncoder(model) makes one"
             )
-        check_options(seed=seed, patience=patience, keep=keep)
-        self.recipe = check_recipe(dance_recipe() if recipe is None else recipe)
+        self.seed, self.patience, self.keep = seed, patience, keep
+        self.recipe = dance_recipe() if recipe is None else recipe
         self.measure = measure
         self.num_results = num_results
         self.path = check_path(path)
         self._run = RunFolder(self.path)
-        self.seed, self.patience, self.keep = int(seed), patience, keep
-        self.engine, self.verbose = check_engine(engine), verbose
+        self.engine, self.verbose = engine, verbose
         self.corpus = self._run.corpus_of(corpus, verbose=verbose)
         self._given = encoder
         self._is_loaded = False
@@ -152,15 +155,6 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         Row 0 is the encoder as it came.
         """
         return pd.DataFrame(self._history)
-
-    @property
-    def num_results(self) -> int:
-        """Documents retrieved for a query; may be set."""
-        return self._num_results
-
-    @num_results.setter
-    def num_results(self, value: int) -> None:
-        self._num_results = whole("num_results", value)
 
     @property
     def measure(self):
@@ -255,7 +249,6 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
                 f"fit does not change what was saved in {str(self.path)!r}; to train on from it, make "
                 "DanceRetriever(loaded.encoder, corpus, 'another/path', recipe=...)"
             )
-        check_options(seed=self.seed, patience=self.patience, keep=self.keep)
         frames = topics_or_res_tr, qrels_tr, topics_or_res_va, qrels_va
         training, validation = check_fit(*frames, corpus=self.corpus, reads=self.initial_encoder, context=self)
         if validation is not None:

@@ -34,7 +34,7 @@ from pt_dance import Corpus, DenseIndex, DualEncoder
 from pt_dance.engines.reaper import processes_of, status_of
 from pt_dance.index.files import SHARDS
 
-TARGETS = ("worker", "worker", "worker", "worker", "program", "raylet", "gcs_server")
+TARGETS = ("worker", "worker", "program", "raylet", "gcs_server")
 PATIENCE = 900  # seconds; on a busy machine, starting takes minutes
 
 
@@ -112,13 +112,6 @@ class Child:
             self.check_nothing_left()
 
 
-def check_same(path: Path, expected: dict[str, bytes]) -> None:
-    """Check that an index has the bytes of another one."""
-    found = kill_indexing.content(path)
-    differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    assert not differing, f"other bytes than those of one process: {differing}"
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Kill as the options say and return the summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -142,14 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         encoder.save(base / "encoder")
         shard = -(-options.documents // 20)
         common = {"encoder": str(base / "encoder"), "corpus": str(corpus.path), "shard": shard}
-        # Beside each other: an index notes where its encoder lies, as seen from there.
-        work(str(base / "index" / "whole"), engine=None, **common)
-        expected = kill_indexing.content(base / "index" / "whole")
+        work(str(base / "whole"), engine=None, **common)
+        expected = kill_indexing.content(base / "whole")
         child, job, done = Child(), {"path": str(base / "index" / "warm"), **common}, 0
         child.begin(job)
         started = time.perf_counter()
         assert child.result() == "done"
-        check_same(base / "index" / "warm", expected)
         seconds = time.perf_counter() - started
         while sum(kills.values()) < options.kills:
             path = base / "index" / str(indexes)
@@ -161,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 kills[target] += 1
             result = child.result()
             ends[f"{target}: {result.split(',')[0].split(' (')[0]}"] += 1
-            print(sum(kills.values()), target, result, file=sys.stderr, flush=True)
             if target == "worker":
                 assert result == "done", f"after a worker was killed: {result}"
             elif target == "program":
@@ -174,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     child.check_nothing_left()
                     child = Child()
             if path.exists():
-                check_same(path, expected)
-                assert sorted(os.listdir(path.parent)) == sorted([path.name, "warm", "whole"]), "something is left over"
+                assert kill_indexing.content(path) == expected, "other bytes than those of one process"
+                assert sorted(os.listdir(path.parent)) == sorted({path.name} | {"warm"} & {*os.listdir(path.parent)})
                 shutil.rmtree(path)
                 indexes, done = indexes + 1, 0
             else:
@@ -187,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         path = base / "index" / str(indexes)
         child.begin({"path": str(path), **common})
         assert child.result() == "done"
-        check_same(path, expected)
+        assert kill_indexing.content(path) == expected
         child.close()
     return {
         "documents": options.documents,

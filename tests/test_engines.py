@@ -31,7 +31,6 @@ from pt_dance.index.shards import ShardReader
 from pt_dance.losses.rows import TrainingRows
 from pt_dance.mining import mine_documents, mine_queries
 from pt_dance.retriever.search.ranges import EngineSearch
-from pt_dance.storage.engine import WorkerDiedError
 from pt_dance.training import teacher as teacher_module
 from pt_dance.training.teacher import TeacherScores
 from small_collection import standard_library
@@ -133,68 +132,6 @@ def test_a_document_that_cannot_be_encoded_is_named(engine, encoder, corpus, tmp
     assert str(raised.value).startswith(expected) and "\n" not in str(raised.value)
     assert "Choosy" in str(raised.value.__cause__) or "gave up" in str(raised.value.__cause__)
     assert not (tmp_path / "index").exists()
-
-
-class Death(BaseException):
-    """What ends a worker: no ``except Exception`` stops it."""
-
-
-class Mortal(Here):
-    """Workers that die, and are started again three times for a task, as Ray's are."""
-
-    def map(self, make, tasks, what):
-        work = make()
-        for task in tasks:
-            for _ in range(4):
-                try:
-                    answer = work(task)
-                    break
-                except Death:
-                    self.asked.append(task)
-            else:
-                raise WorkerDiedError(f"a worker died with {what}")
-            yield answer
-
-
-def test_a_document_that_ends_its_workers_is_named_and_the_rest_is_kept(encoder, corpus, tmp_path):
-    class Deadly(DualEncoder):
-        def encode_docs(self, texts, batch_size=None, **options):
-            if poison in texts:
-                raise Death
-            return super().encode_docs(texts, batch_size, **options)
-
-    poison = corpus.texts_at([321])[0]
-    deadly = encoder.copy()
-    deadly.__class__ = Deadly
-    expected = (
-        f"document {corpus.docno([321])[0]!r} of shard 3 (documents 300 to 399) ended every worker that encoded it "
-        "(4 of them): look at its text and at the memory a worker has; what was finished is kept"
-    )
-    with pytest.raises(WorkerDiedError) as raised:
-        make(tmp_path / "index", deadly, corpus, Mortal())
-    assert str(raised.value) == expected
-    # The next call begins after the shards that were finished, and asks anew.
-    again = Mortal()
-    make(tmp_path / "index", encoder, corpus, again)
-    make(tmp_path / "one", encoder, corpus)
-    assert content(tmp_path / "index") == content(tmp_path / "one")
-
-
-@pytest.mark.collections  # four workers start, one after the other
-def test_a_document_that_kills_rays_workers_is_named(engine, encoder, corpus, tmp_path):
-    class Deadly(DualEncoder):
-        def encode_docs(self, texts, batch_size=None, **options):
-            if poison in texts:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().encode_docs(texts, batch_size, **options)
-
-    poison = corpus.texts_at([321])[0]
-    deadly = encoder.copy()
-    deadly.__class__ = Deadly
-    with pytest.raises(WorkerDiedError) as raised:
-        make(tmp_path / "index", deadly, corpus, engine)
-    assert str(raised.value).startswith(f"document {corpus.docno([321])[0]!r} of shard 3 (documents 300 to 399) ended")
-    assert "\n" not in str(raised.value)
 
 
 def test_what_is_no_corpus_is_refused(encoder, corpus, tmp_path):
@@ -466,7 +403,6 @@ def test_nothing_is_left_of_a_killed_program(engine):
     assert Path(engine._cluster.folder).exists(), "another program's cluster was ended, too"
 
 
-@pytest.mark.collections  # Ray starts once more
 def test_the_same_call_goes_on_after_ray_itself_was_killed(engine, encoder, corpus, tmp_path, monkeypatch):
     make(tmp_path / "one", encoder, corpus)
     add, added = parts.IndexWriter.add, []

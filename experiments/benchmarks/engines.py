@@ -4,8 +4,8 @@ Each process has one thread. The start of the workers (Ray, imports, the model) 
 an engine makes includes it, and is of the first 64 documents only. The jobs are made from the collection's documents,
 repeated as often as needed.
 
-    python experiments/benchmarks/engines.py minilm --dataset ../shared/data/medquad --out engines-minilm.json
-    python experiments/benchmarks/engines.py static --dataset ../shared/data/medquad --out engines-static.json
+    OMP_NUM_THREADS=1 python experiments/benchmarks/engines.py minilm --out experiments/results/engines-minilm.json
+    OMP_NUM_THREADS=1 python experiments/benchmarks/engines.py static --out experiments/results/engines-static.json
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
-from measuring import finish, machine, open_dataset
+import pyterrier as pt
+from measuring import machine
 
 from pt_dance import Corpus, DenseIndex, DualEncoder, engines
-from pt_dance.engines.reaper import processes_of, status_of
 
 
 def documents_of(dataset: str, count: int, words: int | None) -> Iterator[dict[str, str]]:
     """Yield documents of a collection, again and again, cut after so many words."""
-    given = open_dataset(dataset).get_corpus_iter(verbose=False)
+    given = pt.get_dataset(dataset).get_corpus_iter(verbose=False)
     for number, document in enumerate(itertools.islice(itertools.cycle(list(given)), count)):
         yield {"docno": str(number), "text": " ".join(document["text"].split()[:words])}
 
@@ -51,16 +51,6 @@ def seconds_to_index(path: Path, encoder: DualEncoder, corpus: Corpus, shard: in
     return time.perf_counter() - begun
 
 
-def memory_of(engine: engines.Ray) -> dict[str, float]:
-    """Return the resident memory in MiB of the largest worker, and of all of Ray's other processes together."""
-    found: dict[bool, list[float]] = {True: [0.0], False: [0.0]}
-    for pid in processes_of(engine._cluster.folder, os.getpid()):
-        status = Path(f"/proc/{pid}/status").read_text()
-        resident = next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
-        found[status_of(pid)[0].startswith("ray::Worker")].append(resident)
-    return {"a worker": round(max(found[True])), "Ray's own processes": round(sum(found[False]))}
-
-
 def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -69,19 +59,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("encoder", choices=("minilm", "static"))
     parser.add_argument("--dataset", default="dance:pydocs")
-    parser.add_argument("--documents", type=int, help="default: 8,000 (minilm), 100,000 (static)")
+    parser.add_argument("--documents", type=int, help="default: 6,000 (minilm), 100,000 (static)")
     parser.add_argument("--words", type=int, help="of a document at most; default: all (minilm), 50 (static)")
-    parser.add_argument("--shard", type=int, help="default: 200 (minilm), 4,096 (static)")
+    parser.add_argument("--shard", type=int, help="default: 250 (minilm), 4,096 (static)")
     parser.add_argument("--repeats", type=int, help="default: 1 (minilm), 3 (static)")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     minilm = given.encoder == "minilm"
-    count = given.documents or (8000 if minilm else 100_000)
+    count = given.documents or (6000 if minilm else 100_000)
     words = given.words or (None if minilm else 50)
-    shard = given.shard or (200 if minilm else 4096)
+    shard = given.shard or (250 if minilm else 4096)
     seconds: dict[str, list[float]] = {"this process": [], "one worker": [], "two workers": []}
     starts: dict[str, list[float]] = {"one worker": [], "two workers": []}
-    mebibytes: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         corpus = Corpus.build(
@@ -99,7 +88,6 @@ def main() -> None:
                     starts[way].append(seconds_to_index(base / f"few {path.name}", encoder, few, 32, engine))
                 seconds[way].append(seconds_to_index(path, encoder, corpus, shard, engine))
                 if engine is not None:
-                    mebibytes = memory_of(engine)
                     engine.close()
                 found = content(path)
                 expected = expected or found
@@ -118,11 +106,12 @@ def main() -> None:
         "this process / two workers": round(best["this process"] / best["two workers"], 3),
         "this process / one worker": round(best["this process"] / best["one worker"], 3),
         "one worker / two workers": round(best["one worker"] / best["two workers"], 3),
-        "MiB": mebibytes,
         "machine": machine(),
     }
-    print(json.dumps(summary, indent=1))
-    finish(summary, given.out)
+    text = json.dumps(summary, indent=1) + "\n"
+    print(text)
+    if given.out is not None:
+        given.out.write_text(text)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pt_dance.corpus.records import HASHES, TABLE, checked_fields, columns_of, f
 from pt_dance.corpus.sources import iter_documents
 from pt_dance.corpus.text_loader import CorpusTextLoader
 from pt_dance.storage import options
+from pt_dance.storage.attributes import Fixed
 from pt_dance.storage.display import cut, facts, grid
 from pt_dance.storage.folders import read_json, recover_folder, write_json
 from pt_dance.storage.meta import META, TEXT, TEXT_OR_NONE, check_sizes, entry_of, list_entry, read_meta, whole_entry
@@ -58,7 +59,7 @@ class Corpus(pt.Artifact):
     ARTIFACT_FORMAT = "arrow"
     ARTIFACT_PACKAGE_HINT = "pt_dance"
 
-    path: Path
+    path, dataset, fields, separator, fingerprint = (Fixed() for _ in range(5))
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(options.path_of(path))
@@ -82,9 +83,9 @@ class Corpus(pt.Artifact):
             raise ValueError(
                 f"{self.path / TABLE} is damaged: it does not hold the {count} documents and columns that {META} says"
             )
-        self.fields: tuple[str, ...] = tuple(fields)
-        self.separator: str = " " if meta.get("separator") is None else meta["separator"]
-        self.fingerprint: str = meta["fingerprint"]
+        self.fields = tuple(fields)
+        self.separator = " " if meta.get("separator") is None else meta["separator"]
+        self.fingerprint = meta["fingerprint"]
         self._columns = {name: TextColumn(self.dataset, name) for name in columns}
         self._rows = DocnoRows.open(self.path / HASHES, count, self._columns["docno"].take)
 
@@ -297,6 +298,17 @@ class Corpus(pt.Artifact):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.path = state["path"]
         self._open()
+
+
+def check_corpus(name: str, value: Any) -> Corpus | None:
+    """Return an attribute that is a corpus or None.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if value is not None and not isinstance(value, Corpus):
+        raise TypeError(f"{name} must be a pt_dance.Corpus, such as Corpus.build() gives, not {type(value).__name__}")
+    return value
 
 
 def holds(path: Path, kind: type[Corpus]) -> bool:

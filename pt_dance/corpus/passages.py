@@ -14,6 +14,7 @@ import pyterrier as pt
 
 from pt_dance.corpus.corpus import Corpus, holds
 from pt_dance.storage import options
+from pt_dance.storage.attributes import Fixed
 from pt_dance.storage.digests import new_digest
 from pt_dance.storage.folders import recover_folder, write_json
 from pt_dance.storage.meta import META, TEXT, read_meta
@@ -44,6 +45,7 @@ class PassageCorpus(Corpus):
     """
 
     ARTIFACT_FORMAT = "passages"
+    documents, passages, passage_counts = (Fixed() for _ in range(3))
 
     def _open(self) -> None:
         meta = read_meta(
@@ -72,7 +74,7 @@ class PassageCorpus(Corpus):
                 "with overwrite=True"
             )
         counts = np.frombuffer(content, dtype="<u4")
-        self.passage_counts: np.ndarray = counts.astype(np.int32)
+        self.passage_counts = counts.astype(np.int32)
         self.fingerprint = meta["fingerprint"]
         self._settings = {name: meta.get(name) for name in ("length", "stride", "most", "prepend")}
         self.dataset, self.fields = self.documents.dataset, self.documents.fields

@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+from pt_dance.storage.attributes import Fixed
+
 if TYPE_CHECKING:
     from pt_dance.corpus.corpus import Corpus
 
@@ -27,6 +29,7 @@ class CorpusTextLoader(pt.Transformer):
     """
 
     schematic = {"label": "Corpus texts", "help_url": None}
+    corpus, fields, columns = (Fixed() for _ in range(3))
 
     def __init__(
         self,

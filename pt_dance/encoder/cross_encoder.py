@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,9 @@ import torch
 from sentence_transformers import CrossEncoder
 
 from pt_dance.encoder.fingerprint import weights_digest
+from pt_dance.encoder.opening import local_folder
 from pt_dance.storage import options
+from pt_dance.storage.attributes import Fixed, Live
 
 
 class CrossEncoderScorer(pt.Transformer):
@@ -32,10 +33,13 @@ class CrossEncoderScorer(pt.Transformer):
         verbose: Shows a progress bar.
 
     Raises:
+        FileNotFoundError: If there is no such folder.
         ValueError: If the model has more than one label, or there is no such dtype.
     """
 
     schematic = {"label": "CrossEncoder", "help_url": None}
+    max_length, device, batch_size, text_field = Fixed(), Fixed(), Live(options.whole), Live(options.column)
+    dtype = Live(lambda name, value: options.choice(name, value, ("float32", "bfloat16")))
 
     def __init__(
         self,
@@ -49,14 +53,14 @@ class CrossEncoderScorer(pt.Transformer):
         verbose: bool = False,
     ):
         super().__init__()
-        self.batch_size = options.whole("batch_size", batch_size)
-        self.text_field = options.column("text_field", text_field)
+        self.batch_size, self.text_field = batch_size, text_field
         self.max_length = options.whole("max_length", max_length, or_none=True)
-        self.dtype = options.choice("dtype", dtype, ("float32", "bfloat16"))
+        self.dtype = dtype
         if not isinstance(model, CrossEncoder):
-            folder = Path(os.path.expanduser(model))
-            name = str(options.path_of(model)) if folder.exists() else os.fspath(model)
-            model = CrossEncoder(name, max_length=self.max_length, device=device, trust_remote_code=False)
+            name = os.fspath(model)
+            model = CrossEncoder(
+                str(local_folder(name) or name), max_length=self.max_length, device=device, trust_remote_code=False
+            )
         if model.num_labels != 1:
             raise ValueError(f"the cross-encoder has {model.num_labels} labels; scoring needs a model with one")
         self.model = model

@@ -23,6 +23,7 @@ from pt_dance.encoder.precision import PRECISIONS, Choice, choose, say_if_slow
 from pt_dance.encoder.reading import reading_digests
 from pt_dance.encoder.stages import HANDED_OVER, DocEncoder, QueryEncoder, TextScorer, stage_for
 from pt_dance.storage import options
+from pt_dance.storage.attributes import Fixed, Live
 from pt_dance.storage.display import facts
 from pt_dance.storage.folders import write_json
 from pt_dance.storage.writing import new_folder
@@ -63,6 +64,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
     ARTIFACT_PACKAGE_HINT = "pt_dance"
 
     schematic = {"label": "DualEncoder", "help_url": None}
+    dtype, max_length, text_field = Fixed(), Fixed(), Live(options.column)
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         similarity: str | None = None,
     ):
         self._batch_size = options.whole("batch_size", batch_size)
-        self.text_field = options.column("text_field", text_field)
+        self.text_field = text_field
         self.dtype = options.choice("dtype", dtype, DTYPES)
         self.max_length = options.whole("max_length", max_length, or_none=True)
         device = None if device is None else str(device)
@@ -413,7 +415,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         if isinstance(meta.get("name"), str):
             encoder.name = meta["name"]
         if "max_length" not in kwargs:
-            encoder.max_length = saved.get("max_length")  # the saved tokenizer cuts there already
+            vars(encoder)["max_length"] = saved.get("max_length")  # the saved tokenizer cuts there already
         return encoder
 
     def build_package(self, package_path: str | None = None, **kwargs: Any) -> str:

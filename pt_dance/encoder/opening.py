@@ -162,14 +162,26 @@ def check_folder(folder: Path) -> None:
                 )
 
 
-def _folder_of(name: str) -> Path:
-    folder = Path(os.path.expanduser(name))
+def local_folder(name: str) -> Path | None:
+    """Return the absolute path of a model's folder; None for what can only be a name on the hub.
+
+    Raises:
+        FileNotFoundError: If it is a path, but there is nothing.
+        ValueError: If it is no path, or that of a file.
+    """
+    folder = path_of(name, "model")
     if folder.is_dir():
-        return path_of(name)
+        return folder
     if folder.exists():
         raise ValueError(f"{name} is a file; a model is a folder")
-    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
+    if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
         raise FileNotFoundError(f"there is no model folder {name}")
+    return None
+
+
+def _folder_of(name: str) -> Path:
+    if (folder := local_folder(name)) is not None:
+        return folder
     # A bare name means one of sentence-transformers' own models, as it does in SentenceTransformer(name).
     tries = [name] if "/" in name else [f"sentence-transformers/{name}", name]
     reason = ""

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from pt_dance.encoder.card import artifact_card, model_card
+from pt_dance.storage.options import path_of
 
 
 def push(
@@ -68,7 +69,7 @@ def build_package(encoder: Any, package_path: str | None, **options: Any) -> str
         package_path = f"{encoder.path}.tar.lz4"
     with tempfile.TemporaryDirectory() as folder:
         encoder.write(Path(folder))
-        return pt.Artifact(folder).build_package(package_path, **options)
+        return pt.Artifact(folder).build_package(str(path_of(package_path, "package_path")), **options)
 
 
 def artifact_readme(encoder: Any, repo: str, branch: str | None, metadata: Mapping[str, Any]) -> str:

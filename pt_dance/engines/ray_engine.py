@@ -157,7 +157,7 @@ class Ray:
             for reference in self._finished(running):
                 number, actor = running.pop(reference)
                 free.append(actor)
-                answers[number] = self._answer(reference, what, number)
+                answers[number] = _answer(reference, what, number)
             # Nobody is idle while something is done with the answers.
             ask()
             while told in answers:
@@ -185,7 +185,7 @@ class Ray:
             while waiting:
                 for reference in self._finished(waiting):
                     del waiting[reference]
-            yield [self._answer(reference, what, number) for reference in references]
+            yield [_answer(reference, what, number) for reference in references]
 
     def _finished(self, running: Iterable[Any]) -> list[Any]:
         """Wait for some of the tasks and return those that are done."""
@@ -195,37 +195,12 @@ class Ray:
             done, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK)
             if done:
                 return done
-            self._check_alive()
-
-    def _check_alive(self) -> None:
-        if not self._alive():
-            self.close()
-            raise RuntimeError(
-                "Ray's own processes on this machine ended early (killed, or out of memory), so that its workers are "
-                "gone; what was finished is kept, and the same call goes on from there"
-            )
-
-    def _answer(self, reference: Any, what: str, number: int) -> Any:
-        """Return the answer to a task that is done, or raise what it raised."""
-        import ray
-
-        while True:
-            try:
-                good, answer = ray.get(reference, timeout=_LOOK)
-                break
-            except ray.exceptions.GetTimeoutError:  # a large answer lies with Ray's own processes
-                self._check_alive()
-            except ray.exceptions.RayTaskError as error:
-                raise RuntimeError(f"a worker could not be started for {what}: {error.cause}") from None
-            except ray.exceptions.RayError:
-                self._check_alive()
-                raise WorkerDiedError(
-                    f"a worker died {_RETRIES + 1} times at part {number} of the work with {what} (killed, out of "
-                    "memory, or crashed in a library); what was finished is kept"
-                ) from None
-        if not good:
-            raise answer.original()
-        return answer
+            if not self._alive():
+                self.close()
+                raise RuntimeError(
+                    "Ray's own processes on this machine ended early (killed, or out of memory), so that its workers "
+                    "are gone; what was finished is kept, and the same call goes on from there"
+                )
 
 
 def _send(make: Any, what: str) -> tuple[str, Any]:
@@ -241,6 +216,23 @@ def _send(make: Any, what: str) -> tuple[str, Any]:
             "pt_dance.engines.LazyPipeline(lambda: ...), whose function makes it there"
         ) from None
     return sent.hex(), sent
+
+
+def _answer(reference: Any, what: str, number: int) -> Any:
+    import ray
+
+    try:
+        good, answer = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise RuntimeError(f"a worker could not be started for {what}: {error.cause}") from None
+        raise WorkerDiedError(
+            f"a worker died {_RETRIES + 1} times at part {number} of the work with {what} (killed, out of memory, or "
+            "crashed in a library); what was finished is kept"
+        ) from None
+    if not good:
+        raise answer.original()
+    return answer
 
 
 def _this_process() -> None:

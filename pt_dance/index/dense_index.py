@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pt_dance.retriever.scorer import DenseScorer
 from pt_dance.retriever.search.exact import exact_search, iter_exact_search, open_vectors, score_pairs
 from pt_dance.retriever.search.vectors import Vectors
 from pt_dance.storage import options
+from pt_dance.storage.attributes import Fixed, Live
 from pt_dance.storage.folders import recover_folder
 
 
@@ -60,6 +62,9 @@ class DenseIndex(FlexIndex):
     ARTIFACT_FORMAT = "flex"
     ARTIFACT_PACKAGE_HINT = "pt_dance"
     schematic = {"label": "DenseIndex", "help_url": None}
+    path, index_path, shard_size = Fixed(), Fixed(), Live(options.whole)
+    text_field = Live(partial(options.column, taken=("docno", "doc_vec")))
+    vec_dtype = Live(partial(options.choice, choices=tuple(VECTORS)))
 
     def __init__(
         self,
@@ -79,12 +84,8 @@ class DenseIndex(FlexIndex):
                 f"encoder must be a pt_dance.DualEncoder, not a {type(encoder).__name__}: wrap the model, "
                 "DualEncoder(name_or_model), or use the pipeline encoder >> index"
             )
-        if not isinstance(text_field, str) or not text_field or text_field in ("docno", "doc_vec"):
-            raise ValueError(f"text_field={text_field!r} must be the name of the field with the documents' text")
-        self.given_encoder = encoder
-        self.text_field, self.device = text_field, device
-        self.vec_dtype = options.choice("vec_dtype", vec_dtype, tuple(VECTORS))
-        self.shard_size = options.whole("shard_size", shard_size)
+        self.given_encoder, self.device = encoder, device
+        self.text_field, self.vec_dtype, self.shard_size = text_field, vec_dtype, shard_size
         self._opened: OpenIndex | None = None
         self._loaded_encoder: DualEncoder | None = None
         self._vectors: tuple[str | None, Vectors] | None = None
@@ -457,7 +458,5 @@ class DenseIndex(FlexIndex):
         return f"DenseIndex({str(self.index_path)!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.update(_opened=None, _vectors=None, _loaded_encoder=None, _meta=None, _docnos=None, _dvecs=None)
-        state["_cache"] = {}
-        return state
+        dropped = dict.fromkeys(("_opened", "_vectors", "_loaded_encoder", "_meta", "_docnos", "_dvecs"))
+        return {**self.__dict__, **dropped, "_cache": {}}

@@ -16,6 +16,7 @@ from pt_dance.retriever.dense import DenseRetriever
 from pt_dance.retriever.opened import SearchableIndex
 from pt_dance.retriever.search.arrays import best_first
 from pt_dance.storage import options
+from pt_dance.storage.attributes import Fixed, Live
 from pt_dance.storage.digests import file_digest, short_text_digest
 from pt_dance.storage.folders import read_json, remove_folder, write_json
 from pt_dance.storage.meta import META
@@ -38,6 +39,11 @@ _PER_CENTRE = 39
 _ROWS_IN_MEMORY = 1 << 22
 # Beyond so many lists a graph over their centres finds a vector's list quicker than comparing with all of them.
 _MOST_FLAT_LISTS = 8192
+
+
+def _no_engine(_: str, value: Any) -> None:
+    if value is not None:
+        raise ValueError("FAISS searches in this process: AnnRetriever takes no engine, DenseRetriever does")
 
 
 class AnnRetriever(DenseRetriever):
@@ -63,6 +69,8 @@ class AnnRetriever(DenseRetriever):
     """
 
     schematic = {"label": "AnnRetriever", "help_url": None}
+    method, build_options, search_options = (Fixed() for _ in range(3))
+    threads, engine = Live(options.whole), Live(_no_engine)
 
     def __init__(
         self,
@@ -76,10 +84,8 @@ class AnnRetriever(DenseRetriever):
         **other: Any,
     ) -> None:
         super().__init__(index, **other)
-        if self.engine is not None:
-            raise ValueError("FAISS searches in this process: AnnRetriever takes no engine, DenseRetriever does")
         self.method = options.choice("method", method, tuple(BUILD_OPTIONS))
-        self.threads = options.whole("threads", threads)
+        self.threads = threads
         self.build_options = _checked(method, BUILD_OPTIONS[method], build_options)
         self.search_options = _checked(method, SEARCH_OPTIONS[method], search_options)
         self.candidates = candidates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from pt_dance.retriever.opened import SearchableIndex, check_index
 from pt_dance.retriever.search.ranges import EngineSearch
 from pt_dance.retriever.search.vectors import MAX_NORM
 from pt_dance.storage import options
+from pt_dance.storage.attributes import Live
 from pt_dance.storage.engine import check_engine
 from pt_dance.storage.queries import users_queries
 from pt_dance.storage.texts import checked_texts
@@ -55,6 +57,9 @@ class DenseRetriever(pt.Transformer):
     """
 
     schematic = {"label": "DenseRetriever", "help_url": None}
+    index, engine = Live(lambda _, value: check_index(value)), Live(lambda _, value: check_engine(value))
+    num_results = Live(options.whole)
+    batch_size, rescore_cutoff = (Live(partial(options.whole, or_none=True)) for _ in range(2))
 
     def __init__(
         self,
@@ -68,33 +73,15 @@ class DenseRetriever(pt.Transformer):
         engine: Any = None,
         verbose: bool = False,
     ) -> None:
-        self.index = check_index(index)
+        self.index = index
         self.encoder = encoder
         self.num_results = num_results
-        self.batch_size = options.whole("batch_size", batch_size, or_none=True)
+        self.batch_size = batch_size
         self.drop_query_vec = drop_query_vec
         self.rescore_cutoff = rescore_cutoff
-        self.engine = check_engine(engine)
+        self.engine = engine
         self._by_engine: EngineSearch | None = None
         self.verbose = verbose
-
-    @property
-    def num_results(self) -> int:
-        """How many documents a query gets; what is set counts from the next call on."""
-        return self._num_results
-
-    @num_results.setter
-    def num_results(self, value: int) -> None:
-        self._num_results = options.whole("num_results", value)
-
-    @property
-    def rescore_cutoff(self) -> int | None:
-        """How many results of a query are kept when re-scoring; None for all."""
-        return self._rescore_cutoff
-
-    @rescore_cutoff.setter
-    def rescore_cutoff(self, value: int | None) -> None:
-        self._rescore_cutoff = options.whole("rescore_cutoff", value, or_none=True)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Retrieve or re-score.
@@ -175,7 +162,8 @@ class DenseRetriever(pt.Transformer):
         """Yield number of the first query, scores and document numbers of a block, best first; -1 for no more."""
         opened, searched = self.index.open(), self.index
         if self.engine is not None:
-            if self._by_engine is None or self._by_engine.identity != opened.identity:
+            known = self._by_engine
+            if known is None or (known.identity, known.engine) != (opened.identity, self.engine):
                 self._by_engine = EngineSearch(self.engine, opened, getattr(self.index, "device", None))
             searched = self._by_engine
         return opened.documents.iter_search(searched, vectors, self.num_results, self.batch_size)

@@ -75,14 +75,15 @@ def choice(name: str, value: Any, choices: Sequence[str], *, or_none: bool = Fal
     return str(value)
 
 
-def column(name: str, value: Any) -> str:
-    """Return an option that names a column.
+def column(name: str, value: Any, *, taken: Sequence[str] = ()) -> str:
+    """Return an option that names a column, other than those that hold something else.
 
     Raises:
-        ValueError: If it is no string, or an empty one.
+        ValueError: If it is no string, an empty one, or taken.
     """
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name}={value!r} must be the name of a column")
+    if not isinstance(value, str) or not value or value in taken:
+        other = f" other than {' and '.join(map(repr, taken))}" if taken else ""
+        raise ValueError(f"{name}={value!r} must be the name of a column{other}")
     return str(value)
 
 

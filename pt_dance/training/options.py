@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -55,20 +55,13 @@ _NOT_HERE = {
 }
 
 
-def check_options(*, seed: object, patience: object, keep: object) -> None:
-    """Refuse options that make no sense.
-
-    Args:
-        seed: as given to ``DanceRetriever``; rounds add to it, and NumPy and transformers take seeds of 32 bits.
-        patience: as given: rounds.
-        keep: as given: "all" or "best".
-
-    Raises:
-        ValueError: if an option is out of its range; names it.
-    """
-    whole("seed", seed, 0, 2**31 - 1)
-    whole("patience", patience, 1, or_none=True)
-    choice("keep", keep, ("all", "best"))
+# Options of the estimator that one check each is enough for; rounds add to the seed, and NumPy and transformers take
+# seeds of 32 bits.
+ONE_CHECK: dict[str, Callable[[str, Any], Any]] = {
+    "seed": lambda name, value: whole(name, value, 0, 2**31 - 1),
+    "patience": lambda name, value: whole(name, value, or_none=True),
+    "keep": lambda name, value: choice(name, value, ("all", "best")),
+}
 
 
 def check_path(path: object) -> Path:

@@ -18,6 +18,7 @@ from pt_dance.corpus.passages import PassageCorpus
 from pt_dance.encoder.card import artifact_card
 from pt_dance.storage.folders import read_json
 from pt_dance.storage.meta import META
+from pt_dance.storage.options import path_of
 
 CORPUS, DOCUMENTS = "corpus", "documents"
 
@@ -46,6 +47,8 @@ class Outcome(pt.Artifact):
     def build_package(self, package_path: str | None = None, *, verbose: bool | None = None, **options: Any) -> str:
         """Write the package; silent where the retriever is."""
         verbose = self._dance.verbose if verbose is None else verbose
+        if package_path is not None:
+            package_path = str(path_of(package_path, "package_path"))
         return super().build_package(package_path, verbose=verbose, **options)
 
     def _package_files(self) -> Iterator[tuple[str, Any]]:
