@@ -415,7 +415,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         if isinstance(meta.get("name"), str):
             encoder.name = meta["name"]
         if "max_length" not in kwargs:
-            vars(encoder)["max_length"] = saved.get("max_length")  # the saved tokenizer cuts there already
+            encoder.__dict__["max_length"] = saved.get("max_length")  # the saved tokenizer cuts there already
         return encoder
 
     def build_package(self, package_path: str | None = None, **kwargs: Any) -> str:

@@ -394,16 +394,7 @@ class DenseIndex(FlexIndex):
     def torch_scorer(
         self, *, num_results: int | None = None, device: str | None = None, fp16: bool = False
     ) -> DenseScorer:
-        """Return :meth:`scorer` on another device.
-
-        Args:
-            num_results: Results kept for a query; all by default.
-            device: Where to compute; as the index does by default.
-            fp16: Not offered, since scores are exact.
-
-        Raises:
-            ValueError: If ``fp16`` is asked for.
-        """
+        """Return :meth:`scorer` on another device, by default the index's own; ``fp16`` is refused."""
         if fp16:
             raise ValueError('scores are exact, so there is no fp16=True; vec_dtype="float16" halves an index')
         if device is None or device == self.device:
@@ -414,12 +405,7 @@ class DenseIndex(FlexIndex):
     def np_retriever(self, *, mask: np.ndarray | None = None, **other: Any) -> FlatNumpyRetriever:
         """Return pyterrier_dr's ``np_retriever``; :meth:`retriever` is faster, and bounded in memory.
 
-        Args:
-            mask: Not offered here, see :meth:`torch_retriever`.
-            **other: ``num_results``, ``batch_size``, ``drop_query_vec``.
-
-        Raises:
-            ValueError: If a mask is given.
+        Takes ``num_results``, ``batch_size`` and ``drop_query_vec``; a mask is refused, see :meth:`torch_retriever`.
         """
         if mask is not None:
             raise ValueError(
