@@ -1,4 +1,4 @@
-"""What large collections would take, worked out from the rates that scale.py and encoding.py measured."""
+"""What large collections would take, worked out from the rates that scale.py, encoding.py and retrieval.py measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WEEK, CORES = 7 * 24, 16
 QUERIES = 1_000
 
 
-def rates(scale: dict, encoding: dict) -> dict[str, float]:
+def rates(scale: dict, encoding: dict, retrieval: dict) -> dict[str, float]:
     """Return CPU seconds and bytes a document, as the largest collection that was measured had them.
 
     What multiplies or moves vectors is scaled from that one's dimensions to 768.
@@ -23,11 +23,14 @@ def rates(scale: dict, encoding: dict) -> dict[str, float]:
         return size, scale["sizes"][str(size)][name]
 
     found = {"encode": encoding["median"]["DualEncoder.encode_docs"]["cpu"] / encoding["documents"]}
-    for name, factor in (("corpus", 1.0), ("ann", wider), ("exact", wider)):
+    for name, factor in (("corpus", 1.0), ("ann", wider)):
         size, measured = largest(name)
         found[name] = measured["cpu_seconds"] / size * factor
     size, measured = largest("index")
     found["files"] = measured["bytes"] / size - 4 * scale["dimension"]
+    searched = max((r for r in retrieval["retrieval"] if r["contender"] == "pt_dance"), key=lambda r: r["documents"])
+    for_one = searched["cpu_seconds"] / searched["documents"] / searched["queries"] / retrieval["dimension"]
+    found["exact"] = for_one * QUERIES * DIMENSION
     return found
 
 
@@ -54,9 +57,9 @@ def size(count: float) -> str:
     return f"{count / 1e12:,.1f} TB" if count >= 1e12 else f"{count / 1e9:,.1f} GB"
 
 
-def table(scale: dict, encoding: dict) -> str:
+def table(scale: dict, encoding: dict, retrieval: dict) -> str:
     """Return the table in Markdown, a collection a column."""
-    rate = rates(scale, encoding)
+    rate = rates(scale, encoding, retrieval)
     columns = {name: needs(documents, rate) for name, documents in COLLECTIONS.items()}
     lines = [f"| {DIMENSION} dimensions | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     lines.append(f"| documents | {' | '.join(f'{count:,}' for count in COLLECTIONS.values())} |")

@@ -139,7 +139,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "scaling": {
         "scale": lambda: scale_of("scale"),
-        "on-paper": lambda: list_table(on_paper.table(load("scale"), load("encoding-medquad"))),
+        "on-paper": lambda: list_table(on_paper.table(*map(load, ("scale", "encoding-medquad", "retrieval-by-size")))),
     },
 }
 
