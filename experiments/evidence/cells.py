@@ -63,9 +63,12 @@ class Study:
     def collection(self, name: str, encoder: str) -> Collection:
         """A training collection with the queries of an encoder's budget."""
         budget = self.protocol.budgets[encoder]
-        key = (name, budget.queries)
+        key = (name, encoder)
         if key not in self._collections:
             self._collections[key] = Collection(name, self.data, self.runs / "data", self.protocol, budget)
+            sizes = self.runs / "sizes" / f"{name}-{encoder}.json"
+            sizes.parent.mkdir(parents=True, exist_ok=True)
+            sizes.write_text(json.dumps(self._collections[key].describe()))
         return self._collections[key]
 
     def teacher(self, collection: Collection) -> pt.Transformer:

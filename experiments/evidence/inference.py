@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import tomllib
 from statsmodels.stats.multitest import multipletests
 
 from evidence.methods import SAME
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 CLAIMS = Path(__file__).with_name("claims.toml")
 MAIN, ZERO_SHOT = "nDCG@10", "zero-shot nDCG@10"

@@ -1,180 +1,113 @@
-"""From cells to what is committed, and from that to tables and pages."""
+"""The pages that are made from the committed cells: results, which recipe to use, and parts of others."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 
-from evidence.cells import Cell, read, write
-from evidence.inference import MAIN, ZERO_SHOT, decide, select
-from evidence.methods import BASELINES, CHECKPOINT, METHODS
-from evidence.protocol import Protocol
+from evidence.inference import MAIN, ZERO_SHOT, decide
+from evidence.methods import BASELINES, CHECKPOINT, METHODS, SAME
+from evidence.protocol import REPORTED, Protocol
+from evidence.tables import BACKWARDS, ENCODERS, NAMES, load, means, table, verdicts, zero_shot
 
-DOCS = Path(__file__).resolve().parents[2] / "pt_dance" / "pt_docs"
-BACKWARDS = "d→q nDCG@10"
-IN_CELL = ["collection", "measure", "qid", "cluster"]
-WORDS = [*IN_CELL, "method", "trained_on"]
-NAMES = {"bm25": "BM25", "untrained": "untrained", **{name: method.text for name, method in METHODS.items()}}
-ENCODERS = {
-    "static": "a static tower from nothing",
-    "static-minilm": "a static tower from MiniLM's token embeddings",
-    "minilm": "all-MiniLM-L6-v2",
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "pt_dance" / "pt_docs"
+MADE = ".. Made by experiments/evidence/run.py --pages from the committed cells; do not edit.\n"
+# What a user calls for each method that has a recipe, and the page that it has.
+RECIPES = {
+    "mnrl": ("recipes.mnrl()", "mnrl"),
+    "mnrl-ance": ("recipes.ance()", "ance"),
+    "samtone": ("recipes.samtone()", "samtone"),
+    "mnrl-dual": ("recipes.mnrl_dual()", "mnrl-dual"),
+    "dance-none": ("recipes.ance(published=True)", "ance"),
+    "dance-norm-dual": ("recipes.dance(published=True)", "dance"),
+    "margin-mse": ("recipes.margin_mse(teacher)", "margin-mse"),
+    "margin-mse-dual": ("recipes.margin_mse_dual(teacher)", "margin-mse-dual"),
+    "margin-mse-mnrl-dual": ("recipes.margin_mse_mnrl_dual(teacher)", "margin-mse-mnrl-dual"),
+    "distill-kl": ("recipes.distill_kl(teacher)", "distill-kl"),
 }
+# Which claims stand on which method's page.
+CLAIMS_OF = {
+    "mnrl": ("mnrl-beats-untrained",),
+    "ance": ("ance-refreshed", "ance-loss-refreshed", "dense-beats-bm25"),
+    "dance": (
+        "dance-norm", "dance-dual-with-norm", "dance-dual-without-norm", "dance-beats-ance", "dance-mined-queries",
+        "dance-backwards",
+    ),
+    "samtone": ("samtone-query", "samtone-both", "samtone-ade", "samtone-ade-spl", "spl", "sde-beats-ade"),
+    "mnrl-dual": ("mnrl-dual", "mnrl-dual-mined", "mnrl-dual-zero-shot"),
+    "margin-mse": ("margin-mse-beats-mnrl",),
+    "margin-mse-dual": ("margin-mse-dual", "margin-mse-dual-zero-shot"),
+    "margin-mse-mnrl-dual": ("combination", "combination-over-mnrl-dual"),
+    "distill-kl": ("kl-beats-margin-mse",),
+}  # fmt: skip
 
 
-def name_of(protocol: Protocol, encoder: str) -> str:
-    """What tells cells of one protocol from another's: a digest of everything that a cell of an encoder depends on."""
-    fixed = replace(protocol, name="", training=(), encoders=(), resamples=0, budgets={})
-    budget = replace(protocol.budgets[encoder], seeds=())
-    return xxhash.xxh3_64_hexdigest(f"{fixed} {budget}".encode())
-
-
-def collect(protocol: Protocol, runs: Path, results: Path) -> None:
-    """Put the cells that are there together: one Parquet file an encoder and collection, and what each cell cost.
-
-    Args:
-        protocol: which cells there are.
-        runs: where they were made.
-        results: where the files go.
-    """
-    results.mkdir(parents=True, exist_ok=True)
-    for folder in sorted((runs / "cells").glob("*/*")):
-        parts, abouts = [], []
-        for file in sorted(folder.glob("*.parquet")):
-            frame, about = read(file)
-            abouts.append(about)
-            parts.append(frame.assign(method=about["method"], seed=about["seed"]))
-        frame = pd.concat(parts, ignore_index=True).assign(trained_on=folder.parent.name)
-        frame = frame.sort_values(["method", "seed", "collection", "measure", "qid"]).reset_index(drop=True)
-        frame = frame.astype(dict.fromkeys(WORDS, "category") | {"seed": "int16", "value": "float32"})
-        name = f"{folder.parent.name}-{folder.name}"
-        table = pa.Table.from_pandas(frame, preserve_index=False)
-        pq.write_table(table, results / f"{name}.parquet", compression="zstd", compression_level=19)
-        tuned = {
-            file.stem: json.loads(file.read_text())
-            for file in sorted((runs / "tuned" / folder.parent.name / folder.name).glob("*.json"))
-        }
-        told = {"protocol": name_of(protocol, folder.name), "cells": abouts, "tuning": tuned}
-        (results / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
-
-
-def unpack(protocol: Protocol, results: Path, runs: Path) -> None:
-    """Put the committed cells of this protocol back where they were made, so that they are not made again."""
-    for file in sorted(results.glob("*.json")):
-        told, encoder = json.loads(file.read_text()), _encoder_of(file)
-        if encoder not in protocol.budgets or told["protocol"] != name_of(protocol, encoder):
-            continue
-        frame = pq.read_table(file.with_suffix(".parquet"), partitioning=None).to_pandas()
-        for about in told["cells"]:
-            cell = Cell(about["collection"], about["encoder"], about["method"], about["seed"])
-            if not cell.file(runs).exists():
-                mine = frame[(frame["method"] == cell.method) & (frame["seed"] == cell.seed)]
-                mine = mine.drop(columns=["method", "seed", "trained_on"]).astype(dict.fromkeys(IN_CELL, "str"))
-                write(cell.file(runs), mine.reset_index(drop=True), about)
-            for method, found in told["tuning"].items():
-                tuned = runs / "tuned" / cell.collection / encoder / f"{method}.json"
-                if not tuned.exists():
-                    tuned.parent.mkdir(parents=True, exist_ok=True)
-                    tuned.write_text(json.dumps(found, indent=1))
-
-
-def load(results: Path, encoder: str) -> pd.DataFrame:
-    """All committed cells of an encoder; empty where there are none."""
-    files = [file for file in sorted(results.glob("*.parquet")) if _encoder_of(file) == encoder]
-    parts = [pq.read_table(file, partitioning=None).to_pandas() for file in files]
-    return pd.concat(parts, ignore_index=True).astype(dict.fromkeys(WORDS, "str")) if parts else pd.DataFrame()
-
-
-def _encoder_of(file: Path) -> str:
-    return max((name for name in ENCODERS if file.stem.endswith(f"-{name}")), key=len)
-
-
-def means(results: pd.DataFrame, method: str, trained_on: str, measure: str) -> tuple[float, float, int] | None:
-    """Mean over queries and seeds (and over collections, where zero-shot), its deviation over seeds, how many seeds."""
-    found = select(results, method, trained_on, measure)
-    if not found:
-        return None
-    by_seed = pd.concat([values.mean() for values in found.values()], axis=1).mean(axis=1)
-    return float(by_seed.mean()), float(by_seed.std(ddof=1)) if len(by_seed) > 1 else float("nan"), len(by_seed)
-
-
-def table(results: pd.DataFrame, measure: str) -> list[list[str]]:
-    """A row a method, a column a training collection."""
-    collections = list(dict.fromkeys(results["trained_on"]))
-    rows = [["method", *collections]]
-    for method in (*BASELINES, *(name for name in METHODS if name != CHECKPOINT)):
-        cells = [means(results, method, name, measure) for name in collections]
-        if any(cells):
-            rows.append([NAMES[method], *(_cell(cell) for cell in cells)])
-    return rows
-
-
-def _cell(cell: tuple[float, float, int] | None) -> str:
-    if cell is None:
-        return ""
-    mean, deviation, seeds = cell
-    spread = "" if seeds < 2 else f" ± {deviation:.3f}".replace("0.", ".")
-    return f"{mean:.3f}".replace("0.", ".", 1) + spread
-
-
-def zero_shot(results: pd.DataFrame) -> list[list[str]]:
-    """A row a method, a column a collection that it was not trained on, averaged over the training collections."""
-    own = results["collection"] == results["trained_on"]
-    mine = results[~own & (results["measure"] == MAIN)]
-    by = mine.groupby(["method", "collection"], observed=True)["value"].mean().unstack()
-    rows = [["method", *by.columns, "mean"]]
-    for method in (*BASELINES, *(name for name in METHODS if name != CHECKPOINT)):
-        if method in by.index:
-            values = by.loc[method]
-            rows.append([NAMES[method], *(f"{v:.3f}".replace("0.", ".", 1) for v in (*values, values.mean()))])
-    return rows
-
-
-def verdicts(results: pd.DataFrame, number: int) -> list[list[str]]:
-    """The claims of one encoder."""
-    rows = [["claim", "source", "difference", "interval", "p (Holm)", "could have seen", "verdict"]]
-    for c in decide(results, number=number).itertuples():
-        rows.append(
-            [
-                f"{c.text} ({c.better} against {c.than}, {c.measure})", c.source, f"{c.mean:+.4f}",
-                f"{c.low:+.4f} to {c.high:+.4f}", f"{c.p:.3g}", f"{c.could_see:.4f}", c.verdict,
-            ]
-        )  # fmt: skip
-    return rows
-
-
-def rst_table(rows: list[list[str]], title: str) -> str:
+def rst_table(rows: list[list[str]], title: str = "") -> str:
     """A list-table of reStructuredText."""
-    lines = [f".. list-table:: {title}", "   :header-rows: 1", "   :widths: auto", ""]
+    lines = [f".. list-table:: {title}".rstrip(), "    :header-rows: 1", "    :widths: auto", ""]
     for row in rows:
-        lines += [f"   {'* -' if i == 0 else '  -'} {value}".rstrip() for i, value in enumerate(row)]
+        lines += [f"    {'* -' if i == 0 else '  -'} {value}".rstrip() for i, value in enumerate(row)]
     return "\n".join(lines) + "\n"
 
 
-def page(protocol: Protocol, results: Path) -> str:
-    """The page of the results."""
+def heading(text: str, line: str = "-") -> str:
+    """A title of reStructuredText."""
+    return f"{text}\n{line * 55}\n"
+
+
+def sizes(results: Path, encoder: str) -> list[list[str]]:
+    """A row a training collection: how many queries of which part, documents, and clusters of reported queries."""
+    names = ("train_queries", "tune_queries", "reported_queries", "clusters", "documents")
+    rows = [["collection", "reported split", *(name.replace("_", " ") for name in names)]]
+    for file in sorted(results.glob(f"*-{encoder}.json")):
+        name = file.stem.removesuffix(f"-{encoder}")
+        if name in REPORTED:
+            told = json.loads(file.read_text())["sizes"]
+            split = "15 % of train, by cluster" if REPORTED[name] == "cut" else REPORTED[name]
+            rows.append([name, split, *(f"{told[key]:,}" for key in names)])
+    return rows
+
+
+def seeds(cells: pd.DataFrame) -> str:
+    """How many seeds there are of what."""
+    trained = cells[~cells["method"].isin(BASELINES)]
+    by = trained.groupby(["trained_on", "method"])["seed"].nunique()
+    told = [f"{name}: {n.min()}" + (f" to {n.max()}" if n.max() > n.min() else "") + " seeds of "
+            f"{len(n)} methods" for name, n in by.groupby(level=0)]  # fmt: skip
+    return "; ".join(told)
+
+
+def results_page(protocol: Protocol, results: Path) -> str:
+    """What each method is worth: the tables of every encoder, and the claims."""
     text = [
-        "What each method is worth", "=" * 25, "",
-        ".. Made by experiments/evidence/run.py --pages from the committed cells; do not edit.", "",
-        "Every number below is the mean over seeds (± its standard deviation over them) of the last round, on queries "
-        "that chose nothing. Settings were chosen on clusters of training queries that are in neither part. "
-        "``experiments/evidence`` has the protocol, ``claims.toml`` there the claims, written before the runs, and "
-        "``experiments/results/evidence`` the values of every query.", "",
+        heading("What Each Method Is Worth", "="), MADE,
+        "Each number is the mean over seeds (± standard deviation over them) of the last round on queries that chose "
+        "nothing. All methods of an encoder take the same number of steps and draw from the same pools; learning rate, "
+        "temperature and weight were chosen for each method from one grid by successive halving on a part of the "
+        "training queries that is cut off by cluster (disease, article, cited document). ``experiments/evidence`` has "
+        "the protocol; ``claims.toml`` there has the claims, committed before the runs; "
+        "``experiments/results/evidence`` has the value of every query, seed and method. ``make evidence`` makes what "
+        "is missing and prints these tables.", "",
     ]  # fmt: skip
     for encoder, words in ENCODERS.items():
         cells = load(results, encoder)
         if not len(cells):
+            text += [f"With {words} no cells are committed yet: ``python experiments/evidence/run.py --encoders "
+                     f"{encoder}`` makes them.", ""]  # fmt: skip
             continue
-        head = f"With {words}"
-        text += [head, "-" * len(head), ""]
-        seeds = cells.groupby(["trained_on", "method"])["seed"].nunique()
-        text += [f"{len(seeds)} pairs of collection and method, {seeds.min()} to {seeds.max()} seeds.", ""]
+        budget = protocol.budgets[encoder]
+        text += [heading(f"With {words}")]
+        text += [
+            f"{budget.steps:,} steps of {budget.batch_size} rows, at most {budget.queries:,} training queries; "
+            f"encoders read the first {protocol.words} words of a document"
+            + (f", {budget.max_length} tokens at most" if budget.max_length else "")
+            + f", BM25 all. {seeds(cells)}.", "", rst_table(sizes(results, encoder)),
+        ]  # fmt: skip
         for measure, title in (
             (MAIN, "nDCG@10 by training collection, reported queries"),
             (BACKWARDS, "nDCG@10 of queries found by documents"),
@@ -183,11 +116,184 @@ def page(protocol: Protocol, results: Path) -> str:
             text += [rst_table(table(cells, measure), title)]
         text += [rst_table(zero_shot(cells), "nDCG@10 zero-shot by collection, mean over training collections")]
         text += [rst_table(verdicts(cells, protocol.resamples), "The sources' claims")]
+        text += [
+            "Differences are means over the training collections that have both rows; intervals of 95 % allow for "
+            "other seeds and other clusters of queries (two-way bootstrap); p-values are corrected over all claims "
+            "(Holm). "
+            "\"Could have seen\" is the difference that this design finds four times out of five. \"No effect\" "
+            "is said only where the whole interval lies within ±.005.", "",
+        ]  # fmt: skip
+    return "\n".join([*text, (Path(__file__).with_name("notes.rst")).read_text()])
+
+
+def ranked(cells: pd.DataFrame, measure: str) -> pd.Series:
+    """Mean of each method over the training collections that have all of them, best first."""
+    names = list(dict.fromkeys(cells["trained_on"]))
+    found = {
+        method: [means(cells, method, name, measure) for name in names]
+        for method in (*BASELINES, *(m for m in METHODS if m != CHECKPOINT))
+    }
+    whole = {m: float(np.mean([one[0] for one in values])) for m, values in found.items() if all(values)}
+    return pd.Series(whole).sort_values(ascending=False)
+
+
+def costs(results: Path, encoder: str) -> pd.Series:
+    """Median seconds of training and mining of each method, its first stage included."""
+    rows = [
+        {"method": cell["method"], "seconds": cell.get("seconds"), "collection": cell["collection"]}
+        for file in results.glob(f"*-{encoder}.json")
+        for cell in json.loads(file.read_text())["cells"]
+    ]
+    frame = pd.DataFrame(rows).dropna()
+    return frame.groupby(["method", "collection"])["seconds"].median().groupby("method").mean()
+
+
+def choosing_page(protocol: Protocol, results: Path) -> str:
+    """Which recipe to use, from the cells."""
+    text = [heading("Which Recipe Should I Use?", "="), MADE]
+    text += [
+        "A recipe is a first guess about your collection; measure two or three on a development split of your own. "
+        "What follows is what the study (:doc:`results`) saw, mean nDCG@10 over its training collections.", "",
+    ]  # fmt: skip
+    for encoder, words in ENCODERS.items():
+        cells = load(results, encoder)
+        if not len(cells):
+            continue
+        own, away, back = (ranked(cells, measure) for measure in (MAIN, ZERO_SHOT, BACKWARDS))
+        own = own[own.index.isin([*RECIPES, *BASELINES])]
+        seconds = costs(results, encoder)
+        rows = [["recipe", "own collection", "other collections", "queries by documents", "seconds to train"]]
+        for method in own.index:
+            name = f":doc:`{RECIPES[method][0]} <{RECIPES[method][1]}>`" if method in RECIPES else NAMES[method]
+            values = [f"{s[method]:.3f}".replace("0.", ".", 1) if method in s else "" for s in (own, away, back)]
+            rows.append([name, *values, f"{seconds[method]:.0f}" if method in seconds else ""])
+        text += [heading(f"With {words}"), rst_table(rows)]
+        text += [f"- {line}" for line in advice(own, away, seconds)] + [""]
+    text += [
+        heading("Whatever you choose"),
+        "- Start from an encoder that already ranks well; an untrained static tower is the weakest start and the "
+        "cheapest to train.",
+        "- Compare with BM25 and with the untrained encoder, which is round 0 of ``dance.history``.",
+        "- Look at the mined negatives (``dance.negatives(1)``, :doc:`analysis`) before you train for long: unjudged "
+        "relevant documents among them hurt every method.",
+        "",
+    ]
     return "\n".join(text)
 
 
-def write_pages(protocol: Protocol, results: Path) -> None:
-    """Print the tables, and write them beside the committed cells."""
-    made = page(protocol, results)
-    (results / "results.rst").write_text(made)
-    print(made)
+def advice(own: pd.Series, away: pd.Series, seconds: pd.Series) -> list[str]:
+    """What the table says, in sentences."""
+
+    def told(method: str, scores: pd.Series) -> str:
+        name = f"``{RECIPES[method][0]}``" if method in RECIPES else NAMES[method]
+        return f"{name} ({scores[method]:.3f})".replace("(0.", "(.")
+
+    taught = [m for m in own.index if m in METHODS and METHODS[m].teacher]
+    plain = [m for m in own.index if m in RECIPES and m not in taught]
+    lines = []
+    if plain:
+        near = [m for m in plain[1:] if own[plain[0]] - own[m] <= 0.005]
+        more = f"; within .005 of it: {', '.join(told(m, own) for m in near)}" if near else ""
+        lines.append(f"Queries and judgements of your own collection, no teacher: {told(plain[0], own)}{more}.")
+        quick = min((m for m in [plain[0], *near] if m in seconds), key=seconds.__getitem__, default=None)
+        if quick not in (None, plain[0]):
+            lines.append(f"The quickest of these to train is {told(quick, own)}.")
+        abroad = [m for m in away.index if m in plain]
+        if abroad:
+            lines.append(f"To search collections that it was not trained on: {told(abroad[0], away)}; BM25 has "
+                         f"{away['bm25']:.3f} there.".replace(" 0.", " ."))  # fmt: skip
+    if taught:
+        best = taught[0]
+        better = own[best] > own[plain[0]] if plain else True
+        lines.append(
+            f"With a teacher: {told(best, own)}" + (", more than without one." if better else
+            ", less than without one here: look at the teacher's margins first, it must rank better than BM25.")
+        )  # fmt: skip
+    if "bm25" in own.index and plain and own["bm25"] > own[plain[0]]:
+        lines.append(f"BM25 ({own['bm25']:.3f}) is better than each of them on the mean of these collections: use the "
+                     "dense scores to re-rank it, or fuse both.".replace("(0.", "(."))  # fmt: skip
+    return lines
+
+
+def readme_table(results: Path) -> str:
+    """README's table: every method by encoder, on its own collection and on others."""
+    columns, rows = [], {}
+    for encoder in ENCODERS:
+        cells = load(results, encoder)
+        if len(cells):
+            for measure, word in ((MAIN, "own"), (ZERO_SHOT, "others")):
+                columns.append(f"{encoder}, {word}")
+                for method, value in ranked(cells, measure).items():
+                    rows.setdefault(method, {})[columns[-1]] = f"{value:.3f}".replace("0.", ".", 1)
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    order = [m for m in (*BASELINES, *METHODS) if m in rows]
+    return "\n".join(
+        lines + [f"| {NAMES[m]} | " + " | ".join(rows[m].get(column, "") for column in columns) + " |" for m in order]
+    )
+
+
+def found_of(page_name: str, protocol: Protocol, results: Path) -> str:
+    """What the study found about one method's claims: a table of all encoders that were measured."""
+    rows = [["encoder", "claim", "difference", "95 % interval", "verdict"]]
+    for encoder, words in ENCODERS.items():
+        cells = load(results, encoder)
+        if not len(cells):
+            continue
+        decided = decided_of(encoder, protocol, results)
+        for claim in decided[decided["id"].isin(CLAIMS_OF[page_name])].itertuples():
+            rows.append(
+                [words, f"{claim.text} ({NAMES[SAME.get(claim.better, claim.better)]} against "
+                 f"{NAMES[SAME.get(claim.than, claim.than)]}, {claim.measure})",
+                 f"{claim.mean:+.4f}", f"{claim.low:+.4f} to {claim.high:+.4f}", claim.verdict]
+            )  # fmt: skip
+    return f"In the study (:doc:`results`):\n\n{rst_table(rows)}"
+
+
+_DECIDED: dict[tuple, pd.DataFrame] = {}
+
+
+def decided_of(encoder: str, protocol: Protocol, results: Path) -> pd.DataFrame:
+    """The claims of an encoder, decided once."""
+    key = (encoder, protocol.resamples, results)
+    if key not in _DECIDED:
+        _DECIDED[key] = decide(load(results, encoder), number=protocol.resamples)
+    return _DECIDED[key]
+
+
+def pages(protocol: Protocol, results: Path) -> dict[Path, str]:
+    """Every page that is made from the cells, with its whole text."""
+    made = {
+        DOCS / "results.rst": results_page(protocol, results),
+        DOCS / "choosing.rst": choosing_page(protocol, results),
+    }
+    for name in CLAIMS_OF:
+        file = DOCS / f"{name}.rst"
+        made[file] = _between(
+            file.read_text(), f".. study: {name}\n\n", f"\n.. end of {name}", found_of(name, protocol, results)
+        )
+    readme = ROOT / "README.md"
+    made[readme] = _between(
+        readme.read_text(), "<!-- study -->\n\n", "\n\n<!-- end of study -->", readme_table(results)
+    )
+    return made
+
+
+def _between(text: str, first: str, last: str, new: str) -> str:
+    found = re.compile(re.escape(first) + ".*?" + re.escape(last), re.S)
+    if len(found.findall(text)) != 1:
+        raise SystemExit(f"there is not one place between {first.strip()!r} and {last.strip()!r}")
+    return found.sub(lambda _: first + new + last, text)
+
+
+def write_pages(protocol: Protocol, results: Path, *, committed: bool) -> None:
+    """Print the tables; write every page where the cells are those that are committed.
+
+    Args:
+        protocol: of the cells.
+        results: where the cells are.
+        committed: whether they are; else only the tables are printed.
+    """
+    print(results_page(protocol, results))
+    if committed:
+        for file, text in pages(protocol, results).items():
+            file.write_text(text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gc
 import os
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def work(args: argparse.Namespace, protocol: Protocol) -> None:
 
     study = Study(protocol, args.data, args.runs)
     ends = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    gc.freeze()  # the trainer collects garbage after every round, and what was imported is none
     while left := [cell for cell in study.cells(args.methods) if not cell.file(args.runs).exists()]:
         if ends is not None and time.monotonic() > ends:
             print(f"no time is left for {len(left)} cells: the same command goes on with them", flush=True)
@@ -99,7 +101,8 @@ def main() -> None:
         work(args, protocol)
         return
     results = args.runs / "results" if args.small or args.pilot else args.results
-    from evidence.pages import collect, unpack, write_pages
+    from evidence.pages import write_pages
+    from evidence.tables import collect, unpack
 
     if not args.pages:
         unpack(protocol, results, args.runs)
@@ -115,7 +118,7 @@ def main() -> None:
         collect(protocol, args.runs, results)
         if any(codes):
             raise SystemExit("a worker failed; the same command goes on after what was made")
-    write_pages(protocol, results)
+    write_pages(protocol, results, committed=results == RESULTS)
 
 
 if __name__ == "__main__":

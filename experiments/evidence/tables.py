@@ -1,0 +1,152 @@
+"""From cells to what is committed, and from that to tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from evidence.cells import Cell, read, write
+from evidence.inference import MAIN, decide, select
+from evidence.methods import BASELINES, CHECKPOINT, METHODS
+from evidence.protocol import Protocol
+
+BACKWARDS = "d→q nDCG@10"
+IN_CELL = ["collection", "measure", "qid", "cluster"]
+WORDS = [*IN_CELL, "method", "trained_on"]
+NAMES = {"bm25": "BM25", "untrained": "untrained", **{name: method.text for name, method in METHODS.items()}}
+ENCODERS = {
+    "static": "a static tower from nothing",
+    "static-minilm": "a static tower from MiniLM's token embeddings",
+    "minilm": "all-MiniLM-L6-v2",
+}
+
+
+def name_of(protocol: Protocol, encoder: str) -> str:
+    """What tells cells of one protocol from another's: a digest of everything that a cell of an encoder depends on."""
+    fixed = replace(protocol, name="", training=(), encoders=(), resamples=0, budgets={})
+    budget = replace(protocol.budgets[encoder], seeds=())
+    return xxhash.xxh3_64_hexdigest(f"{fixed} {budget}".encode())
+
+
+def collect(protocol: Protocol, runs: Path, results: Path) -> None:
+    """Put the cells that are there together: one Parquet file an encoder and collection, and what each cell cost.
+
+    Args:
+        protocol: which cells there are.
+        runs: where they were made.
+        results: where the files go.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    for folder in sorted((runs / "cells").glob("*/*")):
+        parts, abouts = [], []
+        for file in sorted(folder.glob("*.parquet")):
+            frame, about = read(file)
+            abouts.append(about)
+            parts.append(frame.assign(method=about["method"], seed=about["seed"]))
+        frame = pd.concat(parts, ignore_index=True).assign(trained_on=folder.parent.name)
+        frame = frame.sort_values(["method", "seed", "collection", "measure", "qid"]).reset_index(drop=True)
+        frame = frame.astype(dict.fromkeys(WORDS, "category") | {"seed": "int16", "value": "float32"})
+        name = f"{folder.parent.name}-{folder.name}"
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        pq.write_table(table, results / f"{name}.parquet", compression="zstd", compression_level=19)
+        tuned = {
+            file.stem: json.loads(file.read_text())
+            for file in sorted((runs / "tuned" / folder.parent.name / folder.name).glob("*.json"))
+        }
+        sizes = json.loads((runs / "sizes" / f"{name}.json").read_text())
+        told = {"protocol": name_of(protocol, folder.name), "sizes": sizes, "cells": abouts, "tuning": tuned}
+        (results / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def unpack(protocol: Protocol, results: Path, runs: Path) -> None:
+    """Put the committed cells of this protocol back where they were made, so that they are not made again."""
+    for file in sorted(results.glob("*.json")):
+        told, encoder = json.loads(file.read_text()), _encoder_of(file)
+        if encoder not in protocol.budgets or told["protocol"] != name_of(protocol, encoder):
+            continue
+        frame = pq.read_table(file.with_suffix(".parquet"), partitioning=None).to_pandas()
+        for about in told["cells"]:
+            cell = Cell(about["collection"], about["encoder"], about["method"], about["seed"])
+            if not cell.file(runs).exists():
+                mine = frame[(frame["method"] == cell.method) & (frame["seed"] == cell.seed)]
+                mine = mine.drop(columns=["method", "seed", "trained_on"]).astype(dict.fromkeys(IN_CELL, "str"))
+                write(cell.file(runs), mine.reset_index(drop=True), about)
+            for method, found in told["tuning"].items():
+                tuned = runs / "tuned" / cell.collection / encoder / f"{method}.json"
+                if not tuned.exists():
+                    tuned.parent.mkdir(parents=True, exist_ok=True)
+                    tuned.write_text(json.dumps(found, indent=1))
+        sizes = runs / "sizes" / file.name
+        sizes.parent.mkdir(parents=True, exist_ok=True)
+        sizes.write_text(json.dumps(told["sizes"]))
+
+
+def load(results: Path, encoder: str) -> pd.DataFrame:
+    """All committed cells of an encoder; empty where there are none."""
+    files = [file for file in sorted(results.glob("*.parquet")) if _encoder_of(file) == encoder]
+    parts = [pq.read_table(file, partitioning=None).to_pandas() for file in files]
+    return pd.concat(parts, ignore_index=True).astype(dict.fromkeys(WORDS, "str")) if parts else pd.DataFrame()
+
+
+def _encoder_of(file: Path) -> str:
+    return max((name for name in ENCODERS if file.stem.endswith(f"-{name}")), key=len)
+
+
+def means(results: pd.DataFrame, method: str, trained_on: str, measure: str) -> tuple[float, float, int] | None:
+    """Mean over queries and seeds (and over collections, where zero-shot), its deviation over seeds, how many seeds."""
+    found = select(results, method, trained_on, measure)
+    if not found:
+        return None
+    by_seed = pd.concat([values.mean() for values in found.values()], axis=1).mean(axis=1)
+    return float(by_seed.mean()), float(by_seed.std(ddof=1)) if len(by_seed) > 1 else float("nan"), len(by_seed)
+
+
+def table(results: pd.DataFrame, measure: str) -> list[list[str]]:
+    """A row a method, a column a training collection."""
+    collections = list(dict.fromkeys(results["trained_on"]))
+    rows = [["method", *collections]]
+    for method in (*BASELINES, *(name for name in METHODS if name != CHECKPOINT)):
+        cells = [means(results, method, name, measure) for name in collections]
+        if any(cells):
+            rows.append([NAMES[method], *(_cell(cell) for cell in cells)])
+    return rows
+
+
+def _cell(cell: tuple[float, float, int] | None) -> str:
+    if cell is None:
+        return ""
+    mean, deviation, seeds = cell
+    spread = "" if seeds < 2 else f" ± {deviation:.3f}".replace("0.", ".")
+    return f"{mean:.3f}".replace("0.", ".", 1) + spread
+
+
+def zero_shot(results: pd.DataFrame) -> list[list[str]]:
+    """A row a method, a column a collection that it was not trained on, averaged over the training collections."""
+    own = results["collection"] == results["trained_on"]
+    mine = results[~own & (results["measure"] == MAIN)]
+    by = mine.groupby(["method", "collection"], observed=True)["value"].mean().unstack()
+    rows = [["method", *by.columns, "mean"]]
+    for method in (*BASELINES, *(name for name in METHODS if name != CHECKPOINT)):
+        if method in by.index:
+            values = by.loc[method]
+            rows.append([NAMES[method], *(f"{v:.3f}".replace("0.", ".", 1) for v in (*values, values.mean()))])
+    return rows
+
+
+def verdicts(results: pd.DataFrame, number: int) -> list[list[str]]:
+    """The claims of one encoder."""
+    rows = [["claim", "source", "difference", "interval", "p (Holm)", "could have seen", "verdict"]]
+    for c in decide(results, number=number).itertuples():
+        rows.append(
+            [
+                f"{c.text} ({c.better} against {c.than}, {c.measure})", c.source, f"{c.mean:+.4f}",
+                f"{c.low:+.4f} to {c.high:+.4f}", f"{c.p:.3g}", f"{c.could_see:.4f}", c.verdict,
+            ]
+        )  # fmt: skip
+    return rows
