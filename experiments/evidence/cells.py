@@ -199,6 +199,17 @@ class Study:
         most, words = self.protocol.zero_shot_queries, self.protocol.words
         return [zero_shot_target(name, self.data, self.runs / "data", most, words) for name in names]
 
+    def trained(self, cell: Cell) -> tuple[DualEncoder, dict]:
+        """The encoder of a cell and what it cost, its setting included; trained where it is not on disk."""
+        collection = self.collection(cell.collection, cell.encoder)
+        if cell.method == "untrained":
+            return self.first_encoder(cell.encoder, "sde", collection, cell.seed), {}
+        setting = self.tune(collection, cell.encoder, cell.method)
+        folder = self.runs / "training" / cell.collection / cell.encoder / str(cell.seed) / cell.method
+        unit = collection.budget.unit
+        encoder, cost = self.train(collection, cell.encoder, cell.method, cell.seed, setting, unit, folder)
+        return encoder, {"setting": asdict(setting), **cost}
+
     def run(self, cell: Cell) -> None:
         """Make a cell, unless it is there."""
         file = cell.file(self.runs)
@@ -211,16 +222,8 @@ class Study:
             measured = measure_bm25(target, collection.folder, MEASURES)
             others = [measure_bm25(t, t.folder, MEASURES[:1]) for t in self.targets(cell.collection)]
         else:
-            folder = self.runs / "training" / cell.collection / cell.encoder / str(cell.seed)
-            if cell.method == "untrained":
-                encoder = self.first_encoder(cell.encoder, "sde", collection, cell.seed)
-            else:
-                setting = self.tune(collection, cell.encoder, cell.method)
-                encoder, cost = self.train(
-                    collection, cell.encoder, cell.method, cell.seed, setting, collection.budget.unit,
-                    folder / cell.method,
-                )  # fmt: skip
-                about |= {"setting": asdict(setting), **cost}
+            encoder, cost = self.trained(cell)
+            about |= cost
             measured = measure_own(target, encoder)
             others = [measure_zero_shot(self.targets(cell.collection), encoder)]
         measured = measured.assign(cluster=collection.cluster_of(measured))

@@ -27,7 +27,7 @@ from ir_measures import nDCG
 from evidence.cells import Cell, Study
 from evidence.data import _some
 from evidence.protocol import FULL
-from pt_dance import CrossEncoderScorer, DenseIndex, DualEncoder
+from pt_dance import CrossEncoderScorer, DenseIndex
 
 DEPTHS = (10, 30, 100, 300, 1000)
 
@@ -48,10 +48,9 @@ def systems(study: Study, args: argparse.Namespace) -> dict[str, pt.Transformer]
     """All systems by name."""
     collection = study.collection(args.collection, args.encoder)
     cell = Cell(args.collection, args.encoder, args.method, 1)
-    study.run(cell)
-    folder = study.runs / "training" / args.collection / args.encoder / "1" / args.method
-    encoder = DualEncoder.load(folder / "encoder")
-    dense = DenseIndex(folder / "index", encoder, verbose=False)
+    encoder, _ = study.trained(cell)
+    folder = study.runs / "efficiency" / f"{args.collection}-{args.encoder}-{args.method}"
+    dense = DenseIndex(folder, encoder, verbose=False)
     if not dense.built():
         dense.index(collection.corpus)
     # Either of the two teachers: the reported queries were learnt from by neither.

@@ -88,7 +88,7 @@ class Protocol:
     teacher_queries: int = 2000
     documents: int | None = None
     words: int = 100
-    resamples: int = 10000
+    resamples: int = 2000
 
 
 FULL = Protocol()

@@ -18,13 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pandas as pd
 
-from common import minilm_path
-from evidence.cells import Study, read
+from evidence.cells import Cell, Study, read
 from evidence.inference import MAIN
-from evidence.methods import METHODS, first_encoder
+from evidence.methods import METHODS
 from evidence.protocol import FULL, SMALL
 from evidence.run import RESULTS
-from pt_dance import DualEncoder, analysis
+from pt_dance import analysis
 
 FIRST = ["collection", "method", "seed", MAIN]
 
@@ -44,12 +43,7 @@ def measure(study: Study, encoder: str, seeds: list[int], *, sample: int) -> pd.
                     continue
                 values, _ = read(cell)
                 own = values[(values["collection"] == name) & (values["measure"] == MAIN)]
-                if method == "untrained":
-                    trained = first_encoder(encoder, collection, seed, minilm_path())
-                else:
-                    trained = DualEncoder.load(
-                        study.runs / "training" / name / encoder / str(seed) / method / "encoder"
-                    )
+                trained, _ = study.trained(Cell(name, encoder, method, seed))
                 row = analysis.compare(
                     {method: trained}, *collection.reported, collection.corpus, sample=sample, resamples=2
                 ).drop(columns="system")

@@ -18,7 +18,6 @@ from evidence.protocol import Protocol
 
 BACKWARDS = "d→q nDCG@10"
 IN_CELL = ["collection", "measure", "qid", "cluster"]
-WORDS = [*IN_CELL, "method", "trained_on"]
 NAMES = {"bm25": "BM25", "untrained": "untrained", **{name: method.text for name, method in METHODS.items()}}
 ENCODERS = {
     "static": "a static tower from nothing",
@@ -35,7 +34,7 @@ def name_of(protocol: Protocol, encoder: str) -> str:
 
 
 def collect(protocol: Protocol, runs: Path, results: Path) -> None:
-    """Put the cells that are there together: one Parquet file an encoder and collection, and what each cell cost.
+    """Put the cells that are there together, for each encoder and collection: values in Parquet, the rest in JSON.
 
     Args:
         protocol: which cells there are.
@@ -49,11 +48,8 @@ def collect(protocol: Protocol, runs: Path, results: Path) -> None:
             frame, about = read(file)
             abouts.append(about)
             parts.append(frame.assign(method=about["method"], seed=about["seed"]))
-        frame = pd.concat(parts, ignore_index=True).assign(trained_on=folder.parent.name)
-        frame = frame.sort_values(["method", "seed", "collection", "measure", "qid"]).reset_index(drop=True)
-        frame = frame.astype(dict.fromkeys(WORDS, "category") | {"seed": "int16", "value": "float32"})
         name = f"{folder.parent.name}-{folder.name}"
-        table = pa.Table.from_pandas(frame, preserve_index=False)
+        table = pa.Table.from_pandas(wide(pd.concat(parts, ignore_index=True)), preserve_index=False)
         pq.write_table(table, results / f"{name}.parquet", compression="zstd", compression_level=19)
         tuned = {
             file.stem: json.loads(file.read_text())
@@ -64,19 +60,32 @@ def collect(protocol: Protocol, runs: Path, results: Path) -> None:
         (results / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
+def wide(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a query and measure, a column a cell (``method/seed``): a tenth of the bytes of a row a value."""
+    cell = frame["method"].astype("str") + "/" + frame["seed"].astype("str")
+    table = frame.assign(cell=cell).pivot(index=IN_CELL, columns="cell", values="value")
+    return table.astype("float32").reset_index().rename_axis(columns=None)
+
+
+def long(table: pd.DataFrame) -> pd.DataFrame:
+    """What :func:`wide` made, as a row a value again: ``IN_CELL``, method, seed, value."""
+    frame = table.melt(id_vars=IN_CELL, var_name="cell", value_name="value").dropna(subset="value")
+    named = frame.pop("cell").str.rsplit("/", n=1, expand=True)
+    return frame.assign(method=named[0], seed=named[1].astype(int)).reset_index(drop=True)
+
+
 def unpack(protocol: Protocol, results: Path, runs: Path) -> None:
     """Put the committed cells of this protocol back where they were made, so that they are not made again."""
     for file in sorted(results.glob("*.json")):
         told, encoder = json.loads(file.read_text()), _encoder_of(file)
         if encoder not in protocol.budgets or told["protocol"] != name_of(protocol, encoder):
             continue
-        frame = pq.read_table(file.with_suffix(".parquet"), partitioning=None).to_pandas()
+        frame = long(pq.read_table(file.with_suffix(".parquet"), partitioning=None).to_pandas())
         for about in told["cells"]:
             cell = Cell(about["collection"], about["encoder"], about["method"], about["seed"])
             if not cell.file(runs).exists():
                 mine = frame[(frame["method"] == cell.method) & (frame["seed"] == cell.seed)]
-                mine = mine.drop(columns=["method", "seed", "trained_on"]).astype(dict.fromkeys(IN_CELL, "str"))
-                write(cell.file(runs), mine.reset_index(drop=True), about)
+                write(cell.file(runs), mine[[*IN_CELL, "value"]].reset_index(drop=True), about)
             for method, found in told["tuning"].items():
                 tuned = runs / "tuned" / cell.collection / encoder / f"{method}.json"
                 if not tuned.exists():
@@ -90,8 +99,13 @@ def unpack(protocol: Protocol, results: Path, runs: Path) -> None:
 def load(results: Path, encoder: str) -> pd.DataFrame:
     """All committed cells of an encoder; empty where there are none."""
     files = [file for file in sorted(results.glob("*.parquet")) if _encoder_of(file) == encoder]
-    parts = [pq.read_table(file, partitioning=None).to_pandas() for file in files]
-    return pd.concat(parts, ignore_index=True).astype(dict.fromkeys(WORDS, "str")) if parts else pd.DataFrame()
+    parts = [
+        long(pq.read_table(file, partitioning=None).to_pandas()).assign(
+            trained_on=file.stem.removesuffix(f"-{encoder}")
+        )
+        for file in files
+    ]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def _encoder_of(file: Path) -> str:
