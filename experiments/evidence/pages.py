@@ -115,6 +115,8 @@ def results_page(protocol: Protocol, results: Path) -> str:
         ):
             text += [rst_table(table(cells, measure), title)]
         text += [rst_table(zero_shot(cells), "nDCG@10 zero-shot by collection, mean over training collections")]
+        text += [rst_table(costs(results, encoder), "What the methods took")]
+        text += ["Seconds are of one core that had other work beside it: they compare roughly.", ""]
         text += [rst_table(verdicts(cells, protocol.resamples), "The sources' claims")]
         text += [
             "Differences are means over the training collections that have both rows; intervals of 95 % allow for "
@@ -137,15 +139,21 @@ def ranked(cells: pd.DataFrame, measure: str) -> pd.Series:
     return pd.Series(whole).sort_values(ascending=False)
 
 
-def costs(results: Path, encoder: str) -> pd.Series:
-    """Median seconds of training and mining of each method, its first stage included."""
-    rows = [
-        {"method": cell["method"], "seconds": cell.get("seconds"), "collection": cell["collection"]}
-        for file in results.glob(f"*-{encoder}.json")
-        for cell in json.loads(file.read_text())["cells"]
+def costs(results: Path, encoder: str) -> list[list[str]]:
+    """What each method took, mean over collections and seeds."""
+    names = {"steps": 0, "texts_for_mining": 0, "mine_seconds": 0, "seconds": 0}
+    frame = pd.DataFrame(
+        cell for file in results.glob(f"*-{encoder}.json") if file.stem.removesuffix(f"-{encoder}") in REPORTED
+        for cell in json.loads(file.read_text())["cells"] if "seconds" in cell
+    )  # fmt: skip
+    if not len(frame):
+        return []
+    by = frame.groupby("method")[list(names)].mean()
+    rows = [["method", "steps", "texts encoded to mine", "seconds to mine", "seconds in all"]]
+    rows += [
+        [NAMES[method], *(f"{by.loc[method, name]:,.0f}" for name in names)] for method in METHODS if method in by.index
     ]
-    frame = pd.DataFrame(rows).dropna()
-    return frame.groupby(["method", "collection"])["seconds"].median().groupby("method").mean()
+    return rows
 
 
 def choosing_page(protocol: Protocol, results: Path) -> str:
@@ -161,14 +169,13 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
             continue
         own, away, back = (ranked(cells, measure) for measure in (MAIN, ZERO_SHOT, BACKWARDS))
         own = own[own.index.isin([*RECIPES, *BASELINES])]
-        seconds = costs(results, encoder)
-        rows = [["recipe", "own collection", "other collections", "queries by documents", "seconds to train"]]
+        rows = [["recipe", "own collection", "other collections", "queries by documents"]]
         for method in own.index:
             name = f":doc:`{RECIPES[method][0]} <{RECIPES[method][1]}>`" if method in RECIPES else NAMES[method]
             values = [f"{s[method]:.3f}".replace("0.", ".", 1) if method in s else "" for s in (own, away, back)]
-            rows.append([name, *values, f"{seconds[method]:.0f}" if method in seconds else ""])
+            rows.append([name, *values])
         text += [heading(f"With {words}"), rst_table(rows)]
-        text += [f"- {line}" for line in advice(own, away, seconds)] + [""]
+        text += [f"- {line}" for line in advice(own, away)] + [""]
     text += [
         heading("Whatever you choose"),
         "- Start from an encoder that already ranks well; an untrained static tower is the weakest start and the "
@@ -181,7 +188,7 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
     return "\n".join(text)
 
 
-def advice(own: pd.Series, away: pd.Series, seconds: pd.Series) -> list[str]:
+def advice(own: pd.Series, away: pd.Series) -> list[str]:
     """What the table says, in sentences."""
 
     def told(method: str, scores: pd.Series) -> str:
@@ -195,9 +202,6 @@ def advice(own: pd.Series, away: pd.Series, seconds: pd.Series) -> list[str]:
         near = [m for m in plain[1:] if own[plain[0]] - own[m] <= 0.005]
         more = f"; within .005 of it: {', '.join(told(m, own) for m in near)}" if near else ""
         lines.append(f"Queries and judgements of your own collection, no teacher: {told(plain[0], own)}{more}.")
-        quick = min((m for m in [plain[0], *near] if m in seconds), key=seconds.__getitem__, default=None)
-        if quick not in (None, plain[0]):
-            lines.append(f"The quickest of these to train is {told(quick, own)}.")
         abroad = [m for m in away.index if m in plain]
         if abroad:
             lines.append(f"To search collections that it was not trained on: {told(abroad[0], away)}; BM25 has "

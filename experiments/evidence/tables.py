@@ -100,12 +100,14 @@ def load(results: Path, encoder: str) -> pd.DataFrame:
     """All committed cells of an encoder; empty where there are none."""
     files = [file for file in sorted(results.glob("*.parquet")) if _encoder_of(file) == encoder]
     parts = [
-        long(pq.read_table(file, partitioning=None).to_pandas()).assign(
-            trained_on=file.stem.removesuffix(f"-{encoder}")
-        )
+        long(pq.read_table(file, partitioning=None).to_pandas()).assign(trained_on=_collection_of(file))
         for file in files
     ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _collection_of(file: Path) -> str:
+    return file.stem.removesuffix(f"-{_encoder_of(file)}")
 
 
 def _encoder_of(file: Path) -> str:
