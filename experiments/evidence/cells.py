@@ -89,16 +89,17 @@ class Study:
     def cells(self, methods: Sequence[str] | None = None) -> list[Cell]:
         """Every cell, in the order in which they are made.
 
-        A seed after the other, so that all methods are compared wherever the study ends; methods with a teacher last;
-        collections in turn.
+        A seed after the other, so that all methods are compared wherever the study ends; those with a teacher after
+        three seeds of the others; collections in turn.
         """
         names = [name for name in (*BASELINES, *METHODS) if methods is None or name in methods]
         taught = [name for name in names if name in METHODS and METHODS[name].teacher]
         return [
             Cell(collection, encoder, method, seed)
             for encoder in self.protocol.encoders
+            for seeds in (self.protocol.budgets[encoder].seeds[:3], self.protocol.budgets[encoder].seeds[3:])
             for part in ([name for name in names if name not in taught], taught)
-            for seed in self.protocol.budgets[encoder].seeds
+            for seed in seeds
             for method in part
             if not (method in BASELINES and is_fixed(method, encoder, seed))
             for collection in self.protocol.training
