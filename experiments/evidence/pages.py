@@ -125,7 +125,85 @@ def results_page(protocol: Protocol, results: Path) -> str:
             "\"Could have seen\" is the difference that this design finds four times out of five. \"No effect\" "
             "is said only where the whole interval lies within ±.005.", "",
         ]  # fmt: skip
-    return "\n".join([*text, (Path(__file__).with_name("notes.rst")).read_text()])
+    text += refresh_section(results) + efficiency_section(results) + space_section(results)
+    return "\n".join([*text, Path(__file__).with_name("notes.rst").read_text()])
+
+
+def short(value: float, digits: int = 3) -> str:
+    """A number between -1 and 1 as papers print it."""
+    return f"{value:.{digits}f}".replace("0.", ".", 1)
+
+
+def refresh_section(results: Path) -> list[str]:
+    """How often, how deep and how: what refresh.py wrote."""
+    file = results / "refresh.csv"
+    if not file.exists():
+        return []
+    runs = pd.read_csv(file)
+    value = runs.groupby(["variant", "collection"], sort=False)[MAIN].agg(["mean", "std"]).unstack()
+    seconds = runs.groupby("variant", sort=False)[["mine_seconds", "seconds"]].mean()
+    collections = list(dict.fromkeys(runs["collection"]))
+    rows = [["negatives", *collections, "seconds to mine", "seconds in all"]]
+    for variant in dict.fromkeys(runs["variant"]):
+        cells = [
+            f"{short(value.loc[variant, ('mean', name)])} ± {short(value.loc[variant, ('std', name)])}"
+            for name in collections
+        ]
+        rows.append([variant, *cells, *(f"{value:.1f}" for value in seconds.loc[variant])])
+    return [
+        heading("How often negatives are refreshed"),
+        "MNRL with a static tower at equal steps, nDCG@10 of the reported queries, "
+        f"{runs['seed'].nunique()} seeds; ``python experiments/evidence/refresh.py``. The first quarter of the steps "
+        "learns from BM25's negatives, the rest from the model's own, drawn uniformly from the best 100 where nothing "
+        "else is said.", "", rst_table(rows),
+    ]  # fmt: skip
+
+
+def efficiency_section(results: Path) -> list[str]:
+    """Quality against seconds a query: what efficiency.py wrote."""
+    file = results / "efficiency.json"
+    if not file.exists():
+        return []
+    told = json.loads(file.read_text())
+    rows = [["system", MAIN, "milliseconds a query", "times the dense retriever's"]]
+    dense = next(row["seconds"] for row in told["rows"] if row["system"] == "dense")
+    rows += [
+        [row["system"], short(row[MAIN]), f"{1000 * row['seconds']:.2f}", f"{row['seconds'] / dense:.1f}"]
+        for row in told["rows"]
+    ]
+    return [
+        heading("What a query costs"),
+        f"ANCE's paper calls dense retrieval almost 100 times faster than BM25 with BERT re-ranking. {told['queries']} "
+        f"queries of {told['collection']}, one thread, one query at a time, all systems in turns; "
+        "``python experiments/evidence/efficiency.py``. The dense retriever is the study's static tower, the "
+        "cross-encoder its teacher of three layers.", "", rst_table(rows),
+    ]  # fmt: skip
+
+
+def space_section(results: Path) -> list[str]:
+    """Which measures of the embedding space go with nDCG@10: what space.py wrote."""
+    text = []
+    for encoder, words in ENCODERS.items():
+        file = results / f"space-{encoder}-correlations.csv"
+        if file.exists():
+            found = pd.read_csv(file)
+            rows = [["measure", "rank correlation", "95 % interval"]]
+            rows += [
+                [row.measure, f"{row.correlation:+.2f}", f"{row.low:+.2f} to {row.high:+.2f}"]
+                for row in found.itertuples()
+            ]
+            text += [
+                f"With {words}, over {found['cells'].iloc[0]} trained encoders:", "",
+                rst_table(rows),
+            ]  # fmt: skip
+    if not text:
+        return []
+    return [
+        heading("Does the embedding space explain who wins?"),
+        "Spearman's correlation of a measure with nDCG@10 within each training collection, mean over the collections, "
+        "intervals from resampling methods (``python experiments/evidence/space.py``). The measures are those of "
+        ":doc:`analysis`. Retrieval measures (R@100) are there for comparison: they are what they explain.", "", *text,
+    ]  # fmt: skip
 
 
 def ranked(cells: pd.DataFrame, measure: str) -> pd.Series:
