@@ -187,10 +187,11 @@ METHODS: dict[str, Method] = {
 
 def grid(method: Method, collection: Collection) -> list[Setting]:
     """Every setting of a method: the same learning rates, temperatures and weights for all, where they apply."""
-    protocol = collection.protocol
+    protocol, budget = collection.protocol, collection.budget
+    has_layer = method.start in ("head", "ade-spl") or method.after is not None
     return [
         Setting(rate, temperature, weight)
-        for rate in collection.budget.learning_rates
+        for rate in (budget.layer_rates if has_layer else budget.learning_rates)
         for temperature in (protocol.temperatures if method.temperature else (None,))
         for weight in (protocol.weights if method.weight else (None,))
     ]

@@ -30,6 +30,8 @@ class Budget:
         max_length: tokens of a text; None leaves the encoder's.
         seeds: seeds of a cell.
         learning_rates: the grid's learning rates.
+        layer_rates: the grid's learning rates of encoders with a new linear layer (a projection, a head), which the
+            rates that suit token embeddings break.
     """
 
     unit: int
@@ -38,6 +40,7 @@ class Budget:
     max_length: int | None
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
+    layer_rates: tuple[float, ...]
 
     @property
     def steps(self) -> int:
@@ -72,9 +75,9 @@ class Protocol:
     encoders: tuple[str, ...] = ENCODERS
     budgets: dict[str, Budget] = field(
         default_factory=lambda: {
-            "static": Budget(250, 32, 4000, None, (1, 2, 3, 4, 5), (0.003, 0.01, 0.03)),
-            "static-minilm": Budget(250, 32, 4000, None, (1, 2, 3, 4, 5), (0.001, 0.003, 0.01)),
-            "minilm": Budget(25, 16, 2000, 64, (1, 2, 3), (1e-5, 3e-5, 1e-4)),
+            "static": Budget(250, 32, 4000, None, (1, 2, 3, 4, 5), (0.003, 0.01, 0.03), (0.0003, 0.001, 0.003)),
+            "static-minilm": Budget(250, 32, 4000, None, (1, 2, 3, 4, 5), (0.001, 0.003, 0.01), (0.0003, 0.001, 0.003)),
+            "minilm": Budget(25, 16, 2000, 64, (1, 2, 3), (1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4)),
         }
     )
     temperatures: tuple[float, ...] = (0.02, 0.05)
@@ -96,7 +99,7 @@ SMALL = Protocol(
     name="small",
     training=("scifact",),
     encoders=("static",),
-    budgets={"static": Budget(5, 16, 200, 64, (1, 2), (0.003, 0.01))},
+    budgets={"static": Budget(5, 16, 200, 64, (1, 2), (0.003, 0.01), (0.001, 0.003))},
     temperatures=(0.05,),
     weights=(0.1,),
     halving=(0.25, 0.5),
