@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 
-from evidence.methods import SAME
+from evidence.methods import BASELINES, SAME
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -67,7 +67,7 @@ def resampled(
     """The mean difference of two methods on one collection, and its bootstrap distribution.
 
     Seeds and clusters of queries are drawn with replacement, each on its own (Owen 2007, the pigeonhole bootstrap), so
-    the interval holds for other seeds and other queries. A method that does not depend on the seed has one column.
+    the interval holds for other seeds and other queries. Only seeds that both have count.
 
     Args:
         better: queries × seeds.
@@ -76,11 +76,8 @@ def resampled(
         rng: source of chance.
     """
     seeds = [s for s in better.columns if s in than.columns]
-    if len(better.columns) == 1 or len(than.columns) == 1:
-        seeds = list(max((better.columns, than.columns), key=len))
-    pick = lambda frame: frame[seeds] if len(frame.columns) > 1 else frame[[frame.columns[0]] * len(seeds)]  # noqa: E731
     common = better.index.intersection(than.index)
-    values = pick(better).loc[common].to_numpy(float) - pick(than).loc[common].to_numpy(float)
+    values = better.loc[common, seeds].to_numpy(float) - than.loc[common, seeds].to_numpy(float)
     cluster, names = pd.factorize(common.get_level_values("cluster"))
     sums = np.zeros((len(names), len(seeds)))
     np.add.at(sums, cluster, values)
@@ -89,6 +86,18 @@ def resampled(
     of_seeds = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=number)
     means = (draws @ sums * of_seeds).sum(1) / (draws @ counts * len(seeds))
     return float(values.mean()), means
+
+
+def as_many_seeds(*methods: dict[str, pd.DataFrame]) -> list[dict[str, pd.DataFrame]]:
+    """Give a baseline that no seed changes, and which has one column, a column a seed of the other method."""
+    seeds = max((frame.columns for method in methods for frame in method.values()), key=len)
+    return [
+        {
+            name: frame if len(frame.columns) > 1 else pd.concat(dict.fromkeys(seeds, frame.iloc[:, 0]), axis=1)
+            for name, frame in method.items()
+        }
+        for method in methods
+    ]
 
 
 def difference(
@@ -105,10 +114,12 @@ def difference(
         both = [name for name in first if name in second]
         if not both:
             continue
+        if better in BASELINES or than in BASELINES:
+            first, second = as_many_seeds(first, second)
         parts = [resampled(first[name], second[name], number, rng) for name in both]
         means.append(np.mean([mean for mean, _ in parts]))
         samples.append(np.mean([sample for _, sample in parts], axis=0))
-        seeds.append(max(len(first[both[0]].columns), len(second[both[0]].columns)))
+        seeds.append(len(first[both[0]].columns.intersection(second[both[0]].columns)))
     if not means:
         return None
     sample = np.mean(samples, axis=0)
