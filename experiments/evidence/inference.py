@@ -148,10 +148,11 @@ def decide(results: pd.DataFrame, *, number: int) -> pd.DataFrame:
     rows["could_see"] = 2.8 * rows["error"]
     margin = given["equivalence_margin"]
     rows["verdict"] = [
-        "holds" if p < 1 - given["confidence"] and low > 0
+        "one seed so far" if seeds < 2
+        else "holds" if p < 1 - given["confidence"] and low > 0
         else "the opposite" if p < 1 - given["confidence"] and high < 0
         else "no effect" if -margin < low and high < margin
         else "cannot be told here"
-        for p, low, high in zip(rows["p"], rows["low"], rows["high"], strict=True)
+        for p, low, high, seeds in zip(rows["p"], rows["low"], rows["high"], rows["seeds"], strict=True)
     ]  # fmt: skip
     return rows.drop(columns="found")

@@ -117,7 +117,7 @@ def results_page(protocol: Protocol, results: Path) -> str:
         text += [rst_table(zero_shot(cells), "nDCG@10 zero-shot by collection, mean over training collections")]
         text += [rst_table(costs(results, encoder), "What the methods took")]
         text += ["Seconds are of one core that had other work beside it: they compare roughly.", ""]
-        text += [rst_table(verdicts(cells, protocol.resamples), "The sources' claims")]
+        text += [rst_table(verdicts(decided_of(encoder, protocol, results)), "The sources' claims")]
         text += [
             "Differences are means over the training collections that have both rows; intervals of 95 % allow for "
             "other seeds and other clusters of queries (two-way bootstrap); p-values are corrected over all claims "
@@ -328,6 +328,8 @@ def found_of(page_name: str, protocol: Protocol, results: Path) -> str:
                  f"{NAMES[SAME.get(claim.than, claim.than)]}, {claim.measure})",
                  f"{claim.mean:+.4f}", f"{claim.low:+.4f} to {claim.high:+.4f}", claim.verdict]
             )  # fmt: skip
+    if len(rows) == 1:
+        return "The study (:doc:`results`) has no cells of it yet; ``make evidence`` makes them.\n"
     return f"In the study (:doc:`results`):\n\n{rst_table(rows)}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from evidence.cells import Cell, read, write
-from evidence.inference import MAIN, decide, select
+from evidence.inference import MAIN, select
 from evidence.methods import BASELINES, CHECKPOINT, METHODS
 from evidence.protocol import Protocol
 
@@ -96,8 +97,9 @@ def unpack(protocol: Protocol, results: Path, runs: Path) -> None:
         sizes.write_text(json.dumps(told["sizes"]))
 
 
+@lru_cache
 def load(results: Path, encoder: str) -> pd.DataFrame:
-    """All committed cells of an encoder; empty where there are none."""
+    """All committed cells of an encoder, read once; empty where there are none."""
     files = [file for file in sorted(results.glob("*.parquet")) if _encoder_of(file) == encoder]
     parts = [
         long(pq.read_table(file, partitioning=None).to_pandas()).assign(trained_on=_collection_of(file))
@@ -155,14 +157,14 @@ def zero_shot(results: pd.DataFrame) -> list[list[str]]:
     return rows
 
 
-def verdicts(results: pd.DataFrame, number: int) -> list[list[str]]:
-    """The claims of one encoder."""
-    rows = [["claim", "source", "difference", "interval", "p (Holm)", "could have seen", "verdict"]]
-    for c in decide(results, number=number).itertuples():
+def verdicts(decided: pd.DataFrame) -> list[list[str]]:
+    """The claims of one encoder, as :func:`evidence.inference.decide` gives them."""
+    rows = [["claim", "source", "difference", "interval", "seeds", "p (Holm)", "could have seen", "verdict"]]
+    for c in decided.itertuples():
         rows.append(
             [
                 f"{c.text} ({c.better} against {c.than}, {c.measure})", c.source, f"{c.mean:+.4f}",
-                f"{c.low:+.4f} to {c.high:+.4f}", f"{c.p:.3g}", f"{c.could_see:.4f}", c.verdict,
+                f"{c.low:+.4f} to {c.high:+.4f}", str(c.seeds), f"{c.p:.3g}", f"{c.could_see:.4f}", c.verdict,
             ]
         )  # fmt: skip
     return rows
