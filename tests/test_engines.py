@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+import psutil
 import pyterrier as pt
 import pytest
 from pandas.testing import assert_frame_equal
@@ -236,6 +237,18 @@ def test_passages_are_searched_by_ranges(encoder, corpus, tmp_path):
     assert_frame_equal(of_passages.retriever(9, engine=Here(), verbose=False)(topics()), expected)
 
 
+def test_ranges_of_joined_shards(encoder, corpus, tmp_path):
+    documents = list(corpus.get_corpus_iter(False))
+    for number, first in enumerate((0, 100, 950)):
+        part = documents[first : (100, 950, None)[number]]
+        DenseIndex(tmp_path / "index" / "shards" / f"{number:05d}", encoder, verbose=False).index(iter(part))
+    joined = DenseIndex(tmp_path / "index", encoder, verbose=False).join()
+    engine = Here()
+    assert_frame_equal(joined.retriever(9, engine=engine)(topics()), joined.retriever(9)(topics()))
+    vectors = joined.open().vectors
+    assert np.array_equal(vectors.part(90, 960)[:], vectors[90:960])
+
+
 def test_fewer_rows_than_workers(encoder, tmp_path):
     two = make(tmp_path / "index", encoder, Corpus.build([{"docno": d, "text": d} for d in "ab"], tmp_path / "c"))
     found = two.retriever(5, engine=Here(), verbose=False)(topics(3))
@@ -428,6 +441,9 @@ def test_nothing_is_left_of_a_closed_engine(engine):
     """Comes last: the engine starts again if it is asked again."""
     engine._started()
     folder = engine._cluster.folder
+    sockets = [psutil.Process(pid).net_connections() for pid in processes_of(folder)]
+    listening = {socket.laddr.ip for found in sockets for socket in found if socket.status == psutil.CONN_LISTEN}
+    assert listening <= {"127.0.0.1", "::1"}, "other machines could reach it"
     assert len(list(processes_of(folder, os.getpid()))) >= 4
     engine.close()
     assert not os.path.exists(folder)

@@ -26,7 +26,7 @@ _LOCK = "owner"
 _LONGEST = 107 - 62 - len(_PREFIX) - 10
 _SERVERS = ("raylet", "gcs_server")
 _SURROUNDINGS = {
-    # Nobody else can reach the cluster, which listens on this machine's own addresses for the time of the program.
+    # Other machines cannot reach the cluster, which listens on 127.0.0.1 alone.
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray ends a worker when memory runs out, and would try its task again without end.
@@ -61,6 +61,7 @@ class PrivateCluster:
                 ray.init(
                     address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False,
                     configure_logging=False, logging_level=logging.ERROR, _temp_dir=self.folder,
+                    _node_ip_address="127.0.0.1",
                 )  # fmt: skip
             _silence()
             self._servers = {
@@ -71,6 +72,25 @@ class PrivateCluster:
         except BaseException:
             self.stop()
             raise
+
+    @classmethod
+    def start(cls, cpus: int) -> PrivateCluster:
+        """Start a cluster; again where Ray, which waits for itself half a minute, gave up on a busy machine.
+
+        Raises:
+            RuntimeError: If Ray cannot be started.
+        """
+        for tries_left in (2, 1, 0):
+            try:
+                return cls(cpus)
+            except Exception as error:
+                if not tries_left:
+                    reason = str(error).strip().split("\n")[0] or type(error).__name__
+                    raise RuntimeError(
+                        f"Ray could not be started on this machine ({reason}): try again when it is less busy, or "
+                        "leave the engine out"
+                    ) from error
+        raise AssertionError  # for type checkers
 
     def alive(self) -> bool:
         """Return whether Ray's own processes are still there, as far as the system tells."""

@@ -103,7 +103,7 @@ class Ray:
         if ray.is_initialized():
             stop: Callable[[], object] = _nothing
         elif self.address is None:
-            self._cluster = PrivateCluster(cpus)
+            self._cluster = PrivateCluster.start(cpus)
             stop = self._cluster.stop
         else:
             ray.init(address=self.address, log_to_driver=False)

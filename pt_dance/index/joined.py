@@ -84,6 +84,12 @@ class JoinedVectors:
             return np.empty((0, self.shape[1]), dtype=self.dtype)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def part(self, first: int, end: int) -> JoinedVectors:
+        """Return some rows without reading them; at least one."""
+        starts = self._ends - [len(part) for part in self._parts]
+        cut = [p[max(first - s, 0) : max(end - s, 0)] for p, s in zip(self._parts, starts.tolist(), strict=True)]
+        return JoinedVectors([part for part in cut if len(part)])
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
 

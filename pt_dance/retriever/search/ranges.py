@@ -59,13 +59,13 @@ class RangeSearch:
     """Searches a range of rows, in a worker.
 
     Attributes:
-        vectors: All vectors, (n, d).
+        vectors: All vectors, (n, d); also those of several files, which are sent as their names.
         ranks: Decide between equal scores, (n,).
         parts: How many ranges there are.
         device: Where to search; a GPU, if the worker has one, where None.
     """
 
-    vectors: FileRows | np.ndarray
+    vectors: Any
     ranks: FileRows | np.ndarray
     parts: int
     device: str | None
@@ -74,13 +74,13 @@ class RangeSearch:
         """Open a range, in the worker; return what searches it."""
         count = self.vectors.shape[0]
         first, end = (count * edge // self.parts for edge in (number, number + 1))
+        if first == end:
+            return lambda task: (np.empty((len(task[0]), 0), np.float32), np.empty((len(task[0]), 0), np.int64))
         vectors = open_vectors(_part(self.vectors, first, end), self.device)
         ranks = _part(self.ranks, first, end)
 
         def search(task: tuple[np.ndarray, int]) -> tuple[np.ndarray, np.ndarray]:
             queries, k = task
-            if first == end:
-                return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
             scores, rows = exact_search(queries, vectors, k, tie_order=ranks)
             return scores, rows + first
 
@@ -122,8 +122,8 @@ class EngineSearch:
         return scores, rows
 
 
-def _part(array: FileRows | np.ndarray, first: int, end: int) -> np.ndarray:
-    return array.part(first, end) if isinstance(array, FileRows) else array[first:end]
+def _part(array: Any, first: int, end: int) -> Any:
+    return array.part(first, end) if hasattr(array, "part") else array[first:end]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
