@@ -18,7 +18,6 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
-import psutil
 import pyterrier as pt
 import pytest
 from pandas.testing import assert_frame_equal
@@ -441,9 +440,6 @@ def test_nothing_is_left_of_a_closed_engine(engine):
     """Comes last: the engine starts again if it is asked again."""
     engine._started()
     folder = engine._cluster.folder
-    sockets = [psutil.Process(pid).net_connections() for pid in processes_of(folder)]
-    listening = {socket.laddr.ip for found in sockets for socket in found if socket.status == psutil.CONN_LISTEN}
-    assert listening <= {"127.0.0.1", "::1"}, "other machines could reach it"
     assert len(list(processes_of(folder, os.getpid()))) >= 4
     engine.close()
     assert not os.path.exists(folder)

@@ -26,7 +26,7 @@ _LOCK = "owner"
 _LONGEST = 107 - 62 - len(_PREFIX) - 10
 _SERVERS = ("raylet", "gcs_server")
 _SURROUNDINGS = {
-    # Other machines cannot reach the cluster, which listens on 127.0.0.1 alone.
+    # The cluster is this program's own. Ray listens on the machine's addresses all the same, as the documentation says.
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray ends a worker when memory runs out, and would try its task again without end.
@@ -61,7 +61,6 @@ class PrivateCluster:
                 ray.init(
                     address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False,
                     configure_logging=False, logging_level=logging.ERROR, _temp_dir=self.folder,
-                    _node_ip_address="127.0.0.1",
                 )  # fmt: skip
             _silence()
             self._servers = {
