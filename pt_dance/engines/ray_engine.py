@@ -33,9 +33,10 @@ class Ray:
     For small jobs one process is faster: a worker is a process that has to import everything first.
 
     Without an address a cluster of this program's own is started on this machine, with no dashboard and no
-    authentication (use it where the network is trusted), and it ends with the program, killed or not; a Ray that the program is connected to is used as it
-    is. Work that was interrupted (a worker, Ray itself or the program was killed) is gone on with, by a restarted
-    worker or by the same call. A task whose worker dies four times ends in an error that names it.
+    authentication (use it where the network is trusted), and it ends with the program, killed or not; a Ray that the
+    program is connected to is used as it is. Work that was interrupted (a worker, Ray itself or the program was killed)
+    is gone on with, by a restarted worker or by the same call. A task whose worker dies four times ends in an error
+    that names it.
 
     Args:
         workers: How many processes work.
