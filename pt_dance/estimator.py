@@ -28,7 +28,7 @@ from pt_dance.recipes import dance as dance_recipe
 from pt_dance.retriever.dense import DenseRetriever
 from pt_dance.storage.attributes import Fixed, Live
 from pt_dance.storage.engine import check_engine
-from pt_dance.storage.folders import remove_folder, write_json
+from pt_dance.storage.folders import write_json
 from pt_dance.storage.meta import META
 from pt_dance.storage.options import is_whole, path_of, whole
 from pt_dance.storage.writing import KEPT, new_folder, writing
@@ -36,13 +36,13 @@ from pt_dance.training.history import UNTRAINED, begins_with, best_round, descri
 from pt_dance.training.inputs import check_fit, check_query_texts
 from pt_dance.training.job import Job
 from pt_dance.training.one_round import mine_round, train_round
-from pt_dance.training.options import ONE_CHECK, check_measures, check_path
+from pt_dance.training.options import ONE_CHECK, check_measures, check_path, check_refresh
 from pt_dance.training.outcome import Outcome
 from pt_dance.training.processes import Processes
 from pt_dance.training.record import read_negatives, write_record
 from pt_dance.training.reporting import Reports
 from pt_dance.training.run_folder import RunFolder, read_meta
-from pt_dance.training.settings import fit_settings, restored, storable
+from pt_dance.training.settings import restored, storable
 from pt_dance.training.validation import depth_of, try_measures, validate
 
 
@@ -66,7 +66,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
 
     _index: DenseIndex | None
     path, num_results = Fixed(), Live(whole)
-    seed, patience, keep = (Live(ONE_CHECK[name]) for name in ("seed", "patience", "keep"))
+    seed, patience, keep, refresh, replay_of = (
+        Live(ONE_CHECK[name]) for name in ("seed", "patience", "keep", "refresh", "replay_of")
+    )
     recipe = Live(lambda _, value: None if value is None else check_recipe(value))
     corpus, engine = Live(check_corpus), Live(lambda _, value: check_engine(value))
 
@@ -83,6 +85,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         patience: int | None = None,
         keep: str = "all",
         engine: Any = None,
+        refresh: str = "between",
+        replay_of: str | Path | None = None,
         verbose: bool = True,
     ):
         """Prepare a run; nothing is encoded or trained yet.
@@ -103,6 +107,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             keep: "all" keeps the index of every round; "best" drops those of rounds that are neither the best nor the
                 last, so that disk use does not grow with the rounds. Encoders are always kept.
             engine: :class:`pt_dance.engines.Ray`, whose workers index, search, mine and ask teachers; None is for none.
+            refresh: how rounds that have ``refresh_every`` refresh their negatives: "between" their parts; "beside"
+                the training, by a second process; or by a "replay" of what another run did, which gives its weights.
+            replay_of: the folder of that run.
             verbose: shows progress and a line a round.
 
         Raises:
@@ -116,8 +123,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             )
         self.seed, self.patience, self.keep = seed, patience, keep
         self.recipe = dance_recipe() if recipe is None else recipe
-        self.measure = measure
-        self.num_results = num_results
+        self.refresh, self.replay_of = refresh, replay_of
+        check_refresh(self.refresh, self.replay_of, self.recipe)
+        self.measure, self.num_results = measure, num_results
         self.path = check_path(path)
         self._run = RunFolder(self.path)
         self.engine, self.verbose = engine, verbose
@@ -249,22 +257,21 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
                 f"fit does not change what was saved in {str(self.path)!r}; to train on from it, make "
                 "DanceRetriever(loaded.encoder, corpus, 'another/path', recipe=...)"
             )
+        check_refresh(self.refresh, self.replay_of, self.recipe)
         frames = topics_or_res_tr, qrels_tr, topics_or_res_va, qrels_va
         training, validation = check_fit(*frames, corpus=self.corpus, reads=self.initial_encoder, context=self)
         if validation is not None:
             try_measures(validation, self._measures)
         reports, processes = Reports(self.path, self.recipe), Processes(on_cpu=self._given.device.type == "cpu")
-        verbose = self.verbose and processes.is_first
-        job = Job(training, validation, self.corpus, self.recipe, self.seed, processes, verbose)
+        how = self.recipe, self.seed, processes, self.verbose and processes.is_first, self.refresh, self.replay_of
+        job = Job(self._run, training, validation, self.corpus, *how, self.engine)
         with writing(self.path, "the run", KEPT), contextlib.closing(reports), contextlib.closing(processes):
             self._fit(job, reports)
         return self
 
     def _fit(self, job: Job, reports: Reports) -> None:
         processes = job.processes
-        given = (self.initial_encoder, self.corpus, self.seed, self.recipe, job.training, job.validation)
-        settings = fit_settings(*given, processes=processes.count)
-        processes.check_same(settings)
+        processes.check_same(settings := job.settings(self._given))
         with processes.first_alone():
             self._run.begin(settings)
             if not (self._run.round(0) / "encoder").exists():
@@ -273,7 +280,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         measured = [] if job.validation is None else [str(measure) for measure in self._measures]
         history: list[dict] = []
         steps = 0
-        for number in range(len(self.recipe) + 1):
+        for number in range(len(job.recipe) + 1):
             row = processes.from_first(partial(self._run.finished, number))
             is_new = row is None
             if row is None:
@@ -285,7 +292,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             if is_new:
                 reports.add_round(row, steps)
             best = best_round(history, self._measures[0])
-            if processes.is_first and self.keep == "best" and (is_new or number == len(self.recipe)):
+            if processes.is_first and self.keep == "best" and (is_new or number == len(job.recipe)):
                 self._run.drop_indexes(keep={best, number})
             if self.patience is not None and number - best >= self.patience:
                 break
@@ -298,13 +305,11 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def _fit_round(self, number: int, job: Job, reports: Reports, steps_before: int) -> dict:
         """Mine and train, reading back what was done before an interruption; return the first part of the row."""
         started = time.perf_counter()
-        round_, span, processes = self.recipe[number - 1], job.spans[number - 1], job.processes
-        given: dict[str, Any] = dict(training=job.training, corpus=self.corpus, qids=job.qids(number))
-        given["engine"] = self.engine
-        mine = partial(
-            mine_round, self._run, number, round_=round_, retriever=partial(self.retriever, round=self._before(number)),
-            seed=job.seed_of(number), verbose=job.verbose, **given,
-        )  # fmt: skip
+        round_, span, processes = job.recipe[number - 1], job.spans[number - 1], job.processes
+        before = self._before(number, round_)
+        given = job.given(number)
+        retriever = partial(self.retriever, round=before)
+        mine = partial(mine_round, self._run, number, round_=round_, retriever=retriever, **given)
         with processes.first_alone():
             (found, mined), (query_negatives, mined_queries) = mine(what="negatives"), mine(what="query_negatives")
         mining_done = time.perf_counter()
@@ -315,13 +320,11 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         if trained is None:
             loggers = reports.of_round(round_, steps_before - span.first_step)
             trained = train_round(
-                self._run, number, round_, span, self._encoder_of(self._before(number)), found, query_negatives,
-                started=self.initial_encoder, loggers=loggers, processes=processes, verbose=job.verbose, **given,
+                self._run, number, round_, span, self._encoder_of(before), found, query_negatives, **given,
+                started=self.initial_encoder, loggers=loggers, processes=processes, refreshes=job.refreshes(number),
             )  # fmt: skip
         if processes.is_first:
-            if not span.carried_on:
-                remove_folder(self._run.checkpoints(number))
-            remove_folder(self._run.checkpoints(number - 1))  # nothing goes on from them any more
+            self._run.drop_work(number, carried_on=span.carried_on)
         seconds = {"mine": mining_done - started, "train": time.perf_counter() - mining_done}
         return training_row(number, round_, trained, mined, mined_queries, seconds)
 
@@ -339,13 +342,13 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         row = {**row, **measured, **seconds}
         self._run.finish(number, row)
         if job.verbose:
-            print(describe_round(row, len(self.recipe), self._measures))
+            print(describe_round(row, len(job.recipe), self._measures))
         return row
 
-    def _before(self, number: int) -> int:
+    def _before(self, number: int, round_: Round) -> int:
         """Return the round whose encoder a round begins with."""
         finished = (row for earlier in range(number) if (row := self._run.finished(earlier)) is not None)
-        return begins_with(self.recipe[number - 1], list(finished), self._measures[0])
+        return begins_with(round_, list(finished), self._measures[0])
 
     def _settle(self, number: int, history: list[dict]) -> None:
         self._round, self._history, self._index = number, history, None

@@ -13,12 +13,11 @@ from typing import Any
 import pyterrier as pt
 
 from pt_dance.mining.candidates import check_options
-from pt_dance.mining.sources import FIRST_STAGE, check_source
+from pt_dance.mining.sources import FIRST_STAGE, check_source, needs_dense
 from pt_dance.storage.display import facts
-from pt_dance.storage.options import choice, number, whole
+from pt_dance.storage.options import number, whole
 from pt_dance.training import published as release
-from pt_dance.training.defaults import TEACHER_LOSSES
-from pt_dance.training.options import SCHEDULERS, check_loss, check_training_arguments
+from pt_dance.training.options import check_choices, check_loss
 from pt_dance.training.round_table import round_settings
 from pt_dance.training.schedule import check_carried
 
@@ -54,6 +53,10 @@ class Round:
         epochs: passes over the (query, positive) pairs.
         steps: optimiser steps of this round, whatever ``epochs`` says: the index is refreshed every so many steps, as
             ANCE's release does. A pass may then go on in the next round; None trains ``epochs`` passes.
+        refresh_every: refresh negatives that depend on the current weights every so many steps within the round, as
+            ``DanceRetriever(refresh=...)`` says: between parts of it, or beside its training; None: they stay.
+        max_staleness: how many steps old the weights of negatives may get that are refreshed beside the training,
+            before it waits for newer ones; None: four times ``refresh_every``.
         carry_optimizer: go on with the optimiser and the learning rate schedule of the round before, instead of
             starting both anew. Rounds that go on so share one schedule over all their steps, whose ``learning_rate``,
             ``warmup``, ``scheduler`` and ``training_arguments`` must be the same in all of them. Means nothing in the
@@ -87,6 +90,8 @@ class Round:
     teacher: object = None
     epochs: int = 1
     steps: int | None = None
+    refresh_every: int | None = None
+    max_staleness: int | None = None
     carry_optimizer: bool = False
     start: str = "last"
     batch_size: int = 64
@@ -111,29 +116,15 @@ class Round:
         mined = ("depth", "negatives_per_query", "negatives_per_row", "query_negatives_per_row")
         for option in (*mined, "epochs", "batch_size", "checkpoint_steps"):
             self._set(option, whole(option, getattr(self, option)))
-        self._set("steps", whole("steps", self.steps, or_none=True))
+        for option in ("steps", "refresh_every", "max_staleness"):
+            self._set(option, whole(option, getattr(self, option), or_none=True))
         if not isinstance(self.carry_optimizer, bool):
             raise TypeError(f"carry_optimizer={self.carry_optimizer!r} must be True or False")
         self._set("learning_rate", number("learning_rate", self.learning_rate, above=0, or_none=True))
         self._set("share_of_queries", number("share_of_queries", self.share_of_queries, above=0, highest=1))
         share = number("warmup", self.warmup, lowest=0)
         self._set("warmup", share if share < 1 else whole("warmup", self.warmup))
-        if self.teacher is not None and not isinstance(self.teacher, pt.Transformer):
-            raise TypeError(f"teacher={self.teacher!r} must be a PyTerrier pipeline that scores (query, text) rows")
-        parts = [part[0] for part in self.loss] if isinstance(self.loss, (list, tuple)) else [self.loss]
-        taught = [loss for loss in parts if loss in TEACHER_LOSSES]
-        if self.teacher is None and taught:
-            raise ValueError(f"the loss {taught[0]!r} learns from a teacher; give teacher=... (a pipeline that scores)")
-        choice("scheduler", self.scheduler, SCHEDULERS)
-        if not isinstance(self.filters, (list, tuple)) or not all(callable(entry) for entry in self.filters):
-            raise TypeError(f"filters={self.filters!r} must be a list of filters, such as mining.RankRange(10, 200)")
-        check_training_arguments(self.training_arguments)
-        if self.start not in ("last", "best") or (self.start == "best" and self.carry_optimizer):
-            raise ValueError(f"start={self.start!r} must be 'last', or 'best' without carry_optimizer")
-        choice("similarity", self.similarity, ("cosine", "dot"), or_none=True)
-        if self.negatives_per_row > self.negatives_per_query:
-            more, pool = self.negatives_per_row, self.negatives_per_query
-            raise ValueError(f"negatives_per_row={more} is more than negatives_per_query={pool}")
+        check_choices(self)
 
     def _set(self, option: str, value: object) -> None:
         """Keep an option as a plain number, whichever library's number was given."""
@@ -150,6 +141,12 @@ class Round:
     def is_dual(self) -> bool:
         """Whether the loss also ranks queries for documents."""
         return bool(self.loss_options.get("dual"))
+
+    @property
+    def is_refreshed(self) -> bool:
+        """Whether negatives are mined anew while the round is trained."""
+        is_dense = needs_dense(self.negatives) or (self.is_dual and self.query_negatives == "dense")
+        return self.refresh_every is not None and is_dense
 
     def _repr_html_(self) -> str:
         return facts(f"Round: {self.name or self.loss_name}", round_settings(self))

@@ -105,7 +105,7 @@ def free_port():
 def both(given, tmp_path_factory):
     """The folders of the same fits in two processes and in one, and what each of the two found."""
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    status, errors, found = launched(given, two, WHOLE)
+    status, errors, found = launched(given, two, (*WHOLE, "beside"))
     assert status == 0, errors
     corpus = Corpus.build(torchrun_fit.pd.read_parquet(given / "documents.parquet"), one / "corpus", verbose=False)
     sizes = {name: set() for name in WHOLE}
@@ -143,6 +143,22 @@ def test_two_processes_train_as_one_does_on_the_same_batches(both, name):
     moved = weights(one / name, last)
     start = weights(one / name, 0)
     assert max((moved[p] - start[p]).abs().max().item() for p in moved) > 1e-3
+
+
+def test_two_processes_have_one_table_of_refreshed_negatives_at_a_time(both, given):
+    """Which table each batch had is told by the first process, and one process that replays it has the same weights."""
+    two, one, found = both
+    assert found[0]["beside"] == found[1]["beside"]
+    assert found[0]["beside"]["history"][-1]["refreshes"] >= 1
+    assert not (two / "beside" / "rounds" / "01" / "refresh").exists()
+    options = dict(refresh="replay", replay_of=two / "beside")
+    torchrun_fit.fit("beside", one / "beside", given, Corpus(one / "corpus"), **options)
+    journals = [(path / "beside" / "rounds" / "01" / "refreshes.jsonl").read_text() for path in (one, two)]
+    steps = [[(line["batch"], line["step"]) for line in map(json.loads, text.splitlines())] for text in journals]
+    assert steps[0] == steps[1] != []
+    mine = weights(one / "beside", 1)
+    for parameter, tensor in weights(two / "beside", 1).items():
+        assert (tensor - mine[parameter]).abs().max().item() < 1e-5
 
 
 def test_each_process_has_its_part_of_every_batch_also_after_an_interruption():

@@ -45,15 +45,27 @@ RECIPES = {
     "margin_mse": recipes.margin_mse(pt.apply.doc_score(shared_words), **FAST),
     "bert": recipes.mnrl(3, **FAST),
     "cached": recipes.mnrl(1, **FAST, loss_options={"mini_batch_size": 2}),
+    "beside": recipes.ance(
+        1,
+        warm_up=0,
+        loss="contrastive",
+        steps=24,
+        refresh_every=4,
+        max_staleness=8,
+        depth=20,
+        negatives_per_query=4,
+        **FAST,
+    ),
     "failing": recipes.mnrl(1, negatives=pt.apply.generic(failing), **FAST),
 }
 
 
-def fit(name: str, path: Path, given: Path, corpus: Corpus, seed: int = 3) -> DanceRetriever:
+def fit(name: str, path: Path, given: Path, corpus: Corpus, seed: int = 3, **options) -> DanceRetriever:
     """Fit one of the recipes on the frames in the folder ``given``."""
     _, candidates, dev, qrels = (pd.read_parquet(given / f"{frame}.parquet") for frame in FRAMES)
     encoder = DualEncoder.load(given / ("transformer" if name in ("bert", "cached") else "static"), device="cpu")
-    options = dict(recipe=RECIPES[name], measure=nDCG @ 10, seed=seed, verbose=False)
+    options = {"refresh": "beside" if name == "beside" else "between"} | options
+    options |= dict(recipe=RECIPES[name], measure=nDCG @ 10, seed=seed, verbose=False)
     return DanceRetriever(encoder, corpus, path, **options).fit(candidates, qrels, dev, qrels)
 
 

@@ -35,6 +35,8 @@ def round_in_words(round_: Mapping[str, Any], number: int) -> str:
     sentences.append(_source("Negatives", "query", round_))
     if round_.get("query_negatives") not in (None, "none"):
         sentences.append(_source("Query negatives", "document", round_, "query_negatives"))
+    if round_.get("refresh_every"):
+        sentences.append(f"Refreshed every {round_['refresh_every']} steps while training goes on")
     if round_.get("filters") not in (None, "", "()", "[]"):
         sentences.append(f"Filtered by {round_['filters']}")
     if round_.get("teacher"):

@@ -235,7 +235,9 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
                 f"it holds {numbers.dtype} of shape {numbers.shape}"
             )
         rows: Any = self.rows  # labels are only looked at where there are rows
-        if numbers.size and (numbers.min() < -1 or numbers.max() >= len(rows)):
+        # where negatives are refreshed, a label also says which of their versions the row has
+        is_beyond = numbers.size and rows.later is None and numbers.max() >= len(rows)
+        if is_beyond or (numbers.size and numbers.min() < -1):
             raise ValueError(
                 f"the column label holds row numbers from {numbers.min()} to {numbers.max()}, but there are "
                 f"{len(rows)} training rows, numbered from 0; only -1 is allowed besides, for a row that fills "
@@ -246,7 +248,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
     def _batch(self, columns: list[Tensor], labels: Tensor | None) -> Batch:
         self._split(columns)
         size, device = len(columns[0]), columns[0].device
-        numbers = None
+        numbers: Any = None
         if self.rows is not None:
             numbers = self._row_numbers(labels)
             if len(numbers) != size:
@@ -261,8 +263,9 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
         negatives, mined = self._split(columns)
         documents = torch.stack([columns[1], *negatives], dim=1)
         query_negatives = torch.stack(mined, dim=1) if mined else columns[0][:, None][:, :0]
-        known = BatchRows(self.rows, numbers, len(columns[0]), slice(first, first + size), device)
-        if self.rows is not None and self.rows.passages_per_document > 1:
+        rows, numbers = (None, None) if self.rows is None else self.rows.of(numbers)
+        known = BatchRows(rows, numbers, len(columns[0]), slice(first, first + size), device)
+        if rows is not None and rows.passages_per_document > 1:
             documents = known.passages_filled(documents)
         return Batch(columns[0], documents[:, 0], documents[:, 1:], query_negatives, known, labels)
 

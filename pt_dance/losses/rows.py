@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +32,10 @@ class TrainingRows:
         teacher_query_negatives: float (rows, m), the teacher's scores of (mined query, positive), or None.
         passages: int (documents,), how many passages each document has, at least 1, where documents are scored by their
             best passage (MaxP); None where every document is one text.
+        later: Gives what was mined for the rows later, by the number of the version, from 1, as arguments of
+            :meth:`with_mined`; these rows are version 0. Every label then is version × rows + row, so that a batch
+            names the table it was made with, however long ago. None where negatives are not refreshed while training
+            goes on.
 
     Raises:
         ValueError: Shapes that do not fit, numbers out of range, or a row whose positive is not relevant.
@@ -45,6 +50,7 @@ class TrainingRows:
     teacher_negatives: np.ndarray | None = None
     teacher_query_negatives: np.ndarray | None = None
     passages: np.ndarray | None = None
+    later: Callable[[int], Mapping[str, np.ndarray]] | None = None
     # Which query each row of ``relevance`` is of, where it has not all of them, in order.
     _judged: np.ndarray | None = field(default=None, init=False, repr=False)
 
@@ -102,11 +108,68 @@ class TrainingRows:
 
     @cached_property
     def passages_per_document(self) -> int:
-        """How many text columns stand for one document: the most passages that a document of these rows has."""
+        """How many text columns stand for one document: the most passages that a document of these rows has.
+
+        Where negatives are refreshed these may be any documents.
+        """
         if self.passages is None or not len(self):
             return 1
+        if self.later is not None:
+            return int(self.passages.max())
         used = np.concatenate([self.positive, self.negatives.ravel()])
         return int(self.passages[used[used >= 0]].max())
+
+    def with_mined(
+        self, negatives: np.ndarray, query_negatives: np.ndarray, teacher_negatives: np.ndarray | None = None,
+        teacher_query_negatives: np.ndarray | None = None,
+    ) -> TrainingRows:  # fmt: skip
+        """Return the same rows with other negatives, as many a row as before; arguments are those of the class.
+
+        Raises:
+            ValueError: shapes that are not those of these rows, or numbers out of range.
+        """
+        other = object.__new__(TrainingRows)  # pairs and judgements are not checked again
+        other.__dict__.update({field.name: getattr(self, field.name) for field in fields(self)})
+        queries, documents = self.relevance.shape
+        other.negatives = _numbers("negatives", negatives, documents, lowest=-1)
+        other.query_negatives = _numbers("query_negatives", query_negatives, queries, lowest=-1)
+        other.teacher_negatives, other.teacher_query_negatives = teacher_negatives, teacher_query_negatives
+        other.later = None
+        for name in ("negatives", "query_negatives", "teacher_negatives", "teacher_query_negatives"):
+            one, another = (getattr(rows, name) for rows in (self, other))
+            if np.shape(one) != np.shape(another):
+                raise ValueError(f"{name} must have shape {np.shape(one)}, not {np.shape(another)}")
+        other.__dict__["passages_per_document"] = self.passages_per_document  # the columns of a batch stay
+        return other
+
+    def of(self, labels: np.ndarray) -> tuple[TrainingRows, np.ndarray]:
+        """Return the table that a batch was made with, and its rows' numbers.
+
+        Args:
+            labels: int (rows of the batch,); -1 for rows that only fill it up.
+
+        Raises:
+            ValueError: if the labels name different tables.
+        """
+        real = labels >= 0
+        if self.later is None or not real.any():
+            return self, labels
+        versions = labels[real] // len(self)
+        if (versions != versions[0]).any():
+            raise ValueError(f"a batch has rows of different tables of negatives: {sorted(set(versions.tolist()))}")
+        return self._version(int(versions[0])), np.where(real, labels % len(self), -1)
+
+    def _version(self, number: int) -> TrainingRows:
+        if number and number not in self._opened:
+            while len(self._opened) > 1:  # batches are made a few ahead of their use, so that two are in use at a time
+                del self._opened[next(iter(self._opened))]
+            assert self.later is not None
+            self._opened[number] = self.with_mined(**self.later(number))
+        return self._opened[number] if number else self
+
+    @cached_property
+    def _opened(self) -> dict[int, TrainingRows]:
+        return {}
 
     def relevant(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Say for every query and every document whether they are a known-relevant pair.
@@ -194,7 +257,7 @@ class TrainingRows:
         other.teacher_positive = self.teacher_positive
         other.teacher_negatives = self.teacher_query_negatives
         other.teacher_query_negatives = self.teacher_negatives
-        other.passages = None
+        other.passages = other.later = None
         return other
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -25,19 +25,25 @@ class RoundBatches(DefaultBatchSampler):
     of one size; the row -1 fills up what is missing, see :class:`~pt_dance.losses.RetrievalLoss`.
 
     Args:
-        examples: the rows of the round, for the passes of its span.
-        span: the part of the schedule that the round trains.
-        batch_size: rows of a batch, over all processes.
-        drop_last: whether a pass leaves out what makes no whole batch.
-        processes: how many processes divide a batch.
+        examples: The rows of the round, for the passes of its span.
+        span: The part of the schedule that the round trains.
+        batch_size: Rows of a batch, over all processes.
+        drop_last: Whether a pass leaves out what makes no whole batch.
+        processes: How many processes divide a batch.
+        version: Says which version of the negatives a batch of the round has, by its number from 0; all have the first
+            where None.
     """
 
-    def __init__(self, examples: Examples, span: Span, batch_size: int, drop_last: bool, processes: int = 1):
+    def __init__(
+        self, examples: Examples, span: Span, batch_size: int, drop_last: bool, processes: int = 1,
+        version: Callable[[int], int] | None = None,
+    ):  # fmt: skip
         super().__init__(range(examples.pairs), batch_size=batch_size, drop_last=drop_last, seed=span.stream_seed)
         self.examples = examples
         self.span = span
         self.rows_of_batch = batch_size
         self.processes = processes
+        self.version = version
         if processes > 1:
             self.batch_size = None  # or accelerate would take a part that is smaller than others for the last one
 
@@ -45,7 +51,7 @@ class RoundBatches(DefaultBatchSampler):
         return self.span.total_batches * self.processes
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield lists of row numbers."""
+        """Yield lists of labels."""
         for batch in self._whole():
             yield from parts_of(batch, self.processes)
 
@@ -54,7 +60,9 @@ class RoundBatches(DefaultBatchSampler):
         placeholder = list(range(min(self.rows_of_batch, self.examples.pairs)))
         for _ in range(span.first_batch):
             yield placeholder
-        yield from islice(self._stream(), span.batches)
+        for number, batch in enumerate(islice(self._stream(), span.batches)):
+            first = 0 if self.version is None else self.version(number) * len(self.examples.rows)
+            yield [first + row for row in batch]
         for _ in range(span.total_batches - span.first_batch - span.batches):
             yield placeholder
 

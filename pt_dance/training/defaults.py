@@ -103,8 +103,9 @@ def settle(round_, encoder, examples: Examples, initial) -> Settled:
                 looked = looked or _look(encoder, examples, similarity)
             if name in TEACHER_LOSSES:
                 own["temperature"] = STRETCH * looked["margin"]
-                report["teacher_scale"] = scale = _scale(examples)
-                examples = _in_units(examples, scale)
+                unit = _scale(examples)
+                report["teacher_scale"] = float(report.get("teacher_scale", 1.0)) * unit
+                examples = _in_units(examples, unit)
             else:
                 own["temperature"] = TEMPERATURE * (looked["length"] if similarity == "dot" else 1.0)
         if "temperature" in own:

@@ -24,8 +24,8 @@ class Examples:
 
     Attributes:
         dataset: one row a training row of every epoch, columns query, positive, negative_1.., negative_query_1..
-            (str) and label (int, the row's number), texts read on access. The last row, -1, fills batches up: it has
-            the texts of the first one and the label -1.
+            (str) and label (int), texts read on access. A list of labels gives their rows, see
+            :class:`~pt_dance.losses.TrainingRows`; -1 fills batches up, with the texts of the first row.
         rows: what the loss knows of each row.
         pairs: how many (query, positive) pairs an epoch has.
         epochs: how many epochs the rows hold, each with its own draw of negatives.
@@ -35,6 +35,20 @@ class Examples:
     rows: TrainingRows
     pairs: int
     epochs: int
+
+
+class _Texts(Dataset):
+    """A data set of row numbers whose other columns are read when a batch is made.
+
+    Labels say more than a row's number where negatives are refreshed, so that they may be larger than the data set;
+    sentence-transformers' trainer asks for them as its sampler gives them.
+    """
+
+    read: Callable[[np.ndarray], dict[str, list]]
+
+    def __getitem__(self, key):
+        """Return the columns of a list of labels; of anything else what the class above would return."""
+        return self.read(np.asarray(key)) if isinstance(key, list) else super().__getitem__(key)
 
 
 class Pools:
@@ -110,7 +124,7 @@ def build_examples(
     readings = Readings.of(reads, corpus)
     texts, query_of_qid = _queries(topics, readings)
     mined = [frame["docno"] for frame in (negatives, query_negatives) if frame is not None]
-    document_of = _Documents(corpus, readings, pd.concat([pairs["docno"], *mined]))
+    document_of = _Documents(corpus, readings, pairs["docno"], mined)
     pair_query = query_of_qid.loc[pairs["qid"]].to_numpy()
     pair_document = document_of(pairs["docno"])
     relevance = csr_matrix(
@@ -161,14 +175,21 @@ def _queries(topics: pd.DataFrame, readings: Readings) -> tuple[list[str], pd.Se
 
 
 class _Documents:
-    """Numbers of documents: of those among the training rows that read the same, the first row in the corpus."""
+    """Numbers of documents: of those among the training rows that read the same, the first row in the corpus.
 
-    def __init__(self, corpus, readings: Readings, docnos: pd.Series):
+    Where one of these is a positive, it is the first positive, so that the numbers of positives do not depend on what
+    was mined.
+    """
+
+    def __init__(self, corpus, readings: Readings, positives: pd.Series, mined: list[pd.Series]):
         self._corpus = corpus
-        self._rows = np.unique(corpus.known_rows(docnos.drop_duplicates().tolist()))
-        # Rows are in order, so the first of a reading is its smallest.
-        _, first, group = np.unique(readings.rows(self._rows), return_index=True, return_inverse=True)
-        self._number = self._rows[first[group]]
+        distinct = pd.concat([positives, *mined]).drop_duplicates().tolist()
+        self._rows = np.unique(corpus.known_rows(distinct))
+        is_mined = ~np.isin(self._rows, corpus.known_rows(positives.drop_duplicates().tolist()))
+        order = np.argsort(is_mined, kind="stable")
+        _, first, group = np.unique(readings.rows(self._rows)[order], return_index=True, return_inverse=True)
+        self._number = np.empty_like(self._rows)
+        self._number[order] = self._rows[order[first[group]]]
 
     def __call__(self, docnos: pd.Series) -> np.ndarray:
         """Return the number of each docno, int64."""
@@ -225,21 +246,24 @@ def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
     def of_queries(numbers: np.ndarray) -> list[str]:
         return np.where(numbers >= 0, query_texts[np.maximum(numbers, 0)], "").tolist()
 
-    def read(batch: dict[str, list[int]]) -> dict[str, list]:
-        labels = np.asarray(batch["label"])
-        number = np.maximum(labels, 0)
+    def read(labels: np.ndarray) -> dict[str, list]:
+        table, number = rows.of(labels)
+        number = np.maximum(number, 0)
         columns: dict[str, list] = {
-            "query": of_queries(rows.query[number]),
-            **of_passages("positive", rows.positive[number]),
+            "query": of_queries(table.query[number]),
+            **of_passages("positive", table.positive[number]),
         }
-        for i in range(rows.negatives.shape[1]):
-            columns |= of_passages(f"negative_{i + 1}", rows.negatives[number, i])
-        for i in range(rows.query_negatives.shape[1]):
-            columns[f"negative_query_{i + 1}"] = of_queries(rows.query_negatives[number, i])
+        for i in range(table.negatives.shape[1]):
+            columns |= of_passages(f"negative_{i + 1}", table.negatives[number, i])
+        for i in range(table.query_negatives.shape[1]):
+            columns[f"negative_query_{i + 1}"] = of_queries(table.query_negatives[number, i])
         columns["label"] = labels.tolist()
         return columns
 
-    return Dataset.from_dict({"label": np.append(np.arange(len(rows.query)), -1)}).with_transform(read)
+    dataset = _Texts.from_dict({"label": np.arange(len(rows))})
+    dataset = dataset.with_transform(lambda batch: read(np.asarray(batch["label"])))
+    dataset.read = read
+    return dataset
 
 
 def columns_of(rows: TrainingRows) -> dict[str, str]:

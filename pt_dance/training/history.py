@@ -17,8 +17,9 @@ UNTRAINED = {
 def training_row(number: int, round_, trained: dict, mined: dict, mined_queries: dict, seconds: dict) -> dict:
     """Return the part of a round's row that is known when it is trained.
 
-    That is from the ``Round``, from what its training gave (``loss``, ``steps``, ``settled``), from the reports on
-    document and query negatives, empty where there are none, and from the seconds that "mine" and "train" took.
+    That is from the ``Round``, from what its training gave (``loss``, ``steps``, ``settled``, ``refreshed``), from the
+    reports on document and query negatives, empty where there are none, and from the seconds that "mine" and "train"
+    took.
     """
     return {
         "round": number,
@@ -27,6 +28,7 @@ def training_row(number: int, round_, trained: dict, mined: dict, mined_queries:
         "training_loss": trained["loss"],
         "steps": trained["steps"],
         **trained.get("settled", {}),
+        **trained.get("refreshed", {}),
         "negatives_per_query": mined.get("per_source", 0.0),
         "new_negatives": mined.get("new"),
         "queries_short_of_negatives": mined.get("short", 0),

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from pt_dance.encoder.dual_encoder import DualEncoder
 from pt_dance.mining import share_of
+from pt_dance.storage.digests import text_id
 from pt_dance.training.inputs import TrainingInput
 from pt_dance.training.processes import Processes
-from pt_dance.training.schedule import Span, plan
+from pt_dance.training.refresh.beside import Refreshes
+from pt_dance.training.refresh.journal import Journal
+from pt_dance.training.run_folder import JOURNAL, RunFolder
+from pt_dance.training.schedule import Span, in_turn, plan, without_refreshes
+from pt_dance.training.settings import fit_settings
 
 
 @dataclass
@@ -19,16 +26,21 @@ class Job:
     """A call of ``fit``.
 
     Attributes:
-        training: the checked training topics and qrels.
-        validation: the checked validation topics and qrels, or None.
+        run: The run's folder.
+        training: The checked training topics and qrels.
+        validation: The checked validation topics and qrels, or None.
         corpus: ``Corpus`` with the documents.
-        recipe: the ``Round``s.
-        seed: the fit's seed.
-        processes: those that make the same call.
-        verbose: whether this process shows progress.
-        spans: the part of its schedule that each round trains.
+        recipe: The ``Round``s; where negatives are not refreshed beside the training, one for each refresh.
+        seed: The fit's seed.
+        processes: Those that make the same call.
+        verbose: Whether this process shows progress.
+        refresh: "between" rounds, "beside" the training, or "replay" of what was beside another run's training.
+        replay_of: The folder of that run, or None.
+        engine: Has workers that mine and ask the teacher; this process does where None.
+        spans: The part of its schedule that each round trains.
     """
 
+    run: RunFolder
     training: TrainingInput
     validation: TrainingInput | None
     corpus: Any
@@ -36,12 +48,68 @@ class Job:
     seed: int
     processes: Processes
     verbose: bool
+    refresh: str = "between"
+    replay_of: Path | None = None
+    engine: Any = None
     spans: list[Span] = field(init=False)
 
     def __post_init__(self) -> None:
-        numbers = range(1, len(self.recipe) + 1)
-        counts = self.training.count_pairs(self.corpus, [self.qids(number) for number in numbers])
-        self.spans = plan(self.recipe, counts, [self.seed_of(number) for number in numbers])
+        # where nothing depends on the current weights, nothing is refreshed
+        self.recipe = [entry if entry.is_refreshed else without_refreshes(entry) for entry in self.recipe]
+        counts = self._pairs()
+        if self.refresh == "between" and any(round_.is_refreshed for round_ in self.recipe):
+            self.recipe = in_turn(self.recipe, counts)
+            counts = self._pairs()
+        self.spans = plan(self.recipe, counts, [self.seed_of(number) for number in range(1, len(counts) + 1)])
+
+    def _pairs(self) -> list[int]:
+        return self.training.count_pairs(self.corpus, [self.qids(n) for n in range(1, len(self.recipe) + 1)])
+
+    def settings(self, encoder: DualEncoder) -> dict[str, object]:
+        """Return what the fit depends on, see :func:`~pt_dance.training.settings.fit_settings`.
+
+        Args:
+            encoder: that the fit begins with.
+
+        Raises:
+            ValueError: if the run that is replayed had other settings, or was not refreshed beside its training.
+        """
+        own = fit_settings(
+            encoder, self.corpus, self.seed, self.recipe, self.training, self.validation,
+            processes=self.processes.count, refresh=self.refresh, replay_of=self._replay_of(),
+        )  # fmt: skip
+        if self.replay_of is not None:
+            theirs = {**(RunFolder(self.replay_of).settings() or {}), "replay of": own["replay of"]}
+            expected = {**own, "refresh": "beside"}
+            del expected["processes"]  # which change nothing but roundings
+            differing = [name for name in expected if theirs.get(name) != expected[name]]
+            if differing:
+                raise ValueError(
+                    f"the run in {str(self.replay_of)!r} cannot be replayed with other settings than its own "
+                    f"({', '.join(differing)})"
+                )
+        return own
+
+    def _replay_of(self) -> str | None:
+        if self.replay_of is None:
+            return None
+        numbers = (number for number, round_ in enumerate(self.recipe, start=1) if round_.is_refreshed)
+        return text_id("\n".join(f"{number} {self._journal(number)!r}" for number in numbers))
+
+    def _journal(self, number: int) -> Journal | None:
+        return None if self.replay_of is None else Journal(RunFolder(self.replay_of).round(number) / JOURNAL)
+
+    def refreshes(self, number: int) -> Refreshes | None:
+        """Return the refreshes of a round's negatives beside its training; None where there are none."""
+        round_ = self.recipe[number - 1]
+        if not round_.is_refreshed:  # in_turn leaves none to be refreshed between rounds
+            return None
+        return Refreshes(self.run.round(number), round_, self.spans[number - 1], self.processes, self._journal(number))
+
+    def given(self, number: int) -> dict[str, Any]:
+        """Return what both halves of a round, see :mod:`pt_dance.training.one_round`, are given."""
+        common = dict(training=self.training, corpus=self.corpus, verbose=self.verbose)
+        return common | dict(qids=self.qids(number), seed=self.seed_of(number), engine=self.engine)
 
     def qids(self, number: int) -> pd.Series:
         """Return the topics that have their turn in a round."""

@@ -14,7 +14,9 @@ from pt_dance.training.defaults import settle
 from pt_dance.training.examples import build_examples
 from pt_dance.training.inputs import TrainingInput, check_in_corpus
 from pt_dance.training.processes import Processes
-from pt_dance.training.run_folder import RunFolder
+from pt_dance.training.refresh.beside import Refreshes
+from pt_dance.training.refresh.refresher import Work, draws
+from pt_dance.training.run_folder import TEACHER, RunFolder
 from pt_dance.training.schedule import Span
 from pt_dance.training.teacher import TeacherScores
 from pt_dance.training.trainer import keep_frozen, train
@@ -56,7 +58,8 @@ def mine_round(
 def train_round(
     run: RunFolder, number: int, round_: Any, span: Span, before: DualEncoder, found: pd.DataFrame | None,
     query_negatives: pd.DataFrame | None, *, training: TrainingInput, corpus: Any, started: DualEncoder | None,
-    qids: pd.Series, loggers: Sequence, processes: Processes, engine: Any, verbose: bool,
+    qids: pd.Series, seed: int, loggers: Sequence, processes: Processes, engine: Any,
+    refreshes: Refreshes | None, verbose: bool,
 ) -> dict:  # fmt: skip
     """Train a copy of an encoder and write it; return what :meth:`RunFolder.trained` will.
 
@@ -72,36 +75,45 @@ def train_round(
         corpus: ``Corpus`` with the documents.
         started: The encoder that the run began with, whose frozen weights stay so.
         qids: Topics that have their turn.
+        seed: Of the round.
         loggers: Callbacks of the trainer.
         processes: Those that train together.
         engine: Has workers that ask the teacher; this process does where None.
+        refreshes: Of the negatives while training goes on; None where they stay.
         verbose: Shows progress.
     """
     teacher = None
     if round_.teacher is not None:
-        teacher = TeacherScores(round_.teacher, run.path / "teacher.sqlite", engine=engine, verbose=verbose)
+        teacher = TeacherScores(round_.teacher, run.path / TEACHER, engine=engine, verbose=verbose)
     with contextlib.nullcontext() if teacher is None else processes.first_alone():
         examples = build_examples(
             training.topics, training.pairs, corpus, negatives=found, query_negatives=query_negatives,
-            negatives_per_row=round_.negatives_per_row, query_negatives_per_row=round_.query_negatives_per_row,
-            epochs=span.passes, first_epoch=span.first_pass, seed=span.stream_seed, qids=qids, teacher=teacher,
-            reads=training.readings,
+            qids=qids, teacher=teacher, reads=training.readings, **draws(round_, span),
         )  # fmt: skip
+    if refreshes is not None:
+        examples.rows.later = refreshes.read
     encoder = before.copy()
     keep_frozen(started, encoder)
     if round_.similarity is not None:
         encoder = encoder.with_similarity(round_.similarity)
     settled = settle(round_, encoder, examples, started)
+    if refreshes is not None:
+        encoder.model.float()  # the weights that are handed over are
+        refreshes.work = Work(
+            refreshes.exchange.folder, refreshes.replays, encoder.copy(), round_, span, training, corpus, qids, seed,
+            run.path / TEACHER, float(settled.report.get("teacher_scale", 1.0)),
+        )  # fmt: skip
     with processes.together():
         trained = train(
             encoder, settled.examples, settled.round, span, run.checkpoints(number), name=f"round {number}",
-            carried=run.checkpoints(number - 1), loggers=loggers, verbose=verbose,
+            carried=run.checkpoints(number - 1), loggers=loggers, refreshes=refreshes, verbose=verbose,
         )  # fmt: skip
 
     def write() -> dict:
         folder = run.round(number) / "encoder"
         if not folder.exists():
             encoder.save(folder)
-        return run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint, settled.report)
+        refreshed = {} if refreshes is None else refreshes.report()
+        return run.finish_training(number, trained.loss, trained.steps, encoder.fingerprint, settled.report, refreshed)
 
     return processes.from_first(write)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pyterrier as pt
 import torch
 from ir_measures import DefaultPipeline, parse_measure
 from ir_measures.measures import Measure
@@ -18,6 +19,7 @@ from transformers import SchedulerType
 from pt_dance import losses
 from pt_dance.storage.options import choice, path_of, whole
 from pt_dance.storage.texts import first_line
+from pt_dance.training.defaults import TEACHER_LOSSES
 
 # The others follow a loss that is measured while training; here rounds are measured.
 SCHEDULERS = tuple(s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy"))
@@ -61,6 +63,8 @@ ONE_CHECK: dict[str, Callable[[str, Any], Any]] = {
     "seed": lambda name, value: whole(name, value, 0, 2**31 - 1),
     "patience": lambda name, value: whole(name, value, or_none=True),
     "keep": lambda name, value: choice(name, value, ("all", "best")),
+    "refresh": lambda name, value: choice(name, value, ("between", "beside", "replay")),
+    "replay_of": lambda name, value: None if value is None else path_of(value),
 }
 
 
@@ -119,7 +123,7 @@ def check_training_arguments(given: object) -> None:
     """Refuse training arguments of a round that sentence-transformers does not have or take, or that are set elsewhere.
 
     Args:
-        given: as given to ``Round``.
+        given: As given to ``Round``.
 
     Raises:
         TypeError: if they are no dict.
@@ -167,8 +171,8 @@ def check_loss(loss: Any, options: object) -> None:
     """Refuse a loss that :func:`pt_dance.losses.make` would refuse.
 
     Args:
-        loss: as given to ``Round``.
-        options: its options, as given.
+        loss: As given to ``Round``.
+        options: Its options, as given.
 
     Raises:
         TypeError: if the options are no dict, or the loss is none.
@@ -181,3 +185,68 @@ def check_loss(loss: Any, options: object) -> None:
         losses.make(loss, nn.Identity(), **options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"loss={loss!r} with loss_options={dict(options)!r}: {error}") from None
+
+
+def check_choices(round_: Any) -> None:
+    """Refuse options of a round that are out of their range or do not go together; names them.
+
+    Args:
+        round_: ``Round`` whose numbers and loss are checked.
+
+    Raises:
+        TypeError: if a teacher or filter is none, or the training arguments are no dict.
+        ValueError: if an option makes no sense.
+    """
+    teacher, loss = round_.teacher, round_.loss
+    if teacher is not None and not isinstance(teacher, pt.Transformer):
+        raise TypeError(f"teacher={teacher!r} must be a PyTerrier pipeline that scores (query, text) rows")
+    parts = [part[0] for part in loss] if isinstance(loss, (list, tuple)) else [loss]
+    taught = [part for part in parts if part in TEACHER_LOSSES]
+    if teacher is None and taught:
+        raise ValueError(f"the loss {taught[0]!r} learns from a teacher; give teacher=... (a pipeline that scores)")
+    choice("scheduler", round_.scheduler, SCHEDULERS)
+    if not isinstance(round_.filters, (list, tuple)) or not all(callable(entry) for entry in round_.filters):
+        raise TypeError(f"filters={round_.filters!r} must be a list of filters, such as mining.RankRange(10, 200)")
+    check_training_arguments(round_.training_arguments)
+    if round_.start not in ("last", "best") or (round_.start == "best" and round_.carry_optimizer):
+        raise ValueError(f"start={round_.start!r} must be 'last', or 'best' without carry_optimizer")
+    choice("similarity", round_.similarity, ("cosine", "dot"), or_none=True)
+    if round_.negatives_per_row > round_.negatives_per_query:
+        more, pool = round_.negatives_per_row, round_.negatives_per_query
+        raise ValueError(f"negatives_per_row={more} is more than negatives_per_query={pool}")
+    oldest, every = round_.max_staleness, round_.refresh_every
+    if oldest is not None and (every is None or oldest < every):
+        raise ValueError(
+            f"max_staleness={oldest} steps cannot be kept with refresh_every={every}, which must not be more"
+        )
+
+
+def check_refresh(refresh: object, replay_of: object, recipe: Sequence) -> None:
+    """Refuse a way of refreshing negatives that makes no sense with the recipe.
+
+    Args:
+        refresh: As given to ``DanceRetriever``.
+        replay_of: As given: the folder of the run to repeat.
+        recipe: Its ``Round``s.
+
+    Raises:
+        ValueError: If they do not go with each other.
+    """
+    if (refresh == "replay") != (replay_of is not None):
+        raise ValueError(
+            "refresh='replay' and replay_of=... (the folder of a run with refresh='beside') belong together; give both "
+            "or neither"
+        )
+    refreshed = [(number, entry) for number, entry in enumerate(recipe, start=1) if entry.is_refreshed]
+    if refresh != "between":
+        if not refreshed:
+            raise ValueError(
+                f"refresh={refresh!r} needs a round whose negatives come from the current model and have "
+                "refresh_every=... (steps), such as recipes.ance(refresh_every=1000) has"
+            )
+        for number, entry in refreshed:
+            if entry.share_of_queries != 1:
+                raise ValueError(
+                    f"round {number} takes share_of_queries={entry.share_of_queries} in turn, which "
+                    f"refresh={refresh!r} cannot; refresh between rounds, or take all queries"
+                )

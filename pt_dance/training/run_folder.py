@@ -8,6 +8,7 @@ path/
   rounds/00/encoder/, index/, round.json    the encoder as it came, and what was measured of it
   rounds/01/negatives.parquet, query_negatives.parquet, checkpoints/, encoder/, trained.json, index/, round.json
   rounds/02/...
+A round whose negatives are refreshed while it is trained has refreshes.jsonl, and refresh/ as long as it is trained.
 """
 
 from __future__ import annotations
@@ -32,13 +33,18 @@ from pt_dance.storage.texts import first_line
 from pt_dance.training import checkpoints
 
 SETTINGS = "settings.json"
+TEACHER = "teacher.sqlite"
+# Of a round whose negatives are refreshed while it is trained: which batches have which, and what trainer and refresher
+# hand each other.
+JOURNAL = "refreshes.jsonl"
+EXCHANGE = "refresh"
 _ENTRIES = {
     **dict.fromkeys(("round", "num_results", "seed"), meta_files.whole_entry()),
     "corpus": meta_files.entry_of(str, "a path", missing=True),
     "history": meta_files.list_entry(dict, "a list of rounds"),
 }
 # What runs of version 0.1 did where their settings say nothing of it.
-_THEN = {"processes": 1, "start": "last"}
+_THEN = {"processes": 1, "start": "last", "refresh": "between"}
 _ADVICE = "remove pt_meta.json, this round's folder and those of later rounds, and fit goes on from there"
 
 
@@ -139,6 +145,13 @@ class RunFolder:
         """Return where the checkpoints of a round's training are."""
         return self.round(number) / "checkpoints"
 
+    def drop_work(self, number: int, *, carried_on: bool) -> None:
+        """Remove what the training of a round, which is done, needed, but for what a round that goes on needs."""
+        if not carried_on:
+            remove_folder(self.checkpoints(number))
+        remove_folder(self.checkpoints(number - 1))
+        remove_folder(self.round(number) / EXCHANGE)
+
     def trained(self, number: int) -> dict | None:
         """Return what a round's training gave: ``loss``, ``steps``, ``fingerprint``; None where it is not done.
 
@@ -153,13 +166,17 @@ class RunFolder:
                 raise ValueError(f"{str(path)!r} is damaged: {key!r} is {trained.get(key)!r}; {_ADVICE}")
         return trained
 
-    def finish_training(self, number: int, loss: float, steps: int, fingerprint: str, settled: dict) -> dict:
+    def finish_training(
+        self, number: int, loss: float, steps: int, fingerprint: str, settled: dict, refreshed: dict
+    ) -> dict:
         """Mark the training of a round, whose encoder is written, as done; return what :meth:`trained` will.
 
         ``settled`` is what the encoder decided, see :mod:`pt_dance.training.defaults`; the settings show it, too.
+        ``refreshed`` is what the history tells of refreshes beside the training, empty where there were none.
         """
         write_json(self.path / SETTINGS, {**(self.settings() or {}), f"round {number} chosen": settled})
         trained = {"loss": loss, "steps": steps, "fingerprint": fingerprint, "settled": settled}
+        trained |= {"refreshed": refreshed} if refreshed else {}
         write_json(self.round(number) / "trained.json", trained)
         return trained
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,17 @@ class Span:
     pairs, which goes on from round to round as long as they train on the same pairs with the same batch size.
 
     Attributes:
-        schedule_seed: fixes dropout and what else is random in the schedule.
-        first_step: steps of the schedule before this round.
-        steps: steps of this round.
-        total_steps: steps of the whole schedule.
-        first_batch: batches of the schedule before this round.
-        batches: batches of this round.
-        total_batches: batches of the whole schedule.
-        per_pass: batches of one pass over the pairs.
-        stream_seed: fixes the order of the pairs and the draw of their negatives.
-        stream_batch: batches of the stream before this round.
-        carried_on: whether another round goes on with the optimiser.
+        schedule_seed: Fixes dropout and what else is random in the schedule.
+        first_step: Steps of the schedule before this round.
+        steps: Steps of this round.
+        total_steps: Steps of the whole schedule.
+        first_batch: Batches of the schedule before this round.
+        batches: Batches of this round.
+        total_batches: Batches of the whole schedule.
+        per_pass: Batches of one pass over the pairs.
+        stream_seed: Fixes the order of the pairs and the draw of their negatives.
+        stream_batch: Batches of the stream before this round.
+        carried_on: Whether another round goes on with the optimiser.
     """
 
     schedule_seed: int
@@ -61,9 +61,9 @@ def plan(rounds: Sequence, pairs: Sequence[int], seeds: Sequence[int]) -> list[S
     """Lay out the steps of a recipe.
 
     Args:
-        rounds: its ``Round``s.
+        rounds: Its ``Round``s.
         pairs: how many (query, positive) pairs each round trains on.
-        seeds: the seed of each round.
+        seeds: The seed of each round.
 
     Returns:
         A span for each round.
@@ -82,23 +82,54 @@ def plan(rounds: Sequence, pairs: Sequence[int], seeds: Sequence[int]) -> list[S
     return spans
 
 
+def in_turn(rounds: Sequence, pairs: Sequence[int]) -> list:
+    """Return the recipe in which every refresh of negatives while a round is trained begins a round of its own.
+
+    Args:
+        rounds: Its ``Round``s.
+        pairs: how many (query, positive) pairs each round trains on.
+    """
+    parts = []
+    for number, (round_, count) in enumerate(zip(rounds, pairs, strict=True), start=1):
+        if not round_.is_refreshed:
+            parts.append(round_)
+            continue
+        whole = without_refreshes(round_)
+        steps, every = _length(round_, count, number)[0], round_.refresh_every
+        for begun in range(0, steps, every):
+            part = replace(whole, steps=min(every, steps - begun))
+            parts.append(replace(part, carry_optimizer=True, start="last") if begun else part)
+    return parts
+
+
+def without_refreshes(round_):
+    """Return a ``Round`` whose negatives are mined when it begins, and stay."""
+    return replace(round_, refresh_every=None, max_staleness=None)
+
+
+def _length(round_, count: int, number: int) -> tuple[int, int, int]:
+    """Return the steps of a round, its batches, and the batches of one pass."""
+    arguments = round_.training_arguments
+    accumulation = int(arguments.get("gradient_accumulation_steps", 1))
+    drops = bool(arguments.get("dataloader_drop_last"))
+    per_pass = count // round_.batch_size if drops else -(-count // round_.batch_size)
+    if per_pass == 0:
+        raise ValueError(
+            f"round {number} has {count} (query, positive) pairs, fewer than batch_size={round_.batch_size}, and "
+            "dataloader_drop_last drops them: take a smaller batch_size, or leave dataloader_drop_last out"
+        )
+    batches = round_.epochs * per_pass
+    steps = round_.steps or -(-batches // accumulation)
+    return steps, steps * accumulation if round_.steps else batches, per_pass
+
+
 def _schedule(rounds: Sequence, pairs: Sequence[int], seeds: Sequence[int], number: int) -> list[Span]:
     lengths = []
     for place, (round_, count) in enumerate(zip(rounds, pairs, strict=True)):
-        arguments = round_.training_arguments
-        accumulation = int(arguments.get("gradient_accumulation_steps", 1))
-        drops = bool(arguments.get("dataloader_drop_last"))
-        per_pass = count // round_.batch_size if drops else -(-count // round_.batch_size)
-        if per_pass == 0:
-            raise ValueError(
-                f"round {number + place} has {count} (query, positive) pairs, fewer than "
-                f"batch_size={round_.batch_size}, and dataloader_drop_last drops them: take a smaller batch_size, or "
-                "leave dataloader_drop_last out"
-            )
-        batches = round_.epochs * per_pass
-        steps = round_.steps or -(-batches // accumulation)
-        if round_.steps or place + 1 < len(rounds):
-            batches = steps * accumulation  # a step is not divided between rounds
+        steps, batches, per_pass = _length(round_, count, number + place)
+        if place + 1 < len(rounds):
+            # a step is not divided between rounds
+            batches = steps * int(round_.training_arguments.get("gradient_accumulation_steps", 1))
         lengths.append((steps, batches, per_pass))
     total_steps, total_batches = (sum(length[i] for length in lengths) for i in (0, 1))
     spans: list[Span] = []
@@ -127,7 +158,7 @@ def check_carried(rounds: Sequence) -> None:
     """Refuse rounds that carry the optimiser but ask for another course of learning rates.
 
     Args:
-        rounds: a recipe's ``Round``s.
+        rounds: A recipe's ``Round``s.
 
     Raises:
         ValueError: naming the round and the option.

@@ -27,17 +27,21 @@ def fit_settings(
     validation: TrainingInput | None,
     *,
     processes: int = 1,
+    refresh: str = "between",
+    replay_of: str | None = None,
 ) -> dict[str, object]:
     """Return everything the weights of a fit depend on, and what its rounds are measured on.
 
     Args:
-        encoder: the ``DualEncoder`` that training starts from.
+        encoder: The ``DualEncoder`` that training starts from.
         corpus: ``Corpus`` with the documents.
-        seed: the fit's seed.
-        recipe: its ``Round``s.
-        training: its checked training input.
-        validation: its checked validation input, or None.
-        processes: how many processes train together.
+        seed: The fit's seed.
+        recipe: Its ``Round``s.
+        training: Its checked training input.
+        validation: Its checked validation input, or None.
+        processes: How many processes train together.
+        refresh: How negatives are refreshed, see ``DanceRetriever``.
+        replay_of: What identifies the refreshes that are replayed.
 
     Returns:
         Names and JSON values; content is represented by digests.
@@ -48,6 +52,8 @@ def fit_settings(
         "corpus": corpus.fingerprint,
         "seed": seed,
         "processes": processes,
+        "refresh": refresh,
+        "replay of": replay_of,
         "training topics": frame_id(training.topics[["qid", "query"]]),
         "training qrels": frame_id(training.qrels[["qid", "docno", "label"]]),
         "first stage": None if training.first_stage is None else frame_id(training.first_stage[["qid", "docno"]]),
@@ -65,7 +71,7 @@ class NotStored(pt.Transformer):
     """Stands in a recipe that was read back for a pipeline or function that could not be written down.
 
     Args:
-        description: what it was.
+        description: What it was.
     """
 
     def __init__(self, description: str):
@@ -87,8 +93,8 @@ def storable(recipe: Sequence | None, functions: Mapping[str, object]) -> list[d
     """Return a recipe as JSON values; :func:`restored` is the way back.
 
     Args:
-        recipe: its ``Round``s; None gives None.
-        functions: functions that are known by their names.
+        recipe: Its ``Round``s; None gives None.
+        functions: Functions that are known by their names.
     """
     if recipe is None:
         return None
@@ -105,9 +111,9 @@ def restored(stored: Sequence[dict] | None, make: Callable, functions: Mapping[s
     filters of :mod:`pt_dance.mining`.
 
     Args:
-        stored: what was written.
+        stored: What was written.
         make: ``Round``.
-        functions: functions that are known by their names.
+        functions: Functions that are known by their names.
 
     Returns:
         The rounds; None where none were written, or one has a loss of the user's own.

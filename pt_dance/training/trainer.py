@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from pt_dance.training.examples import Examples, columns_of
 from pt_dance.training.kept_memory import keep_freed_memory
 from pt_dance.training.options import trainer_arguments
 from pt_dance.training.processes import freeze_unused
+from pt_dance.training.refresh.beside import Refreshes
 from pt_dance.training.schedule import Span
 from pt_dance.training.token_cache import TokenCache
 
@@ -72,8 +73,12 @@ class RoundTrainer(SentenceTransformerTrainer):
     mean leaves out.
     """
 
-    def __init__(self, *args, examples: Examples, span: Span, drops_last: bool, verbose: bool, **kwargs):
+    def __init__(
+        self, *args, examples: Examples, span: Span, drops_last: bool, verbose: bool,
+        version: Callable[[int], int] | None, **kwargs,
+    ):  # fmt: skip
         self.examples = examples
+        self.version = version
         self.span = span
         self.drops_last = drops_last
         self.loss_sum = torch.zeros((), dtype=torch.float64)
@@ -90,7 +95,8 @@ class RoundTrainer(SentenceTransformerTrainer):
     def get_batch_sampler(self, dataset, batch_size, drop_last, valid_label_columns=None, generator=None, seed=0):
         """Return the batches of the schedule."""
         # for several processes sentence-transformers says to drop the last rows, which is not needed here
-        return RoundBatches(self.examples, self.span, batch_size, self.drops_last, self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        return RoundBatches(self.examples, self.span, batch_size, self.drops_last, processes, self.version)
 
     def training_step(self, *args, **kwargs):
         """Take a step as the trainer does, and add up its loss."""
@@ -164,6 +170,7 @@ def train(
     name: str = "the round",
     carried: str | Path | None = None,
     loggers: Sequence[TrainerCallback] = (),
+    refreshes: Refreshes | None = None,
     verbose: bool = False,
 ) -> Trained:
     """Train ``encoder`` in place on the examples of one round.
@@ -182,6 +189,7 @@ def train(
         name: what errors call the round.
         carried: the folder of the round before, whose last checkpoint a round in the middle of a schedule begins with.
         loggers: callbacks that are told what the trainer logs.
+        refreshes: of the negatives while training goes on; None where they stay.
         verbose: shows a progress bar.
 
     Returns:
@@ -210,7 +218,8 @@ def train(
     trainer = RoundTrainer(
         model=encoder.model, args=arguments, loss=loss, data_collator=collator, examples=examples, span=span,
         drops_last=bool(round_.training_arguments.get("dataloader_drop_last")), callbacks=list(loggers),
-        verbose=verbose, optimizer_cls_and_kwargs=_optimizer(round_, arguments),
+        verbose=verbose, version=None if refreshes is None else refreshes.version,
+        optimizer_cls_and_kwargs=_optimizer(round_, arguments),
     )  # fmt: skip
     _check_gradients(loss, examples, span, round_.batch_size, encoder.dim, name)
     checkpoint = checkpoints.newest(folder)
@@ -219,7 +228,11 @@ def train(
     elif span.first_step:
         checkpoint = _carried(carried, span)
     on_cpu = encoder.device.type == "cpu"
-    with _no_chatter(), keep_freed_memory() if on_cpu else contextlib.nullcontext():
+    beside: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if refreshes is not None:
+        trainer.add_callback(refreshes.callback())
+        beside = refreshes.beside(0 if checkpoint is None else checkpoints.step_of(checkpoint) - span.first_step)
+    with beside, _no_chatter(), keep_freed_memory() if on_cpu else contextlib.nullcontext():
         if checkpoint is not None and checkpoints.step_of(checkpoint) == span.last_step:
             trainer._load_from_checkpoint(str(checkpoint))  # killed when all was trained but the encoder not written
         else:

@@ -1,0 +1,148 @@
+r"""Does refreshing negatives beside the training cost quality, and how much time does it hide?
+
+For each seed, three fits of the same steps begin with an epoch of in-batch negatives: "never" goes on with the
+negatives that this encoder finds, "between" stops every so many steps to refresh them, "beside" has a refresher that
+does so while it goes on. Training has --threads threads; the refresher takes what cores are left, so that it needs one
+of its own. No round is chosen on the split that is reported.
+
+Hidden is what the refreshes took less what training lost by them (the waiting, and what it was slower than "never"), as
+a share of what they took. With --replay the last fit beside is repeated from its journal; the weights must be equal.
+
+    python experiments/refresh_beside.py --encoder static --out experiments/results/refresh-beside-medquad-static.json
+    python experiments/refresh_beside.py --encoder minilm --documents 3000 --topics 600 --steps 240 --every 40 \
+        --batch-size 16 --out experiments/results/refresh-beside-medquad-minilm.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+import torch
+from ir_measures import nDCG
+from scipy.stats import t as student
+
+from common import make_encoder, open_corpus, split
+from pt_dance import DanceRetriever, Round
+from pt_dance.recipes import current_model
+
+MODES = ("never", "between", "beside")
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="dance:../shared/data/medquad")
+    parser.add_argument("--encoder", default="static")
+    parser.add_argument("--documents", type=int, help="about so many documents, those that are judged among them")
+    parser.add_argument("--topics", type=int, help="so many training topics")
+    parser.add_argument("--test", default="test", help="the split that is reported")
+    parser.add_argument("--test-topics", type=int)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--every", type=int, default=160, help="steps between two refreshes")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--threads", type=int, default=1, help="of the training; the refresher takes the other cores")
+    parser.add_argument("--runs", type=Path, default=Path("runs/refresh-beside"))
+    parser.add_argument("--replay", action="store_true")
+    parser.add_argument("--out", type=Path, help="file for the result as JSON")
+    return parser.parse_args()
+
+
+def recipe(args: argparse.Namespace, mode: str) -> list[Round]:
+    first = Round(name="warm-up", negatives=None, batch_size=args.batch_size)
+    every = None if mode == "never" else args.every
+    own = Round(
+        name="own negatives", negatives=current_model, steps=args.steps, refresh_every=every,
+        batch_size=args.batch_size, carry_optimizer=True,
+    )  # fmt: skip
+    return [first, own]
+
+
+def seconds(history: pd.DataFrame) -> dict[str, float]:
+    """Return what the steps took that are compared, and what their refreshes took, without the warm-up."""
+    own = history[history["name"] == "own negatives"]
+    mined = own["mine_seconds"].iloc[1:].sum() + own["refresh_seconds"].iloc[:-1].sum()
+    found = {"train_seconds": own["train_seconds"].sum(), "refresh_seconds": mined, "refreshes": len(own) - 1}
+    if "refreshes" in own:
+        names = ("refreshes", "staleness", "longest_staleness", "waited_seconds")
+        found |= {name: own[name].iloc[0] for name in names} | {"refresh_seconds": own["beside_seconds"].iloc[0]}
+    return {name: round(float(value), 3) for name, value in found.items()}
+
+
+def interval(differences: pd.Series) -> list[float]:
+    """Return the 95 % interval of a mean over queries, by Student's t."""
+    half = student.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
+    return [round(float(differences.mean() + sign * half), 4) for sign in (-1, 1)]
+
+
+def main() -> None:
+    args = options()
+    torch.set_num_threads(args.threads)
+    dataset = pt.get_dataset(args.dataset)
+    topics, qrels = split(dataset, "train", most=args.topics)
+    test_topics, test_qrels = split(dataset, args.test, most=args.test_topics)
+    needed = set(qrels["docno"]) | set(test_qrels["docno"])
+    corpus = open_corpus(dataset, args.runs / "corpus", most=args.documents, needed=needed)
+    rows, values = [], []
+    for seed in args.seeds:
+        encoder = make_encoder(args.encoder, corpus, queries=topics["query"], seed=seed)
+        for mode in MODES:
+            folder = args.runs / f"{args.encoder}-{seed}-{mode}"
+            shutil.rmtree(folder, ignore_errors=True)
+            refresh = "between" if mode == "never" else mode
+            given = dict(recipe=recipe(args, mode), seed=seed, refresh=refresh, verbose=False)
+            dance = DanceRetriever(encoder, corpus, folder, **given).fit(topics, qrels)
+            measured = pt.Experiment([dance], test_topics, test_qrels, [nDCG @ 10], perquery=True, names=[mode])
+            values.append(measured.assign(seed=seed))
+            row = {"seed": seed, "mode": mode, "nDCG@10": round(float(measured["value"].mean()), 4)}
+            rows.append(row | seconds(dance.history))
+            print(json.dumps(rows[-1]), flush=True)
+    table, queries = pd.DataFrame(rows), pd.concat(values)
+    by_query = queries.groupby(["name", "qid"])["value"].mean().unstack(0)
+    total = table.groupby("mode")[["train_seconds", "refresh_seconds"]].sum()
+    lost = total.loc["beside", "train_seconds"] - total.loc["never", "train_seconds"]
+    taken = total.loc["beside", "refresh_seconds"]
+    result = {
+        "dataset": args.dataset.rpartition("/")[2],
+        "encoder": args.encoder,
+        "documents": len(corpus),
+        "training topics": len(topics),
+        "test topics": len(test_topics),
+        "steps": args.steps,
+        "refresh_every": args.every,
+        "batch_size": args.batch_size,
+        "threads of the training": args.threads,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "runs": rows,
+        "nDCG@10": {mode: round(float(by_query[mode].mean()), 4) for mode in MODES},
+        "beside - between": round(float((by_query["beside"] - by_query["between"]).mean()), 4),
+        "its 95 % interval over queries": interval(by_query["beside"] - by_query["between"]),
+        "its value by seed": [
+            round(float(group.set_index("mode")["nDCG@10"].diff().loc["beside"]), 4)
+            for _, group in table.groupby("seed")
+        ],
+        "hidden": round(float(1 - lost / taken), 3) if taken else None,  # None: no refresh was done before the end
+    }
+    if args.replay:
+        given = dict(recipe=recipe(args, "beside"), seed=args.seeds[-1], refresh="replay", verbose=False)
+        again = args.runs / f"{args.encoder}-{args.seeds[-1]}-again"
+        shutil.rmtree(again, ignore_errors=True)
+        replayed = DanceRetriever(encoder, corpus, again, replay_of=dance.path, **given).fit(topics, qrels)
+        result["replay has the same weights"] = replayed.encoder.fingerprint == dance.encoder.fingerprint
+    print(json.dumps({name: value for name, value in result.items() if name != "runs"}, indent=1))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The trainer's side of refreshing negatives while training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import dill
+import torch
+from transformers import TrainerCallback
+
+from pt_dance.storage.texts import first_line
+from pt_dance.training import checkpoints
+from pt_dance.training.processes import Processes
+from pt_dance.training.refresh.journal import Journal, Switch
+from pt_dance.training.refresh.refresher import Work
+from pt_dance.training.refresh.tables import Exchange
+from pt_dance.training.run_folder import EXCHANGE, JOURNAL
+from pt_dance.training.schedule import Span
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; the guard against two refreshers is not available there
+    fcntl = None  # type: ignore[assignment]
+
+_PAUSE = 0.02  # seconds between two looks at the folder
+_LOCK = 60.0  # seconds that the refresher of a trainer that was killed may take to notice it
+_KEPT = "what was finished is kept, and the same call goes on from there"
+# By what torchrun tells a process which one of a job it is; the refresher is none.
+_OF_A_JOB = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Refreshes:
+    """The tables of negatives that a round learns from, one after the other, and the process that makes them.
+
+    Every ``refresh_every`` steps the trainer hands over its weights. The refresher takes the newest, encodes the
+    corpus, mines and publishes a table; meanwhile training goes on with the table before. Each batch that is made
+    asks which table it has: the newest that is there. A change of tables is in the journal, on the disk, before the
+    batch is used; a fit that goes on after an interruption, or that replays another one, follows the journal. Where
+    the weights that a table was mined with are more than ``max_staleness`` steps old and newer ones were handed over,
+    the batch waits for these.
+
+    With several processes the first one decides, and the others are told, batch by batch.
+
+    Args:
+        folder: Of the round.
+        round_: ``Round``.
+        span: Its steps.
+        processes: Those that train together.
+        replayed: The journal of the run that is repeated, None where the tables decide.
+
+    Attributes:
+        exchange: Where weights and tables are.
+        journal: Of this round.
+        work: What the refresher does; set before training begins.
+    """
+
+    work: Work
+
+    def __init__(self, folder: Path, round_: Any, span: Span, processes: Processes, replayed: Journal | None = None):
+        self.exchange = Exchange(folder / EXCHANGE)
+        self.journal = Journal(folder / JOURNAL)
+        self.every: int = round_.refresh_every
+        self.longest: int = round_.max_staleness or 4 * self.every
+        self.batches_per_step = int(round_.training_arguments.get("gradient_accumulation_steps", 1))
+        self._span = span
+        self._checkpoints = folder / "checkpoints"
+        self._name = f"round {int(folder.name)}"
+        self._processes = processes
+        self._replayed = replayed
+        self._left_out = 0
+        self._handed_over = 0
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether the journal of another run is followed."""
+        return self._replayed is not None
+
+    def read(self, version: int) -> dict[str, Any]:
+        """Return the arrays of a version, see :meth:`Exchange.read`: it is named by its step in units of ``every``."""
+        return self.exchange.read(version * self.every)
+
+    def report(self) -> dict[str, float]:
+        """Return what the history tells, see :meth:`Journal.report`."""
+        return self.journal.report(self._span.steps, self.batches_per_step)
+
+    # ------------------------------------------------------------------ while training goes on
+
+    @contextlib.contextmanager
+    def beside(self, done: int) -> Iterator[None]:
+        """Have a refresher while the block is trained in; it is gone when the block ends.
+
+        Args:
+            done: steps of the round that are trained already.
+
+        Raises:
+            BlockingIOError: if another refresher is at work in the folder and does not end.
+            ValueError: if the sources, filters or teacher cannot be handed to another process.
+        """
+        self._left_out = done * self.batches_per_step
+        if not self._processes.is_first:
+            yield
+            return
+        self.exchange.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked() as lock, _written(self.work, self._name) as given:
+            self._recover(done)
+            self._process = _started(self.exchange.folder, given, lock)
+        try:
+            yield
+        finally:
+            _end(self._process)
+            self._process = None
+
+    def version(self, batch: int) -> int:
+        """Return which version of the negatives a batch learns from, by its number in the round.
+
+        Raises:
+            RuntimeError: if the refresher ended.
+        """
+        if batch < self._left_out:  # trained already
+            return 0
+        return self._processes.from_first(partial(self._decide, batch)) // self.every
+
+    def callback(self) -> TrainerCallback:
+        """Return what tells the trainer's steps to :meth:`after_step`."""
+        return _AfterStep(self, self._span.first_step)
+
+    def after_step(self, step: int, model: torch.nn.Module) -> None:
+        """Hand the weights over if it is time.
+
+        Args:
+            step: steps of the round that are taken.
+            model: with the weights.
+        """
+        if not self._processes.is_first or step % self.every or step >= self._span.steps:
+            return
+        if self._replayed is not None:
+            is_wanted = step in {switch.step for switch in self._replayed.switches}
+        else:
+            is_wanted = step > self.journal.last.step  # what was used after an earlier start is there
+        if is_wanted and step not in self.exchange.tables():
+            older = self.exchange.weights()
+            self.exchange.hand_over(step, model)
+            if self._replayed is None:
+                self.exchange.withdraw(older)
+            self._handed_over = step
+        self._tidy()
+
+    def _decide(self, batch: int) -> int:
+        """Return the step of the weights that a batch's negatives were mined with; a change is journalled before."""
+        current = self.journal.step_at(batch)
+        if batch <= self.journal.last.batch:
+            return current
+        self._check()
+        started = time.perf_counter()
+        if self._replayed is not None:
+            newest = self._replayed.step_at(batch)
+            while newest != current and newest not in self.exchange.tables():
+                self._pause()
+        else:
+            step = batch // self.batches_per_step
+            while (newest := self._newest(current)) < min(self._handed_over, step - self.longest):
+                self._pause()
+        if newest != current:
+            waited = time.perf_counter() - started
+            self.journal.add(Switch(batch, newest, self.exchange.about(newest)["seconds"], waited))
+        return newest
+
+    def _newest(self, current: int) -> int:
+        return max([current, *self.exchange.tables()])
+
+    def _pause(self) -> None:
+        self._check()
+        time.sleep(_PAUSE)
+
+    def _check(self) -> None:
+        status = None if self._process is None else self._process.poll()
+        if status is None:
+            return
+        said = self.exchange.failure()
+        if said is None:
+            said = f"it was ended by signal {-status}" if status < 0 else f"it ended with status {status}"
+        log = self.exchange.folder / "refresher.log"
+        raise RuntimeError(f"the refresher beside {self._name} failed: {said} (see {str(log)!r}); {_KEPT}")
+
+    # ------------------------------------------------------------------ what is left on the disk
+
+    def _recover(self, done: int) -> None:
+        """Keep of an earlier start what belongs to the steps that are trained, and what the journal names."""
+        exchange = self.exchange
+        exchange.forget_failure()
+        exchange.put_back()
+        named = {switch.step for switch in self.journal.switches}
+        exchange.drop([step for step in exchange.tables() if step > done and step not in named])
+        there = exchange.tables()
+        exchange.withdraw([step for step in exchange.weights() if step > done or step in there])
+        if self._replayed is None:
+            exchange.withdraw(exchange.weights()[:-1])
+        self._handed_over = max([0, *exchange.weights()])
+
+    def _tidy(self) -> None:
+        """Remove tables that no batch needs again, also if training is killed now."""
+        if (checkpoint := checkpoints.newest(self._checkpoints)) is None:
+            return
+        again = (checkpoints.step_of(checkpoint) - self._span.first_step) * self.batches_per_step
+        first = self.journal.step_at(again)
+        self.exchange.drop([step for step in self.exchange.tables() if step < first])
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int | None]:
+        """Hold the folder's lock, which the refresher inherits; wait for one whose trainer was killed."""
+        if fcntl is None:
+            yield None
+            return
+        path = self.exchange.folder / "lock"
+        with open(path, "w") as file:
+            deadline = time.monotonic() + _LOCK
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise BlockingIOError(
+                            f"another refresher is at work in {str(self.exchange.folder)!r}: end the fit it belongs to"
+                        ) from None
+                    time.sleep(_PAUSE)
+            yield file.fileno()
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, refreshes: Refreshes, first_step: int):
+        self.refreshes, self.first_step = refreshes, first_step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.refreshes.after_step(state.global_step - self.first_step, model)
+
+
+@contextlib.contextmanager
+def _written(work: Work, name: str) -> Iterator[Any]:
+    """Give a file without a name with what a refresher is to do."""
+    with tempfile.TemporaryFile() as file:
+        try:
+            dill.dump(work, file, recurse=True)
+        except Exception as error:  # whatever an object of the user's says
+            raise ValueError(
+                f"the sources, filters or teacher of {name} cannot be handed to the refresher, a process of its own "
+                f"({first_line(error)}); make what cannot inside a function of the dense retriever, or refresh between "
+                "rounds"
+            ) from None
+        file.seek(0)
+        yield file
+
+
+def _started(folder: Path, given: Any, lock: int | None) -> subprocess.Popen:
+    """Start a refresher on the cores and the GPU that training leaves."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores - torch.get_num_threads()))
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_A_JOB and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
+    }
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-m", "pt_dance.training.refresh.refresher", str(os.getpid()), str(folder)]
+    with open(folder / "refresher.log", "w") as log:
+        return subprocess.Popen(
+            command, stdin=given, stdout=log, stderr=log, env=environment, pass_fds=() if lock is None else (lock,)
+        )
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
