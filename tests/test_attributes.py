@@ -208,3 +208,12 @@ def test_copies_and_pickles_have_the_same_attributes_and_refuse_the_same(make, k
             assert getattr(other, name) == getattr(thing, name)
             with pytest.raises(AttributeError, match="make a new"):
                 setattr(other, name, getattr(thing, name))
+
+
+def test_what_makes_no_sense_is_refused_by_every_checked_attribute(make):
+    for kind, name in CHECKED:
+        thing = make[kind]()
+        before = getattr(thing, name)
+        with pytest.raises((TypeError, ValueError)):
+            setattr(thing, name, b"x")
+        assert getattr(thing, name) == before
