@@ -88,7 +88,7 @@ def test_a_refresher_that_fails_ends_the_fit_with_one_sentence_and_the_same_call
         recipe = [replace(kill_refresh.make_recipe(STEPS)[0], negatives=source)]
         return kill_refresh.fit(given, tmp_path / "run", STEPS, recipe=recipe)
 
-    said = "the refresher beside round 1 failed: ConnectionError: no such model (see '.*refresher.log'); what was"
+    said = r"the refresher beside round 1 failed: ConnectionError: no such model \(see '.*refresher.log'\); what was"
     with pytest.raises(RuntimeError, match=said) as caught:
         fit()
     assert "\n" not in str(caught.value) and not kill_refresh.refreshers(psutil.Process())
