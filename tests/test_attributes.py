@@ -57,7 +57,11 @@ LIVE = {
 }
 # What they are made of or called; setting these gives the object another model or name, as it says.
 REPLACED = {"encoder": ("model", "name", "origin", "path"), "scorer": ("model",), "ann": ("verbose",)}
-REPLACED |= {"index": ("given_encoder", "sim_fn"), "retriever": ("index", "encoder"), "dance": ("corpus", "engine")}
+REPLACED |= {
+    "index": ("given_encoder", "sim_fn"),
+    "retriever": ("index", "encoder"),
+    "dance": ("corpus", "engine", "refresh", "replay_of"),
+}
 REPLACED["ann"] += (*REPLACED["retriever"], "engine")
 
 

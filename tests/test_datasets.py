@@ -546,6 +546,7 @@ def test_the_small_collection_of_the_tests_is_a_collection():
         "pyterrier.artifact/corpus.arrow",
         "pyterrier.artifact/corpus.passages",
         "pyterrier.artifact/dense_index.flex_f16",
+        "pyterrier.artifact/dense_index.flex_shards",
         "pyterrier.artifact/dense_retriever.dance",
         "pyterrier.dataset_provider/dance",
     ],

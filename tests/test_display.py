@@ -63,7 +63,7 @@ def test_every_option_of_a_round_is_in_the_table():
     shown = {
         "loss", "loss_options", "negatives", "query_negatives", "depth", "rank_range", "sampling",
         "negatives_per_query", "negatives_per_row", "query_negatives_per_row", "filters", "share_of_queries", "teacher",
-        "start", "epochs", "steps", "carry_optimizer",
+        "start", "epochs", "steps", "carry_optimizer", "refresh_every", "max_staleness",
         "batch_size", "learning_rate", "warmup", "scheduler", "similarity",
         "training_arguments", "name",
     }  # fmt: skip

@@ -51,6 +51,8 @@ def rst_table(rows: list[list[str]], title: str = "") -> str:
     """A list-table of reStructuredText."""
     lines = [f".. list-table:: {title}".rstrip(), "    :header-rows: 1", "    :widths: auto", ""]
     for row in rows:
+        # "S. He" would begin a numbered list
+        row = [rf"\{value}" if re.match(r"\w\. ", value) else value for value in row]
         lines += [f"    {'* -' if i == 0 else '  -'} {value}".rstrip() for i, value in enumerate(row)]
     return "\n".join(lines) + "\n"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from pt_dance.engines.private_cluster import PrivateCluster
 from pt_dance.engines.worker import Worker
@@ -17,6 +18,7 @@ _RETRIES = 3  # of a task whose worker died
 _RESTARTS = 100  # of a worker, over all tasks
 _AHEAD = 4  # tasks that may be begun for each worker while an earlier one is not answered
 _LOOK = 5.0  # seconds between two looks at whether the cluster lives
+_SETTLED = 10.0  # seconds in which it is seen to be gone after its workers
 
 _open: weakref.WeakSet[Ray] = weakref.WeakSet()
 
@@ -158,7 +160,7 @@ class Ray:
             for reference in self._finished(running):
                 number, actor = running.pop(reference)
                 free.append(actor)
-                answers[number] = _answer(reference, what, number)
+                answers[number] = self._answer(reference, what, number)
             # Nobody is idle while something is done with the answers.
             ask()
             while told in answers:
@@ -186,7 +188,7 @@ class Ray:
             while waiting:
                 for reference in self._finished(waiting):
                     del waiting[reference]
-            yield [_answer(reference, what, number) for reference in references]
+            yield [self._answer(reference, what, number) for reference in references]
 
     def _finished(self, running: Iterable[Any]) -> list[Any]:
         """Wait for some of the tasks and return those that are done."""
@@ -197,11 +199,27 @@ class Ray:
             if done:
                 return done
             if not self._alive():
-                self.close()
-                raise RuntimeError(
-                    "Ray's own processes on this machine ended early (killed, or out of memory), so that its workers "
-                    "are gone; what was finished is kept, and the same call goes on from there"
-                )
+                self._end()
+
+    def _answer(self, reference: Any, what: str, number: int) -> Any:
+        """Return a task's answer; a worker that died with Ray itself did not die of its task."""
+        try:
+            return _answer(reference, what, number)
+        except WorkerDiedError:
+            # Workers of a Ray that is killed are gone some moments before its own processes are seen to be.
+            patience = time.monotonic() + _SETTLED
+            while time.monotonic() < patience:
+                if not self._alive():
+                    self._end()
+                time.sleep(0.1)
+            raise
+
+    def _end(self) -> NoReturn:
+        self.close()
+        raise RuntimeError(
+            "Ray's own processes on this machine ended early (killed, or out of memory), so that its workers "
+            "are gone; what was finished is kept, and the same call goes on from there"
+        )
 
 
 def _send(make: Any, what: str) -> tuple[str, Any]:

@@ -34,7 +34,10 @@ def round_settings(round_: Any, chosen: Mapping[str, Any] | None = None) -> dict
         "teacher": None if round_.teacher is None else repr(round_.teacher),
         "queries": None if round_.share_of_queries == 1 else f"{round_.share_of_queries:.0%} in turn",
         "length": f"{round_.steps} steps" if round_.steps else f"{round_.epochs} epoch{'s' * (round_.epochs != 1)}",
-        "refreshed": None if round_.refresh_every is None else f"every {round_.refresh_every} steps",
+        "refreshed": None
+        if round_.refresh_every is None
+        else f"every {round_.refresh_every} steps"
+        + (f", at most {round_.max_staleness} steps old" if round_.max_staleness else ""),
         "batch size": str(round_.batch_size),
         "learning rate": ", ".join(([] if _missing(rate) else [f"{rate:g}"]) + suits),
         "schedule": f"{round_.scheduler}, warm-up "
