@@ -22,7 +22,7 @@ quickstart: $(INSTALLED)  ## train on a small real collection and print the tabl
 
 # A process a core, each with one thread; a file's tests stay together, as they share what they build.
 test: $(INSTALLED)  ## run all tests that need nothing but this repository
-	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-collections: $(INSTALLED)  ## run the tests that need ../shared/data, or minutes
 	$(BIN)/python -m pytest tests -m collections

@@ -22,6 +22,11 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # pytest-timeout fails a test that hangs and shows where, once Python runs its signal handler. What hangs in C without
 # returning to Python is ended by this, so many seconds later, with the same report; pytest-xdist goes on with the rest.
 HANGS_IN_C = 60
+# Files of a minute and more, the longest first.
+LONG = (
+    "test_torchrun", "test_fit_kill", "test_refresh", "test_schedule", "test_engines", "test_evidence",
+    "test_notebooks", "test_report", "test_index_kill",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is marked is deselected
@@ -29,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "shared_data" in getattr(item, "fixturenames", ()):
             item.add_marker("collections")
+    # pytest-xdist hands out files in this order: a long one at the end would keep one process waiting.
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 STDERR = pytest.StashKey[int]()

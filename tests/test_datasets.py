@@ -25,6 +25,7 @@ from pt_dance import DenseIndex
 from pt_dance.datasets import BeirFolder, DanceDatasetProvider, PyDocs
 from pt_dance.datasets._docstrings import STANDARD_LIBRARY, Docstring, module_files, read_docstrings, split_docstring
 from pt_dance.datasets.pydocs import PACKAGES, _cached, make_collection
+from pt_dance.index import joined
 from pt_dance.index.files import FORMATS
 from pt_dance.storage.folders import publish_folder
 from small_collection import standard_library
@@ -559,7 +560,7 @@ def test_entry_points_load(name):
     if group == "pyterrier.artifact":
         # PyTerrier calls what it loads with the path alone: a class, or a class's own way to open a path
         loaded = getattr(loaded, "__self__", loaded)
-        formats = list(FORMATS.values()) if loaded is DenseIndex else [loaded.ARTIFACT_FORMAT]
+        formats = [*FORMATS.values(), joined.FORMAT] if loaded is DenseIndex else [loaded.ARTIFACT_FORMAT]
         assert name in [f"{loaded.ARTIFACT_TYPE}.{form}" for form in formats]
         assert issubclass(loaded, pt.Artifact)
 
