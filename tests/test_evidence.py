@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,7 +56,9 @@ def test_the_whole_study_at_toy_size_goes_on_after_a_kill(shared_data, tmp_path)
 
 
 def committed():
-    files = sorted(RESULTS.glob("*.parquet"))
+    from evidence.tables import ENCODERS, files_of
+
+    files = [file for encoder in ENCODERS for file in files_of(RESULTS, encoder, ".parquet").values()]
     if not files:
         pytest.skip("no cells are committed yet")
     return files
@@ -119,6 +122,22 @@ def test_cells_come_back_from_what_is_committed(tmp_path):
         again = pq.read_table(tmp_path / "results" / file.name).to_pandas()
         pd.testing.assert_frame_equal(again, pq.read_table(file).to_pandas())
         assert (tmp_path / "results" / f"{file.stem}.json").read_text() == file.with_suffix(".json").read_text()
+
+
+def test_other_results_beside_the_cells_are_not_taken_for_cells(tmp_path):
+    from evidence.protocol import FULL
+    from evidence.tables import load, unpack
+
+    first, *_ = committed()
+    for file in (first, first.with_suffix(".json")):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "efficiency.json").write_text("{}")
+    pd.DataFrame({"value": [1.0]}).to_parquet(tmp_path / "refresh.parquet")
+    assert load(tmp_path, "static")["trained_on"].nunique() == 1
+    unpack(FULL, tmp_path, tmp_path / "runs")
+    assert {file.parts[-3] for file in (tmp_path / "runs" / "cells").rglob("*.parquet")} == {
+        first.stem.removesuffix("-static")
+    }
 
 
 def test_the_claims_are_older_than_the_results():

@@ -25,7 +25,7 @@ from evidence.evaluate import (
     own_target,
     zero_shot_target,
 )
-from evidence.methods import BASELINES, METHODS, Setting, first_encoder, grid, with_start
+from evidence.methods import BASELINES, METHODS, ROWS, Method, Setting, first_encoder, grid, with_start
 from evidence.protocol import Protocol
 from evidence.teacher import cross_fitted
 from pt_dance import DanceRetriever, DualEncoder
@@ -92,7 +92,7 @@ class Study:
         A seed after the other, so that all methods are compared wherever the study ends; those with a teacher after
         three seeds of the others; collections in turn.
         """
-        names = [name for name in (*BASELINES, *METHODS) if methods is None or name in methods]
+        names = [name for name in ROWS if methods is None or name in methods]
         taught = [name for name in names if name in METHODS and METHODS[name].teacher]
         return [
             Cell(collection, encoder, method, seed)
@@ -108,35 +108,34 @@ class Study:
     # --- training -----------------------------------------------------------------------------------------------------
 
     def train(
-        self, collection: Collection, encoder: str, method: str, seed: int, setting: Setting, unit: int, folder: Path
+        self, collection: Collection, encoder: str, method: Method, seed: int, setting: Setting, unit: int, folder: Path
     ) -> tuple[DualEncoder, dict]:
         """Train a method, or what it starts from and then it; returns its encoder and what it cost.
 
         Args:
             collection: what is trained on.
             encoder: name of the encoder.
-            method: name of the method.
+            method: what is trained.
             seed: fixes first weights, order of training and dropout.
             setting: a point of the grid.
             unit: steps of a unit.
             folder: where the run is kept while it trains.
         """
-        chosen = METHODS[method]
         before: dict = {}
-        if chosen.after is None:
-            start = self.first_encoder(encoder, chosen.start, collection, seed)
+        if method.after is None:
+            start = self.first_encoder(encoder, method.start, collection, seed)
         else:
             # The same learning rate: a stage goes on as its checkpoint was trained.
-            shared = folder.parent / f"{chosen.after}-{setting.learning_rate:g}-{unit}"
+            shared = folder.parent / f"{method.after}-{setting.learning_rate:g}-{unit}"
             start, before = self.train(
-                collection, encoder, chosen.after, seed, Setting(setting.learning_rate), unit, shared
+                collection, encoder, METHODS[method.after], seed, Setting(setting.learning_rate), unit, shared
             )
         done = folder / "about.json"
         if done.exists():
             return DualEncoder.load(folder / "encoder"), json.loads(done.read_text())
-        teacher = self.teacher(collection) if chosen.teacher else None
+        teacher = self.teacher(collection) if method.teacher else None
         size = collection.budget.batch_size
-        recipe = [replace(r, batch_size=size) for r in chosen.rounds(setting, unit, collection, teacher)]
+        recipe = [replace(r, batch_size=size) for r in method.rounds(setting, unit, collection, teacher)]
         began = time.perf_counter()
         dance = DanceRetriever(
             start, collection.corpus, folder / "run", recipe=recipe, num_results=100, seed=seed, keep="best",
@@ -145,7 +144,7 @@ class Study:
         dance.fit(collection.document_pool, collection.train[1])
         history = dance.history
         trained = history[history["round"] > 0]
-        mined = recipe_mines(recipe).count(True)
+        mined = sum(recipe_mines(recipe))
         about = {
             "seconds": time.perf_counter() - began + before.get("seconds", 0.0),
             "steps": int(trained["steps"].sum()) + before.get("steps", 0),
@@ -156,12 +155,12 @@ class Study:
             + before.get("texts_for_mining", 0),
         }
         folder.mkdir(parents=True, exist_ok=True)
-        encoder_of_last = dance.encoder
+        trained_encoder = dance.encoder
         if not (folder / "encoder").exists():
-            encoder_of_last.save(folder / "encoder")
+            trained_encoder.save(folder / "encoder")
         done.write_text(json.dumps(about))
         shutil.rmtree(folder / "run", ignore_errors=True)
-        return encoder_of_last, about
+        return trained_encoder, about
 
     # --- tuning -------------------------------------------------------------------------------------------------------
 
@@ -174,7 +173,7 @@ class Study:
         target = own_target(collection, "tune")
         tried = []
         unit = collection.budget.unit
-        for share in (*self.protocol.halving, 1.0)[: 1 + (len(settings) > 3) + (len(settings) > 1)] or (1.0,):
+        for share in (*self.protocol.halving, 1.0):
             if len(settings) == 1:
                 break
             ranked = []
@@ -182,7 +181,7 @@ class Study:
                 steps = max(1, round(unit * share))
                 name = "-".join(f"{value:g}" for value in asdict(setting).values() if value is not None)
                 folder = self.runs / "tuning" / collection.name / encoder / f"{method}-{name}-{steps}"
-                trained, _ = self.train(collection, encoder, method, 0, setting, steps, folder)
+                trained, _ = self.train(collection, encoder, METHODS[method], 0, setting, steps, folder)
                 value = float(measure_own(target, trained, only_main=True)["value"].mean())
                 tried.append({**asdict(setting), "unit": steps, "nDCG@10": value})
                 ranked.append((value, setting))
@@ -208,7 +207,8 @@ class Study:
         setting = self.tune(collection, cell.encoder, cell.method)
         folder = self.runs / "training" / cell.collection / cell.encoder / str(cell.seed) / cell.method
         unit = collection.budget.unit
-        encoder, cost = self.train(collection, cell.encoder, cell.method, cell.seed, setting, unit, folder)
+        method = METHODS[cell.method]
+        encoder, cost = self.train(collection, cell.encoder, method, cell.seed, setting, unit, folder)
         return encoder, {"setting": asdict(setting), **cost}
 
     def run(self, cell: Cell) -> None:

@@ -185,6 +185,10 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
+# The rows of the tables: the checkpoint is no method of its own.
+ROWS = (*BASELINES, *(name for name in METHODS if name != CHECKPOINT))
+
+
 def grid(method: Method, collection: Collection) -> list[Setting]:
     """Every setting of a method: the same learning rates, temperatures and weights for all, where they apply."""
     protocol, budget = collection.protocol, collection.budget

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from evidence.inference import MAIN, ZERO_SHOT, decide
-from evidence.methods import BASELINES, CHECKPOINT, METHODS, SAME
+from evidence.methods import BASELINES, METHODS, ROWS, SAME
 from evidence.protocol import REPORTED, Protocol
-from evidence.tables import BACKWARDS, ENCODERS, NAMES, load, means, table, verdicts, zero_shot
+from evidence.tables import (
+    BACKWARDS,
+    ENCODERS,
+    NAMES,
+    files_of,
+    load,
+    means,
+    scores,
+    short,
+    table,
+    verdicts,
+    zero_shot,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "pt_dance" / "pt_docs"
@@ -66,13 +79,16 @@ def sizes(results: Path, encoder: str) -> list[list[str]]:
     """A row a training collection: how many queries of which part, documents, and clusters of reported queries."""
     names = ("train_queries", "tune_queries", "reported_queries", "clusters", "documents")
     rows = [["collection", "reported split", *(name.replace("_", " ") for name in names)]]
-    for file in sorted(results.glob(f"*-{encoder}.json")):
-        name = file.stem.removesuffix(f"-{encoder}")
-        if name in REPORTED:
-            told = json.loads(file.read_text())["sizes"]
-            split = "15 % of train, by cluster" if REPORTED[name] == "cut" else REPORTED[name]
-            rows.append([name, split, *(f"{told[key]:,}" for key in names)])
+    for name, file in files_of(results, encoder, ".json").items():
+        told = json.loads(file.read_text())["sizes"]
+        split = "15 % of train, by cluster" if REPORTED[name] == "cut" else REPORTED[name]
+        rows.append([name, split, *(f"{told[key]:,}" for key in names)])
     return rows
+
+
+def measured(results: Path) -> dict[str, str]:
+    """The encoders that have cells, and what they are called."""
+    return {encoder: words for encoder, words in ENCODERS.items() if len(load(results, encoder))}
 
 
 def seeds(cells: pd.DataFrame) -> str:
@@ -115,11 +131,11 @@ def results_page(protocol: Protocol, results: Path) -> str:
             (BACKWARDS, "nDCG@10 of queries found by documents"),
             (ZERO_SHOT, "nDCG@10 on all other collections, zero-shot, by training collection"),
         ):
-            text += [rst_table(table(cells, measure), title)]
+            text += [rst_table(table(scores(results, encoder), measure), title)]
         text += [rst_table(zero_shot(cells), "nDCG@10 zero-shot by collection, mean over training collections")]
         text += [rst_table(costs(results, encoder), "What the methods took")]
         text += ["Seconds are of one core that had other work beside it: they compare roughly.", ""]
-        text += [rst_table(verdicts(decided_of(encoder, protocol, results)), "The sources' claims")]
+        text += [rst_table(verdicts(decided_of(encoder, protocol.resamples, results)), "The sources' claims")]
         text += [
             "Differences are means over the training collections that have both rows; intervals of 95 % allow for "
             "other seeds and other clusters of queries (two-way bootstrap); p-values are corrected over all claims "
@@ -129,11 +145,6 @@ def results_page(protocol: Protocol, results: Path) -> str:
         ]  # fmt: skip
     text += refresh_section(results) + efficiency_section(results) + space_section(results)
     return "\n".join([*text, Path(__file__).with_name("notes.rst").read_text()])
-
-
-def short(value: float, digits: int = 3) -> str:
-    """A number between -1 and 1 as papers print it."""
-    return f"{value:.{digits}f}".replace("0.", ".", 1)
 
 
 def refresh_section(results: Path) -> list[str]:
@@ -208,27 +219,29 @@ def space_section(results: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def ranked(cells: pd.DataFrame, measure: str) -> pd.Series:
-    """Mean of each method over the training collections that have all of them, best first."""
-    names = list(dict.fromkeys(cells["trained_on"]))
-    found = {
-        method: [means(cells, method, name, measure) for name in names]
-        for method in (*BASELINES, *(m for m in METHODS if m != CHECKPOINT))
-    }
-    whole = {m: float(np.mean([one[0] for one in values])) for m, values in found.items() if all(values)}
+def ranked(found: pd.Series, measure: str) -> pd.Series:
+    """Mean of each method over the training collections, where it has all of them, best first.
+
+    Args:
+        found: what :func:`evidence.tables.scores` gives.
+        measure: as there.
+    """
+    names = found.index.unique("trained_on")
+    by_method = {method: [means(found, method, name, measure) for name in names] for method in ROWS}
+    whole = {m: float(np.mean([one[0] for one in values])) for m, values in by_method.items() if all(values)}
     return pd.Series(whole).sort_values(ascending=False)
 
 
 def costs(results: Path, encoder: str) -> list[list[str]]:
     """What each method took, mean over collections and seeds."""
-    names = {"steps": 0, "texts_for_mining": 0, "mine_seconds": 0, "seconds": 0}
+    names = ["steps", "texts_for_mining", "mine_seconds", "seconds"]
     frame = pd.DataFrame(
-        cell for file in results.glob(f"*-{encoder}.json") if file.stem.removesuffix(f"-{encoder}") in REPORTED
+        cell for file in files_of(results, encoder, ".json").values()
         for cell in json.loads(file.read_text())["cells"] if "seconds" in cell
     )  # fmt: skip
     if not len(frame):
         return []
-    by = frame.groupby("method")[list(names)].mean()
+    by = frame.groupby("method")[names].mean()
     rows = [["method", "steps", "texts encoded to mine", "seconds to mine", "seconds in all"]]
     rows += [
         [NAMES[method], *(f"{by.loc[method, name]:,.0f}" for name in names)] for method in METHODS if method in by.index
@@ -243,17 +256,13 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
         "A recipe is a first guess about your collection; measure two or three on a development split of your own. "
         "What follows is what the study (:doc:`results`) saw, mean nDCG@10 over its training collections.", "",
     ]  # fmt: skip
-    for encoder, words in ENCODERS.items():
-        cells = load(results, encoder)
-        if not len(cells):
-            continue
-        own, away, back = (ranked(cells, measure) for measure in (MAIN, ZERO_SHOT, BACKWARDS))
+    for encoder, words in measured(results).items():
+        own, away, back = (ranked(scores(results, encoder), measure) for measure in (MAIN, ZERO_SHOT, BACKWARDS))
         own = own[own.index.isin([*RECIPES, *BASELINES])]
         rows = [["recipe", "own collection", "other collections", "queries by documents"]]
         for method in own.index:
             name = f":doc:`{RECIPES[method][0]} <{RECIPES[method][1]}>`" if method in RECIPES else NAMES[method]
-            values = [f"{s[method]:.3f}".replace("0.", ".", 1) if method in s else "" for s in (own, away, back)]
-            rows.append([name, *values])
+            rows.append([name, *(short(s[method]) if method in s else "" for s in (own, away, back))])
         text += [heading(f"With {words}"), rst_table(rows)]
         text += [f"- {line}" for line in advice(own, away)] + [""]
     text += [
@@ -271,9 +280,8 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
 def advice(own: pd.Series, away: pd.Series) -> list[str]:
     """What the table says, in sentences."""
 
-    def told(method: str, scores: pd.Series) -> str:
-        name = f"``{RECIPES[method][0]}``" if method in RECIPES else NAMES[method]
-        return f"{name} ({scores[method]:.3f})".replace("(0.", "(.")
+    def told(method: str, values: pd.Series) -> str:
+        return f"``{RECIPES[method][0]}`` ({short(values[method])})"
 
     taught = [m for m in own.index if m in METHODS and METHODS[m].teacher]
     plain = [m for m in own.index if m in RECIPES and m not in taught]
@@ -285,7 +293,7 @@ def advice(own: pd.Series, away: pd.Series) -> list[str]:
         abroad = [m for m in away.index if m in plain]
         if abroad:
             lines.append(f"To search collections that it was not trained on: {told(abroad[0], away)}; BM25 has "
-                         f"{away['bm25']:.3f} there.".replace(" 0.", " ."))  # fmt: skip
+                         f"{short(away['bm25'])} there.")  # fmt: skip
     if taught:
         best = taught[0]
         better = own[best] > own[plain[0]] if plain else True
@@ -294,23 +302,21 @@ def advice(own: pd.Series, away: pd.Series) -> list[str]:
             ", less than without one here: look at the teacher's margins first, it must rank better than BM25.")
         )  # fmt: skip
     if "bm25" in own.index and plain and own["bm25"] > own[plain[0]]:
-        lines.append(f"BM25 ({own['bm25']:.3f}) is better than each of them on the mean of these collections: use the "
-                     "dense scores to re-rank it, or fuse both.".replace("(0.", "(."))  # fmt: skip
+        lines.append(f"BM25 ({short(own['bm25'])}) is better than each of them on the mean of these collections: use "
+                     "the dense scores to re-rank it, or fuse both.")  # fmt: skip
     return lines
 
 
 def readme_table(results: Path) -> str:
     """README's table: every method by encoder, on its own collection and on others."""
     columns, rows = [], {}
-    for encoder in ENCODERS:
-        cells = load(results, encoder)
-        if len(cells):
-            for measure, word in ((MAIN, "own"), (ZERO_SHOT, "others")):
-                columns.append(f"{encoder}, {word}")
-                for method, value in ranked(cells, measure).items():
-                    rows.setdefault(method, {})[columns[-1]] = f"{value:.3f}".replace("0.", ".", 1)
+    for encoder in measured(results):
+        for measure, word in ((MAIN, "own"), (ZERO_SHOT, "others")):
+            columns.append(f"{encoder}, {word}")
+            for method, value in ranked(scores(results, encoder), measure).items():
+                rows.setdefault(method, {})[columns[-1]] = short(value)
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
-    order = [m for m in (*BASELINES, *METHODS) if m in rows]
+    order = [method for method in ROWS if method in rows]
     return "\n".join(
         lines + [f"| {NAMES[m]} | " + " | ".join(rows[m].get(column, "") for column in columns) + " |" for m in order]
     )
@@ -319,11 +325,8 @@ def readme_table(results: Path) -> str:
 def found_of(page_name: str, protocol: Protocol, results: Path) -> str:
     """What the study found about one method's claims: a table of all encoders that were measured."""
     rows = [["encoder", "claim", "difference", "95 % interval", "verdict"]]
-    for encoder, words in ENCODERS.items():
-        cells = load(results, encoder)
-        if not len(cells):
-            continue
-        decided = decided_of(encoder, protocol, results)
+    for encoder, words in measured(results).items():
+        decided = decided_of(encoder, protocol.resamples, results)
         for claim in decided[decided["id"].isin(CLAIMS_OF[page_name])].itertuples():
             rows.append(
                 [words, f"{claim.text} ({NAMES[SAME.get(claim.better, claim.better)]} against "
@@ -335,15 +338,10 @@ def found_of(page_name: str, protocol: Protocol, results: Path) -> str:
     return f"In the study (:doc:`results`):\n\n{rst_table(rows)}"
 
 
-_DECIDED: dict[tuple, pd.DataFrame] = {}
-
-
-def decided_of(encoder: str, protocol: Protocol, results: Path) -> pd.DataFrame:
+@lru_cache
+def decided_of(encoder: str, resamples: int, results: Path) -> pd.DataFrame:
     """The claims of an encoder, decided once."""
-    key = (encoder, protocol.resamples, results)
-    if key not in _DECIDED:
-        _DECIDED[key] = decide(load(results, encoder), number=protocol.resamples)
-    return _DECIDED[key]
+    return decide(load(results, encoder), number=resamples)
 
 
 def pages(protocol: Protocol, results: Path) -> dict[Path, str]:
@@ -379,7 +377,10 @@ def write_pages(protocol: Protocol, results: Path, *, committed: bool) -> None:
         results: where the cells are.
         committed: whether they are; else only the tables are printed.
     """
-    print(results_page(protocol, results))
-    if committed:
-        for file, text in pages(protocol, results).items():
-            file.write_text(text)
+    if not committed:
+        print(results_page(protocol, results))
+        return
+    made = pages(protocol, results)
+    for file, text in made.items():
+        file.write_text(text)
+    print(made[DOCS / "results.rst"])

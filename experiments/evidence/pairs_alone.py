@@ -80,9 +80,9 @@ def main() -> None:
         rows.append({"collection": name, "loss": "untrained", MAIN: score(target, untrained)})
         for in_batch, temperature, (rate, layer_rate) in product((False, True), TEMPERATURES, RATES):
             loss = "in-batch" if in_batch else "pairs"
-            methods.METHODS["pairs alone"] = variant(layer_rate, temperature, in_batch=in_batch)
+            method = variant(layer_rate, temperature, in_batch=in_batch)
             folder = study.runs / "pairs-alone" / name / f"{loss}-{temperature}-{rate}-{layer_rate}"
-            encoder, cost = study.train(collection, "static", "pairs alone", 1, Setting(rate), UNIT, folder)
+            encoder, cost = study.train(collection, "static", method, 1, Setting(rate), UNIT, folder)
             told = {"temperature": temperature, "learning_rate": rate, "learning_rate_of_head": layer_rate}
             rows.append(
                 {"collection": name, "loss": loss, **told, "last_loss": cost["last_loss"], MAIN: score(target, encoder)}

@@ -74,17 +74,16 @@ def main() -> None:
     args = parser.parse_args()
     protocol = SMALL if args.small else FULL
     study = Study(protocol, args.data, args.runs / protocol.name)
-    methods.METHODS.update({f"refresh {name}": method for name, method in VARIANTS.items()})
     rows, values = [], []
     for name in args.collections:
         collection = study.collection(name, args.encoder)
         setting = study.tune(collection, args.encoder, "mnrl-ance")
         target = own_target(collection, "reported")
-        for variant_name in VARIANTS:
+        for variant_name, method in VARIANTS.items():
             for seed in args.seeds:
                 folder = study.runs / "refresh" / name / args.encoder / str(seed) / variant_name.replace(" ", "-")
                 encoder, cost = study.train(
-                    collection, args.encoder, f"refresh {variant_name}", seed, setting, collection.budget.unit, folder
+                    collection, args.encoder, method, seed, setting, collection.budget.unit, folder
                 )
                 measured = measure_own(target, encoder, only_main=True).assign(variant=variant_name, seed=seed)
                 values.append(measured)

@@ -9,20 +9,19 @@ python experiments/evidence/run.py --pages                               # table
 from __future__ import annotations
 
 import argparse
-import fcntl
 import gc
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evidence.protocol import FULL, SMALL, Protocol
+from pt_dance.storage.folders import lock_folder
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "evidence"
 
@@ -57,19 +56,6 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     return protocol
 
 
-@contextmanager
-def alone(path: Path) -> Iterator[bool]:
-    """Whether no other process holds a lock, which is then held."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 def work(args: argparse.Namespace, protocol: Protocol) -> None:
     """Make cells until none is left: always the first one whose collection no other worker is at."""
     from evidence.cells import Study
@@ -83,12 +69,18 @@ def work(args: argparse.Namespace, protocol: Protocol) -> None:
             return
         for cell in left:
             # All methods and seeds of a collection share tuning and checkpoints: one worker at a time makes them.
-            with alone(args.runs / "locks" / cell.collection) as mine:
-                if mine and not cell.file(args.runs).exists():
+            folder = args.runs / "locks" / cell.collection
+            folder.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as held:
+                try:
+                    held.enter_context(lock_folder(folder, "another worker is at this collection"))
+                except BlockingIOError:
+                    continue
+                if not cell.file(args.runs).exists():
                     began = time.monotonic()
                     study.run(cell)
                     print(f"{cell}: {time.monotonic() - began:.0f} s", flush=True)
-                    break
+                break
         else:
             time.sleep(1)  # others are at every collection that has cells left
 

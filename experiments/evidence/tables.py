@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from evidence.cells import Cell, read, write
-from evidence.inference import MAIN, select
-from evidence.methods import BASELINES, CHECKPOINT, METHODS
-from evidence.protocol import Protocol
+from evidence.inference import MAIN, ZERO_SHOT
+from evidence.methods import METHODS, ROWS
+from evidence.protocol import REPORTED, Protocol
 
 BACKWARDS = "d→q nDCG@10"
 IN_CELL = ["collection", "measure", "qid", "cluster"]
@@ -77,9 +77,10 @@ def long(table: pd.DataFrame) -> pd.DataFrame:
 
 def unpack(protocol: Protocol, results: Path, runs: Path) -> None:
     """Put the committed cells of this protocol back where they were made, so that they are not made again."""
-    for file in sorted(results.glob("*.json")):
-        told, encoder = json.loads(file.read_text()), _encoder_of(file)
-        if encoder not in protocol.budgets or told["protocol"] != name_of(protocol, encoder):
+    files = [(name, file) for name in protocol.budgets for file in files_of(results, name, ".json").values()]
+    for encoder, file in files:
+        told = json.loads(file.read_text())
+        if told["protocol"] != name_of(protocol, encoder):
             continue
         frame = long(pq.read_table(file.with_suffix(".parquet"), partitioning=None).to_pandas())
         for about in told["cells"]:
@@ -97,51 +98,71 @@ def unpack(protocol: Protocol, results: Path, runs: Path) -> None:
         sizes.write_text(json.dumps(told["sizes"]))
 
 
+def files_of(results: Path, encoder: str, suffix: str) -> dict[str, Path]:
+    """Files of an encoder's cells by training collection; what else lies in the folder has other names."""
+    files = {name: results / f"{name}-{encoder}{suffix}" for name in sorted(REPORTED)}
+    return {name: file for name, file in files.items() if file.exists()}
+
+
 @lru_cache
 def load(results: Path, encoder: str) -> pd.DataFrame:
     """All committed cells of an encoder, read once; empty where there are none."""
-    files = [file for file in sorted(results.glob("*.parquet")) if _encoder_of(file) == encoder]
     parts = [
-        long(pq.read_table(file, partitioning=None).to_pandas()).assign(trained_on=_collection_of(file))
-        for file in files
+        long(pq.read_table(file, partitioning=None).to_pandas()).assign(trained_on=name)
+        for name, file in files_of(results, encoder, ".parquet").items()
     ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def _collection_of(file: Path) -> str:
-    return file.stem.removesuffix(f"-{_encoder_of(file)}")
+@lru_cache
+def scores(results: Path, encoder: str) -> pd.Series:
+    """Mean over the queries of a collection, by method, trained_on, collection, measure and seed."""
+    cells = load(results, encoder)
+    return cells.groupby(["method", "trained_on", "collection", "measure", "seed"])["value"].mean()
 
 
-def _encoder_of(file: Path) -> str:
-    return max((name for name in ENCODERS if file.stem.endswith(f"-{name}")), key=len)
+def means(found: pd.Series, method: str, trained_on: str, measure: str) -> tuple[float, float, int] | None:
+    """Mean over queries and seeds (and over collections, where zero-shot), its deviation over seeds, how many seeds.
 
-
-def means(results: pd.DataFrame, method: str, trained_on: str, measure: str) -> tuple[float, float, int] | None:
-    """Mean over queries and seeds (and over collections, where zero-shot), its deviation over seeds, how many seeds."""
-    found = select(results, method, trained_on, measure)
-    if not found:
+    Args:
+        found: what :func:`scores` gives.
+        method: name of the method.
+        trained_on: the training collection.
+        measure: as in :func:`evidence.inference.select`.
+    """
+    name = MAIN if measure == ZERO_SHOT else measure
+    try:
+        mine = found.loc[method, trained_on, :, name]
+    except KeyError:
         return None
-    by_seed = pd.concat([values.mean() for values in found.values()], axis=1).mean(axis=1)
+    own = mine.index.get_level_values("collection") == trained_on
+    by_seed = mine[~own if measure == ZERO_SHOT else own].groupby("seed").mean()
+    if not len(by_seed):
+        return None
     return float(by_seed.mean()), float(by_seed.std(ddof=1)) if len(by_seed) > 1 else float("nan"), len(by_seed)
 
 
-def table(results: pd.DataFrame, measure: str) -> list[list[str]]:
-    """A row a method, a column a training collection."""
-    collections = list(dict.fromkeys(results["trained_on"]))
+def table(found: pd.Series, measure: str) -> list[list[str]]:
+    """A row a method, a column a training collection, of what :func:`scores` gives."""
+    collections = list(found.index.unique("trained_on"))
     rows = [["method", *collections]]
-    for method in (*BASELINES, *(name for name in METHODS if name != CHECKPOINT)):
-        cells = [means(results, method, name, measure) for name in collections]
+    for method in ROWS:
+        cells = [means(found, method, name, measure) for name in collections]
         if any(cells):
             rows.append([NAMES[method], *(_cell(cell) for cell in cells)])
     return rows
+
+
+def short(value: float) -> str:
+    """A number between 0 and 1 as papers print it."""
+    return f"{value:.3f}".replace("0.", ".", 1)
 
 
 def _cell(cell: tuple[float, float, int] | None) -> str:
     if cell is None:
         return ""
     mean, deviation, seeds = cell
-    spread = "" if seeds < 2 else f" ± {deviation:.3f}".replace("0.", ".")
-    return f"{mean:.3f}".replace("0.", ".", 1) + spread
+    return short(mean) if seeds < 2 else f"{short(mean)} ± {short(deviation)}"
 
 
 def zero_shot(results: pd.DataFrame) -> list[list[str]]:
@@ -150,10 +171,10 @@ def zero_shot(results: pd.DataFrame) -> list[list[str]]:
     mine = results[~own & (results["measure"] == MAIN)]
     by = mine.groupby(["method", "collection"], observed=True)["value"].mean().unstack()
     rows = [["method", *by.columns, "mean"]]
-    for method in (*BASELINES, *(name for name in METHODS if name != CHECKPOINT)):
+    for method in ROWS:
         if method in by.index:
             values = by.loc[method]
-            rows.append([NAMES[method], *(f"{v:.3f}".replace("0.", ".", 1) for v in (*values, values.mean()))])
+            rows.append([NAMES[method], *map(short, (*values, values.mean()))])
     return rows
 
 

@@ -80,7 +80,6 @@ class TransformerReader:
     def __init__(self, module: Transformer, task: str, prompt: str | None):
         self.tokenizer = module.tokenizer
         self.prompt = prompt or ""
-        self._mark: int | None = None
         self.max_length = module.query_length if task == "query" else module.document_length
         self.pads_left = self.tokenizer.padding_side == "left"
         self.padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}

@@ -202,17 +202,30 @@ class Ray:
                 self._end()
 
     def _answer(self, reference: Any, what: str, number: int) -> Any:
-        """Return a task's answer; a worker that died with Ray itself did not die of its task."""
+        """Return a task's answer, or raise its error."""
+        import ray
+
         try:
-            return _answer(reference, what, number)
-        except WorkerDiedError:
-            # Workers of a Ray that is killed are gone some moments before its own processes are seen to be.
-            patience = time.monotonic() + _SETTLED
-            while time.monotonic() < patience:
-                if not self._alive():
-                    self._end()
-                time.sleep(0.1)
-            raise
+            good, answer = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise RuntimeError(f"a worker could not be started for {what}: {error.cause}") from None
+        except ray.exceptions.RayError:
+            self._look_again()
+            raise WorkerDiedError(
+                f"a worker died {_RETRIES + 1} times at part {number} of the work with {what} (killed, out of memory, "
+                "or crashed in a library); what was finished is kept"
+            ) from None
+        if not good:
+            raise answer.original()
+        return answer
+
+    def _look_again(self) -> None:
+        """Raise an error if a worker died with Ray itself, which is seen to be gone some moments after its workers."""
+        patience = time.monotonic() + _SETTLED
+        while time.monotonic() < patience:
+            if not self._alive():
+                self._end()
+            time.sleep(0.1)
 
     def _end(self) -> NoReturn:
         self.close()
@@ -235,23 +248,6 @@ def _send(make: Any, what: str) -> tuple[str, Any]:
             "pt_dance.engines.LazyPipeline(lambda: ...), whose function makes it there"
         ) from None
     return sent.hex(), sent
-
-
-def _answer(reference: Any, what: str, number: int) -> Any:
-    import ray
-
-    try:
-        good, answer = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        if isinstance(error, ray.exceptions.RayTaskError):
-            raise RuntimeError(f"a worker could not be started for {what}: {error.cause}") from None
-        raise WorkerDiedError(
-            f"a worker died {_RETRIES + 1} times at part {number} of the work with {what} (killed, out of memory, or "
-            "crashed in a library); what was finished is kept"
-        ) from None
-    if not good:
-        raise answer.original()
-    return answer
 
 
 def _this_process() -> None:

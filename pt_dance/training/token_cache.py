@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router, StaticEmbedding
 
+from pt_dance.encoder.reading import BagOfTexts
 from pt_dance.encoder.token_memory import MEMORY, TokenMemory, mark_of
 
 
@@ -34,11 +34,7 @@ class TokenCache:
             self._marks[id(tokenizer)] = mark_of(tokenizer)
         texts = [prompt + text for text in inputs] if prompt else list(inputs)
         found = self.memory.tokens(tokenizer, self._marks[id(tokenizer)], texts)
-        offsets = np.cumsum([0, *(len(ids) for ids in found[:-1])])
-        features: dict[str, object] = {
-            "input_ids": torch.from_numpy(np.concatenate(found).astype(np.int64)),
-            "offsets": torch.from_numpy(offsets.astype(np.int64)),
-        }
+        features: dict[str, object] = {**BagOfTexts(found).features(np.arange(len(found)))}
         if task is not None and isinstance(self.model[0], Router):
             features["task"] = task
         return features
