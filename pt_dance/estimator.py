@@ -92,30 +92,30 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         """Prepare a run; nothing is encoded or trained yet.
 
         Args:
-            encoder: where training starts. It is never changed: each round trains a copy.
-            corpus: the documents, as a :class:`~pt_dance.Corpus` (for MaxP its ``to_passages``) or anything that
+            encoder: Where training starts. It is never changed: each round trains a copy.
+            corpus: The documents, as a :class:`~pt_dance.Corpus` (for MaxP its ``to_passages``) or anything that
                 ``Corpus.build`` takes (then in ``path/corpus``). None only where nothing is to be trained or indexed.
-            path: folder of the run: encoders, indexes and history of every round. A folder with a run in it is gone on
+            path: Folder of the run: encoders, indexes and history of every round. A folder with a run in it is gone on
                 with; any other folder that is not empty is refused.
-            recipe: rounds to train, see :mod:`pt_dance.recipes`; :func:`pt_dance.recipes.dance` where None.
-            num_results: documents retrieved for a query; what is mined and measured while training does not depend on
+            recipe: Rounds to train, see :mod:`pt_dance.recipes`; :func:`pt_dance.recipes.dance` where None.
+            num_results: Documents retrieved for a query; what is mined and measured while training does not depend on
                 it.
             measure: ir_measures measure, its name ("nDCG@10"), or a list of them, computed on the validation topics
                 before training and after each round. The first one says which round is best.
-            seed: fixes mining, order of training and dropout: on a CPU two fits with one seed give the same weights.
-            patience: stops when this many rounds in a row were not better than the best; None never stops early.
+            seed: Fixes mining, order of training and dropout: on a CPU two fits with one seed give the same weights.
+            patience: Stops when this many rounds in a row were not better than the best; None never stops early.
             keep: "all" keeps the index of every round; "best" drops those of rounds that are neither the best nor the
                 last, so that disk use does not grow with the rounds. Encoders are always kept.
             engine: :class:`pt_dance.engines.Ray`, whose workers index, search, mine and ask teachers; None is for none.
-            refresh: how rounds that have ``refresh_every`` refresh their negatives: "between" their parts; "beside"
+            refresh: How rounds that have ``refresh_every`` refresh their negatives: "between" their parts; "beside"
                 the training, by a second process; or by a "replay" of what another run did, which gives its weights.
-            replay_of: the folder of that run.
-            verbose: shows progress and a line a round.
+            replay_of: The folder of that run.
+            verbose: Shows progress and a line a round.
 
         Raises:
-            TypeError: if the encoder is no DualEncoder or the recipe no rounds.
-            ValueError: if an option makes no sense.
-            FileExistsError: if ``path`` is a folder with something else in it.
+            TypeError: If the encoder is no DualEncoder or the recipe no rounds.
+            ValueError: If an option makes no sense.
+            FileExistsError: If ``path`` is a folder with something else in it.
         """
         if not isinstance(encoder, DualEncoder):
             raise TypeError(
@@ -178,8 +178,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         """Return the dense retriever of the current encoder, or of a given round, which no later round changes.
 
         Args:
-            num_results: documents for a query; this retriever's where None.
-            round: number of the round, 0 for the encoder as it came; the best where None.
+            num_results: Documents for a query; this retriever's where None.
+            round: Number of the round, 0 for the encoder as it came; the best where None.
         """
         if round is None:
             index = self.index
@@ -237,20 +237,20 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         """Train round by round. A fit that was interrupted goes on where it stopped.
 
         Args:
-            topics_or_res_tr: training topics (``qid``, ``query``), or results for them (``docno`` too), which then
+            topics_or_res_tr: Training topics (``qid``, ``query``), or results for them (``docno`` too), which then
                 are the first stage's negatives, as in ``(bm25 % 200 >> dance).fit(...)``.
             qrels_tr: ``qid``, ``docno``, ``label``; a label above 0 is relevant.
-            topics_or_res_va: validation topics; without them the last round is the current one.
-            qrels_va: validation qrels.
+            topics_or_res_va: Validation topics; without them the last round is the current one.
+            qrels_va: Validation qrels.
 
         Returns:
             This retriever, now with the best round's encoder and index: that of the untrained encoder, with a warning,
             where no round was as good.
 
         Raises:
-            KeyError, TypeError, ValueError: one sentence on what is wrong with the frames, before any work is done.
-            RuntimeError: another process of the same job failed.
-            OSError: the disk is full or cannot be written to; what was finished is kept.
+            KeyError, TypeError, ValueError: One sentence on what is wrong with the frames, before any work is done.
+            RuntimeError: Another process of the same job failed.
+            OSError: The disk is full or cannot be written to; what was finished is kept.
         """
         if self._is_loaded or self._run.is_saved:
             raise ValueError(
@@ -366,8 +366,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         """Write what retrieval needs (current encoder and index, history) to a new folder that :meth:`load` opens.
 
         Raises:
-            FileExistsError: if ``path`` exists.
-            OSError: if the disk is full or cannot be written to.
+            FileExistsError: If ``path`` exists.
+            OSError: If the disk is full or cannot be written to.
         """
         path = path_of(path)
         if path.exists():
@@ -403,13 +403,13 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         of one's own in ``recipe`` are there by name only; with a loss of one's own it is None.
 
         Args:
-            path: the folder.
-            corpus: the corpus; the run's own is opened where it is still there.
-            **kwargs: other options of the class; those of the saved one are taken where not given.
+            path: The folder.
+            corpus: The corpus; the run's own is opened where it is still there.
+            **kwargs: Other options of the class; those of the saved one are taken where not given.
 
         Raises:
-            FileNotFoundError: if there is no finished run in the folder.
-            ValueError: if its metadata is damaged.
+            FileNotFoundError: If there is no finished run in the folder.
+            ValueError: If its metadata is damaged.
         """
         path = path_of(path)
         meta = read_meta(path, cls)

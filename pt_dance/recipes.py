@@ -32,47 +32,47 @@ class Round:
     """One round: mine negatives, train, refresh the index, validate.
 
     Attributes:
-        loss: name of a loss in :mod:`pt_dance.losses` ("contrastive", "pairwise", "samtone", "margin_mse",
+        loss: Name of a loss in :mod:`pt_dance.losses` ("contrastive", "pairwise", "samtone", "margin_mse",
             "distill_kl"), or a list of (name, weight) or (name, weight, options) for a weighted sum.
-        loss_options: options of that loss, ``dual=True`` and ``dual_weight`` among them. A ``temperature`` that is left
+        loss_options: Options of that loss, ``dual=True`` and ``dual_weight`` among them. A ``temperature`` that is left
             out follows from the encoder, see :mod:`pt_dance.training.defaults`.
-        negatives: where document negatives come from: None (in-batch only), ``"first_stage"`` (the result frame that
+        negatives: Where document negatives come from: None (in-batch only), ``"first_stage"`` (the result frame that
             ``fit`` was given; in-batch only where plain topics came), a pipeline, a function from the current dense
             retriever to a pipeline, or a list of these, perhaps with weights.
-        query_negatives: where query negatives come from: None, ``"dense"`` (an index over the training queries with the
+        query_negatives: Where query negatives come from: None, ``"dense"`` (an index over the training queries with the
             current weights), or a pipeline over the training queries that takes documents as queries.
-        depth: how many of the best candidates of a query (or document) negatives are drawn from.
+        depth: How many of the best candidates of a query (or document) negatives are drawn from.
         rank_range: ``(first, last)`` ranks to draw from; None for all within ``depth``.
         sampling: ``"uniform"`` or ``"top"``.
-        negatives_per_query: how many negatives are kept for each query (or document).
-        negatives_per_row: how many document negatives a training row carries.
-        query_negatives_per_row: how many query negatives a training row carries, where there are any.
-        filters: false-negative filters, see :mod:`pt_dance.mining`.
-        share_of_queries: part of the training queries that is mined for and trained on in this round, taking turns.
-        teacher: any pipeline that scores (query, text) rows, for "margin_mse" and "distill_kl".
-        epochs: passes over the (query, positive) pairs.
-        steps: optimiser steps of this round, whatever ``epochs`` says: the index is refreshed every so many steps, as
+        negatives_per_query: How many negatives are kept for each query (or document).
+        negatives_per_row: How many document negatives a training row carries.
+        query_negatives_per_row: How many query negatives a training row carries, where there are any.
+        filters: False-negative filters, see :mod:`pt_dance.mining`.
+        share_of_queries: Part of the training queries that is mined for and trained on in this round, taking turns.
+        teacher: Any pipeline that scores (query, text) rows, for "margin_mse" and "distill_kl".
+        epochs: Passes over the (query, positive) pairs.
+        steps: Optimiser steps of this round, whatever ``epochs`` says: the index is refreshed every so many steps, as
             ANCE's release does. A pass may then go on in the next round; None trains ``epochs`` passes.
-        refresh_every: refresh negatives that depend on the current weights every so many steps within the round, as
+        refresh_every: Refresh negatives that depend on the current weights every so many steps within the round, as
             ``DanceRetriever(refresh=...)`` says: between parts of it, or beside its training; None: they stay.
-        max_staleness: how many steps old the weights of negatives may get that are refreshed beside the training,
+        max_staleness: How many steps old the weights of negatives may get that are refreshed beside the training,
             before it waits for newer ones; None: four times ``refresh_every``.
-        carry_optimizer: go on with the optimiser and the learning rate schedule of the round before, instead of
+        carry_optimizer: Go on with the optimiser and the learning rate schedule of the round before, instead of
             starting both anew. Rounds that go on so share one schedule over all their steps, whose ``learning_rate``,
             ``warmup``, ``scheduler`` and ``training_arguments`` must be the same in all of them. Means nothing in the
             first round of a recipe.
-        start: which round's encoder this one begins with and mines with: that of the "last" round, or of the "best"
+        start: Which round's encoder this one begins with and mines with: that of the "last" round, or of the "best"
             one before it.
-        batch_size: rows of a batch, over all processes.
-        learning_rate: peak learning rate; None follows from the encoder, see :mod:`pt_dance.training.defaults`.
-        warmup: share of the steps over which the learning rate rises linearly; from 1 on, their number.
-        scheduler: how it falls afterwards, a name of transformers' schedulers.
+        batch_size: Rows of a batch, over all processes.
+        learning_rate: Peak learning rate; None follows from the encoder, see :mod:`pt_dance.training.defaults`.
+        warmup: Share of the steps over which the learning rate rises linearly; from 1 on, their number.
+        scheduler: How it falls afterwards, a name of transformers' schedulers.
         similarity: "cosine" or "dot": changes the encoder's similarity from this round on; None leaves it.
-        checkpoint_steps: training steps between checkpoints; a killed fit goes on from the last.
-        training_arguments: anything else for ``SentenceTransformerTrainingArguments`` (bf16,
+        checkpoint_steps: Training steps between checkpoints; a killed fit goes on from the last.
+        training_arguments: Anything else for ``SentenceTransformerTrainingArguments`` (bf16,
             gradient_accumulation_steps, weight_decay, optim, report_to, ...). Beside its own, ``optim`` may be "lamb"
             (You et al., arXiv 1904.00962, as ANCE's release has it), by the extra ``pt_dance[lamb]``.
-        name: what the round is called in the history.
+        name: What the round is called in the history.
     """
 
     loss: str | Sequence = "contrastive"
@@ -167,10 +167,10 @@ def mnrl(
     """Multiple-negatives ranking: cross-entropy with in-batch negatives and those of the first stage, one round.
 
     Args:
-        epochs: passes over the training pairs.
-        negatives: where hard negatives come from; None trains with in-batch negatives only.
-        temperature: divides the similarities; None follows from the encoder.
-        **options: any other attribute of :class:`Round`.
+        epochs: Passes over the training pairs.
+        negatives: Where hard negatives come from; None trains with in-batch negatives only.
+        temperature: Divides the similarities; None follows from the encoder.
+        **options: Any other attribute of :class:`Round`.
     """
     return [_round(dict(name="mnrl", loss="contrastive", negatives=negatives, epochs=epochs), options, temperature)]
 
@@ -196,14 +196,14 @@ def ance(
     refreshes.
 
     Args:
-        rounds: refreshes of the index, each followed by training on the negatives it gives.
-        published: the release's settings instead of those that follow from the encoder.
+        rounds: Refreshes of the index, each followed by training on the negatives it gives.
+        published: The release's settings instead of those that follow from the encoder.
         loss: "pairwise" as published; "contrastive" adds in-batch negatives.
-        warm_up: epochs of warm-up on the first stage's negatives (in-batch negatives alone where plain topics are
+        warm_up: Epochs of warm-up on the first stage's negatives (in-batch negatives alone where plain topics are
             given to ``fit``); 0 starts with the model's own negatives.
-        epochs: passes over the training pairs in each round, where it has no ``steps``.
-        temperature: divides the similarities; None follows from the encoder.
-        **options: any other attribute of :class:`Round`, for all rounds.
+        epochs: Passes over the training pairs in each round, where it has no ``steps``.
+        temperature: Divides the similarities; None follows from the encoder.
+        **options: Any other attribute of :class:`Round`, for all rounds.
     """
     rounds, warm_up = whole("rounds", rounds, 0), whole("warm_up", warm_up, 0)
     first = dict(loss="contrastive", carry_optimizer=True) | (release.ANCE_WARM_UP if published else {})
@@ -233,18 +233,18 @@ def dance(
     stage. Neither paper nor release fixes how many refreshes a stage has.
 
     Args:
-        rounds: rounds of each stage, every one with refreshed negatives.
-        published: the release's settings instead of those that follow from the encoder.
-        warm_up: epochs on the first stage's negatives before; 0 where the encoder is an ANCE model already.
-        ance_rounds: rounds of ANCE before; 0 where the encoder is an ANCE model already.
-        epochs: passes over the training pairs in each round, where it has no ``steps``.
+        rounds: Rounds of each stage, every one with refreshed negatives.
+        published: The release's settings instead of those that follow from the encoder.
+        warm_up: Epochs on the first stage's negatives before; 0 where the encoder is an ANCE model already.
+        ance_rounds: Rounds of ANCE before; 0 where the encoder is an ANCE model already.
+        epochs: Passes over the training pairs in each round, where it has no ``steps``.
         normalize: True for cosines, False for dot products (with ``dual`` the 2x2 ablation of the paper); None leaves
             the encoder's similarity, or cosines where ``published``.
-        dual: whether to add the dual loss in stage 2.
-        dual_weight: weight of the dual loss.
-        query_negatives: where query negatives come from, see :class:`Round`.
-        temperature: divides the similarities of both stages; None follows from the encoder.
-        **options: any other attribute of :class:`Round`, for all rounds.
+        dual: Whether to add the dual loss in stage 2.
+        dual_weight: Weight of the dual loss.
+        query_negatives: Where query negatives come from, see :class:`Round`.
+        temperature: Divides the similarities of both stages; None follows from the encoder.
+        **options: Any other attribute of :class:`Round`, for all rounds.
     """
     rounds, ance_rounds = whole("rounds", rounds, 0), whole("ance_rounds", ance_rounds, 0)
     if published:
@@ -281,13 +281,13 @@ def samtone(
     with ``shared_projection`` (ADE-SPL).
 
     Args:
-        epochs: passes over the training pairs.
-        published: the paper's settings as far as it gives any.
+        epochs: Passes over the training pairs.
+        published: The paper's settings as far as it gives any.
         sides: "query" adds query-query terms to the one softmax; "both" adds the mirrored loss with document-document
             terms.
-        negatives: where hard negatives come from; None trains with the batch's own texts only.
-        temperature: divides the similarities; None follows from the encoder.
-        **options: any other attribute of :class:`Round`.
+        negatives: Where hard negatives come from; None trains with the batch's own texts only.
+        temperature: Divides the similarities; None follows from the encoder.
+        **options: Any other attribute of :class:`Round`.
     """
     loss = {"sides": sides} | ({"temperature": 0.01} if published else {})
     given = dict(name=f"samtone {sides}", loss="samtone", loss_options=loss, similarity="cosine", epochs=epochs)
@@ -301,13 +301,13 @@ def mnrl_dual(
     """MNRL-Dual (S. He): cross-entropy over documents for the query, and over queries for the document.
 
     Args:
-        epochs: passes over the training pairs.
-        dual_weight: weight of the direction from documents to queries; the source does not give it.
-        document_weight: weight of the direction from queries to documents.
-        negatives: where document negatives come from.
-        query_negatives: where query negatives come from, see :class:`Round`.
-        temperature: divides the similarities; None follows from the encoder.
-        **options: any other attribute of :class:`Round`.
+        epochs: Passes over the training pairs.
+        dual_weight: Weight of the direction from documents to queries; the source does not give it.
+        document_weight: Weight of the direction from queries to documents.
+        negatives: Where document negatives come from.
+        query_negatives: Where query negatives come from, see :class:`Round`.
+        temperature: Divides the similarities; None follows from the encoder.
+        **options: Any other attribute of :class:`Round`.
     """
     loss = {"dual": True, "dual_weight": dual_weight, "document_weight": document_weight}
     given = dict(name="mnrl-dual", loss="contrastive", loss_options=loss, negatives=negatives, epochs=epochs)
@@ -327,12 +327,12 @@ def margin_mse(
     gradients as they are. Neither fixes the number of steps: both stop early by validation.
 
     Args:
-        teacher: any pipeline that scores (query, text) rows; raw scores, not their sigmoid. Each pair is scored once.
-        epochs: passes over the training pairs.
-        published: the paper's settings instead of those that follow from encoder and teacher.
-        negatives: where document negatives come from.
-        temperature: divides the similarities, with the teacher's scores as they are; None follows from both.
-        **options: any other attribute of :class:`Round`.
+        teacher: Any pipeline that scores (query, text) rows; raw scores, not their sigmoid. Each pair is scored once.
+        epochs: Passes over the training pairs.
+        published: The paper's settings instead of those that follow from encoder and teacher.
+        negatives: Where document negatives come from.
+        temperature: Divides the similarities, with the teacher's scores as they are; None follows from both.
+        **options: Any other attribute of :class:`Round`.
     """
     given = dict(name="margin-mse", loss="margin_mse", teacher=teacher, negatives=negatives, epochs=epochs)
     return [_round(given | (release.MARGIN_MSE if published else {}), options, temperature)]
@@ -345,12 +345,12 @@ def margin_mse_dual(
     """Margin-MSE-Dual (S. He): the teacher's margins in both directions, between documents and between queries.
 
     Args:
-        teacher: as for :func:`margin_mse`; it also scores (query negative, document).
-        epochs: passes over the training pairs.
-        dual_weight: weight of the margins between queries; the source does not give it.
-        document_weight: weight of the margins between documents.
-        query_negatives: where query negatives come from, see :class:`Round`.
-        **options: any other option of :func:`margin_mse`.
+        teacher: As for :func:`margin_mse`; it also scores (query negative, document).
+        epochs: Passes over the training pairs.
+        dual_weight: Weight of the margins between queries; the source does not give it.
+        document_weight: Weight of the margins between documents.
+        query_negatives: Where query negatives come from, see :class:`Round`.
+        **options: Any other option of :func:`margin_mse`.
     """
     loss = {"dual": True, "dual_weight": dual_weight, "document_weight": document_weight}
     options["loss_options"] = {**loss, **options.get("loss_options", {})}
@@ -364,12 +364,12 @@ def margin_mse_mnrl_dual(
     """Margin-MSE and MNRL together, in both directions: the next step that S. He's slides propose and never report.
 
     Args:
-        teacher: as for :func:`margin_mse`.
-        epochs: passes over the training pairs.
-        mnrl_weight: weight of the cross-entropy against the squared margins.
-        mnrl_temperature: divides the similarities in the cross-entropy; None follows from the encoder.
-        temperature: divides the similarities in the squared margins; None follows from the encoder and the teacher.
-        **options: any other option of :func:`margin_mse_dual`.
+        teacher: As for :func:`margin_mse`.
+        epochs: Passes over the training pairs.
+        mnrl_weight: Weight of the cross-entropy against the squared margins.
+        mnrl_temperature: Divides the similarities in the cross-entropy; None follows from the encoder.
+        temperature: Divides the similarities in the squared margins; None follows from the encoder and the teacher.
+        **options: Any other option of :func:`margin_mse_dual`.
     """
     if "temperature" in options.get("loss_options", {}):
         raise ValueError(
@@ -395,12 +395,12 @@ def distill_kl(
     ``loss_options={"dual": True}`` and ``query_negatives="dense"`` in both directions.
 
     Args:
-        teacher: as for :func:`margin_mse`.
-        epochs: passes over the training pairs.
-        negatives: where document negatives come from.
-        negatives_per_row: documents in a row's list beside the positive.
-        temperature: divides the similarities; None follows from the encoder.
-        **options: any other attribute of :class:`Round`.
+        teacher: As for :func:`margin_mse`.
+        epochs: Passes over the training pairs.
+        negatives: Where document negatives come from.
+        negatives_per_row: Documents in a row's list beside the positive.
+        temperature: Divides the similarities; None follows from the encoder.
+        **options: Any other attribute of :class:`Round`.
     """
     given = dict(name="distill-kl", loss="distill_kl", teacher=teacher, negatives=negatives, epochs=epochs)
     return [_round(given | dict(negatives_per_row=negatives_per_row), options, temperature)]
@@ -410,8 +410,8 @@ def check_recipe(recipe: object) -> list[Round]:
     """Return the recipe as a list of rounds.
 
     Raises:
-        TypeError: if it is no round and no list of rounds.
-        ValueError: if it is empty.
+        TypeError: If it is no round and no list of rounds.
+        ValueError: If it is empty.
     """
     rounds = [recipe] if isinstance(recipe, Round) else recipe
     if not isinstance(rounds, (list, tuple)):

@@ -126,7 +126,7 @@ class TrainingRows:
         """Return the same rows with other negatives, as many a row as before; arguments are those of the class.
 
         Raises:
-            ValueError: shapes that are not those of these rows, or numbers out of range.
+            ValueError: Shapes that are not those of these rows, or numbers out of range.
         """
         other = object.__new__(TrainingRows)  # pairs and judgements are not checked again
         other.__dict__.update({field.name: getattr(self, field.name) for field in fields(self)})
@@ -149,7 +149,7 @@ class TrainingRows:
             labels: int (rows of the batch,); -1 for rows that only fill it up.
 
         Raises:
-            ValueError: if the labels name different tables.
+            ValueError: If the labels name different tables.
         """
         real = labels >= 0
         if self.later is None or not real.any():

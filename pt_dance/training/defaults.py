@@ -34,10 +34,10 @@ class Settled:
     """A round and its training rows with nothing left open.
 
     Attributes:
-        round: the round, its ``learning_rate``, ``similarity`` and every temperature given.
-        examples: its rows; a teacher's scores are in units of the root mean square of its margins where the loss
+        round: The round, its ``learning_rate``, ``similarity`` and every temperature given.
+        examples: Its rows; a teacher's scores are in units of the root mean square of its margins where the loss
             left its temperature open.
-        report: what was decided, by name, for the history.
+        report: What was decided, by name, for the history.
     """
 
     round: object
@@ -83,7 +83,7 @@ def settle(round_, encoder, examples: Examples, initial) -> Settled:
     Args:
         round_: ``Round``.
         encoder: ``DualEncoder`` that the round begins with, of the round's similarity.
-        examples: the round's rows.
+        examples: The round's rows.
         initial: ``DualEncoder`` that the fit began with.
     """
     loss, options = round_.loss, dict(round_.loss_options)

@@ -23,12 +23,12 @@ class Examples:
     """What the trainer needs.
 
     Attributes:
-        dataset: one row a training row of every epoch, columns query, positive, negative_1.., negative_query_1..
+        dataset: One row a training row of every epoch, columns query, positive, negative_1.., negative_query_1..
             (str) and label (int), texts read on access. A list of labels gives their rows, see
             :class:`~pt_dance.losses.TrainingRows`; -1 fills batches up, with the texts of the first row.
-        rows: what the loss knows of each row.
-        pairs: how many (query, positive) pairs an epoch has.
-        epochs: how many epochs the rows hold, each with its own draw of negatives.
+        rows: What the loss knows of each row.
+        pairs: How many (query, positive) pairs an epoch has.
+        epochs: How many epochs the rows hold, each with its own draw of negatives.
     """
 
     dataset: Dataset
@@ -69,7 +69,7 @@ class Pools:
         Args:
             source: int (rows,), which pool.
             turn: int (rows,), how often this pool was drawn from before.
-            number: how many to draw for each row.
+            number: How many to draw for each row.
 
         Returns:
             int32 (rows, number), -1 where the pool is smaller than ``number``.
@@ -103,17 +103,17 @@ def build_examples(
 
     Args:
         topics: ``qid``, ``query``; all training topics.
-        pairs: known-relevant pairs of these topics as :func:`pt_dance.mining.positive_pairs` gives them; each is a
+        pairs: Known-relevant pairs of these topics as :func:`pt_dance.mining.positive_pairs` gives them; each is a
             row of every epoch.
         corpus: ``Corpus`` with the documents.
-        negatives: mined documents, ``qid`` and ``docno``; None trains with in-batch negatives only.
-        query_negatives: mined queries, ``docno`` and ``qid``; None where the loss has no dual direction.
-        negatives_per_row: mined documents in a row; rows of queries with fewer are padded, and the padding is masked.
-        query_negatives_per_row: mined queries in a row.
-        epochs: epochs to draw for; each pair meets other negatives in each epoch as long as its pool lasts.
-        first_epoch: which epoch the first one is: the draws go on from those before it.
-        seed: fixes the draw.
-        qids: train on the pairs of these topics only (the masks still know all pairs); None trains on all.
+        negatives: Mined documents, ``qid`` and ``docno``; None trains with in-batch negatives only.
+        query_negatives: Mined queries, ``docno`` and ``qid``; None where the loss has no dual direction.
+        negatives_per_row: Mined documents in a row; rows of queries with fewer are padded, and the padding is masked.
+        query_negatives_per_row: Mined queries in a row.
+        epochs: Epochs to draw for; each pair meets other negatives in each epoch as long as its pool lasts.
+        first_epoch: Which epoch the first one is: the draws go on from those before it.
+        seed: Fixes the draw.
+        qids: Train on the pairs of these topics only (the masks still know all pairs); None trains on all.
         teacher: ``TeacherScores`` for losses that learn from a teacher.
         reads: ``DualEncoder`` or :class:`pt_dance.mining.Readings`: queries that it reads the same are one query, and
             documents one document, whatever their ids. None compares texts letter by letter.

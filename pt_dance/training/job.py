@@ -69,10 +69,10 @@ class Job:
         """Return what the fit depends on, see :func:`~pt_dance.training.settings.fit_settings`.
 
         Args:
-            encoder: that the fit begins with.
+            encoder: That the fit begins with.
 
         Raises:
-            ValueError: if the run that is replayed had other settings, or was not refreshed beside its training.
+            ValueError: If the run that is replayed had other settings, or was not refreshed beside its training.
         """
         own = fit_settings(
             encoder, self.corpus, self.seed, self.recipe, self.training, self.validation,

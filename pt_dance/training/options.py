@@ -72,8 +72,8 @@ def check_path(path: object) -> Path:
     """Return the absolute path of a run, which need not exist yet.
 
     Raises:
-        TypeError: if it is no path.
-        FileExistsError: if a file is in its way.
+        TypeError: If it is no path.
+        FileExistsError: If a file is in its way.
     """
     folder = path_of(path)
     above = next(parent for parent in folder.parents if parent.exists())
@@ -86,11 +86,11 @@ def check_measures(measure: object) -> list[Measure]:
     """Return the measures as a list.
 
     Args:
-        measure: an ir_measures measure, its name ("nDCG@10"), or a list of them.
+        measure: An ir_measures measure, its name ("nDCG@10"), or a list of them.
 
     Raises:
-        TypeError: if something else is among them; names it.
-        ValueError: if there is none, or one that ir_measures cannot compute as it is; names it.
+        TypeError: If something else is among them; names it.
+        ValueError: If there is none, or one that ir_measures cannot compute as it is; names it.
     """
     measures = list(measure) if isinstance(measure, (list, tuple)) else [measure]
     if not measures:
@@ -126,8 +126,8 @@ def check_training_arguments(given: object) -> None:
         given: As given to ``Round``.
 
     Raises:
-        TypeError: if they are no dict.
-        ValueError: if one makes no sense here; names it.
+        TypeError: If they are no dict.
+        ValueError: If one makes no sense here; names it.
     """
     if not isinstance(given, Mapping):
         raise TypeError(f"training_arguments={given!r} must be a dict of names and values")
@@ -158,7 +158,7 @@ def trainer_arguments(given: Mapping[str, object]) -> dict[str, object]:
     """Return a round's training arguments without the optimiser "lamb", which transformers does not know.
 
     Raises:
-        ValueError: if it is asked for and the package that has it is not installed.
+        ValueError: If it is asked for and the package that has it is not installed.
     """
     if given.get("optim") != "lamb":
         return dict(given)
@@ -175,8 +175,8 @@ def check_loss(loss: Any, options: object) -> None:
         options: Its options, as given.
 
     Raises:
-        TypeError: if the options are no dict, or the loss is none.
-        ValueError: if there is no such loss or option, or an option is out of its range; names it.
+        TypeError: If the options are no dict, or the loss is none.
+        ValueError: If there is no such loss or option, or an option is out of its range; names it.
     """
     if not isinstance(options, Mapping):
         raise TypeError(f"loss_options={options!r} must be a dict of option names and values")
@@ -194,8 +194,8 @@ def check_choices(round_: Any) -> None:
         round_: ``Round`` whose numbers and loss are checked.
 
     Raises:
-        TypeError: if a teacher or filter is none, or the training arguments are no dict.
-        ValueError: if an option makes no sense.
+        TypeError: If a teacher or filter is none, or the training arguments are no dict.
+        ValueError: If an option makes no sense.
     """
     teacher, loss = round_.teacher, round_.loss
     if teacher is not None and not isinstance(teacher, pt.Transformer):

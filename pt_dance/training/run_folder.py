@@ -52,10 +52,10 @@ class RunFolder:
     """Read and write the parts of a run.
 
     Args:
-        path: the run's folder; made when first written to.
+        path: The run's folder; made when first written to.
 
     Raises:
-        FileExistsError: if ``path`` is a file, or a folder with something else than a run in it.
+        FileExistsError: If ``path`` is a file, or a folder with something else than a run in it.
     """
 
     def __init__(self, path: str | Path):
@@ -91,7 +91,7 @@ class RunFolder:
         them.
 
         Raises:
-            ValueError: if rounds were trained on this path with other settings; says which differ.
+            ValueError: If rounds were trained on this path with other settings; says which differ.
         """
         before = self.settings()
         if before is None:
@@ -126,7 +126,7 @@ class RunFolder:
         """Return the history row of a finished round, None where it is not finished.
 
         Raises:
-            ValueError: if the row is damaged.
+            ValueError: If the row is damaged.
         """
         row = read_json(self.round(number) / "round.json")
         if row is None:
@@ -156,7 +156,7 @@ class RunFolder:
         """Return what a round's training gave: ``loss``, ``steps``, ``fingerprint``; None where it is not done.
 
         Raises:
-            ValueError: if the file is damaged.
+            ValueError: If the file is damaged.
         """
         path = self.round(number) / "trained.json"
         trained = read_json(path)
@@ -184,11 +184,11 @@ class RunFolder:
         """Return the encoder that a round's training gave.
 
         Args:
-            number: of the round.
-            given: the encoder that the run began with, whose device and verbosity are taken.
+            number: Of the round.
+            given: The encoder that the run began with, whose device and verbosity are taken.
 
         Raises:
-            ValueError: if its weights are not those that were written.
+            ValueError: If its weights are not those that were written.
         """
         folder = self.round(number) / "encoder"
         encoder = DualEncoder.load(folder, device=str(given.device), verbose=given.verbose)
@@ -201,14 +201,14 @@ class RunFolder:
         """Return the index of a round, in a folder of its own; made where it is not there yet.
 
         Args:
-            number: of the round.
-            encoder: its encoder.
+            number: Of the round.
+            encoder: Its encoder.
             corpus: ``Corpus`` to index; None where the index is there.
             engine: Has workers that encode; this process does where None.
-            verbose: shows progress.
+            verbose: Shows progress.
 
         Raises:
-            ValueError: if the index was made from another corpus, or is damaged.
+            ValueError: If the index was made from another corpus, or is damaged.
         """
         path = self.round(number) / "index"
         index = DenseIndex(path, encoder, verbose=verbose)
@@ -232,11 +232,11 @@ class RunFolder:
         """Return a corpus as it is, or that in the run's folder, made of ``source`` where it is not there yet.
 
         Args:
-            source: a ``Corpus``, None, or whatever ``Corpus.build`` takes.
-            verbose: shows progress.
+            source: A ``Corpus``, None, or whatever ``Corpus.build`` takes.
+            verbose: Shows progress.
 
         Raises:
-            FileExistsError: if the folder holds a corpus of other documents.
+            FileExistsError: If the folder holds a corpus of other documents.
         """
         if source is None or isinstance(source, Corpus):
             return source
@@ -273,7 +273,7 @@ class RunFolder:
         """Return what :meth:`write_frame` wrote, None where it wrote nothing.
 
         Raises:
-            ValueError: if the file is damaged.
+            ValueError: If the file is damaged.
         """
         path = self.round(number) / f"{name}.parquet"
         if not path.exists():
@@ -293,7 +293,7 @@ def read_json(path: Path) -> dict | None:
     """Return the object in a JSON file, None where there is no such file.
 
     Raises:
-        ValueError: if the file holds no JSON object.
+        ValueError: If the file holds no JSON object.
     """
     try:
         return folders.read_json(path)
@@ -305,8 +305,8 @@ def read_meta(path: Path, artifact: Any) -> dict:
     """Return the metadata of a fitted run.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is damaged or of another kind of artifact.
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged or of another kind of artifact.
     """
     meta = meta_files.read_meta(
         path, f"fitted {artifact.__name__}", type=artifact.ARTIFACT_TYPE, formats=(artifact.ARTIFACT_FORMAT,),

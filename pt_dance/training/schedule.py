@@ -62,14 +62,14 @@ def plan(rounds: Sequence, pairs: Sequence[int], seeds: Sequence[int]) -> list[S
 
     Args:
         rounds: Its ``Round``s.
-        pairs: how many (query, positive) pairs each round trains on.
+        pairs: How many (query, positive) pairs each round trains on.
         seeds: The seed of each round.
 
     Returns:
         A span for each round.
 
     Raises:
-        ValueError: if a round has no whole batch, and the others are dropped.
+        ValueError: If a round has no whole batch, and the others are dropped.
     """
     spans: list[Span] = []
     first = 0
@@ -87,7 +87,7 @@ def in_turn(rounds: Sequence, pairs: Sequence[int]) -> list:
 
     Args:
         rounds: Its ``Round``s.
-        pairs: how many (query, positive) pairs each round trains on.
+        pairs: How many (query, positive) pairs each round trains on.
     """
     parts = []
     for number, (round_, count) in enumerate(zip(rounds, pairs, strict=True), start=1):
@@ -161,7 +161,7 @@ def check_carried(rounds: Sequence) -> None:
         rounds: A recipe's ``Round``s.
 
     Raises:
-        ValueError: naming the round and the option.
+        ValueError: Naming the round and the option.
     """
     for place, (before, entry) in enumerate(itertools.pairwise(rounds), start=2):
         for option in ("learning_rate", "warmup", "scheduler", "training_arguments"):

@@ -119,7 +119,7 @@ def restored(stored: Sequence[dict] | None, make: Callable, functions: Mapping[s
         The rounds; None where none were written, or one has a loss of the user's own.
 
     Raises:
-        ValueError: if what was written is damaged.
+        ValueError: If what was written is damaged.
     """
     if stored is None:
         return None

@@ -182,21 +182,21 @@ def train(
 
     Args:
         encoder: ``DualEncoder`` whose weights are trained.
-        examples: the round's rows, for the passes of its span.
+        examples: The round's rows, for the passes of its span.
         round_: ``Round`` with loss, batch size, learning rate and so on.
-        span: the part of the schedule that the round trains.
-        folder: where checkpoints go.
-        name: what errors call the round.
-        carried: the folder of the round before, whose last checkpoint a round in the middle of a schedule begins with.
-        loggers: callbacks that are told what the trainer logs.
-        refreshes: of the negatives while training goes on; None where they stay.
-        verbose: shows a progress bar.
+        span: The part of the schedule that the round trains.
+        folder: Where checkpoints go.
+        name: What errors call the round.
+        carried: The folder of the round before, whose last checkpoint a round in the middle of a schedule begins with.
+        loggers: Callbacks that are told what the trainer logs.
+        refreshes: Of the negatives while training goes on; None where they stay.
+        verbose: Shows a progress bar.
 
     Returns:
         The mean training loss and the number of steps.
 
     Raises:
-        ValueError: if the checkpoint to go on from is damaged or missing, no row has anything to learn from, or the
+        ValueError: If the checkpoint to go on from is damaged or missing, no row has anything to learn from, or the
             loss is no finite number any more.
     """
     folder = Path(folder)

@@ -100,11 +100,11 @@ class Refreshes:
         """Have a refresher while the block is trained in; it is gone when the block ends.
 
         Args:
-            done: steps of the round that are trained already.
+            done: Steps of the round that are trained already.
 
         Raises:
-            BlockingIOError: if another refresher is at work in the folder and does not end.
-            ValueError: if the sources, filters or teacher cannot be handed to another process.
+            BlockingIOError: If another refresher is at work in the folder and does not end.
+            ValueError: If the sources, filters or teacher cannot be handed to another process.
         """
         self._left_out = done * self.batches_per_step
         if not self._processes.is_first:
@@ -124,7 +124,7 @@ class Refreshes:
         """Return which version of the negatives a batch learns from, by its number in the round.
 
         Raises:
-            RuntimeError: if the refresher ended.
+            RuntimeError: If the refresher ended.
         """
         if batch < self._left_out:  # trained already
             return 0
@@ -138,8 +138,8 @@ class Refreshes:
         """Hand the weights over if it is time.
 
         Args:
-            step: steps of the round that are taken.
-            model: with the weights.
+            step: Steps of the round that are taken.
+            model: With the weights.
         """
         if not self._processes.is_first or step % self.every or step >= self._span.steps:
             return

@@ -38,7 +38,7 @@ class Journal:
         path: The file; made with the first switch.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: If the file is damaged.
     """
 
     def __init__(self, path: Path):
@@ -93,8 +93,8 @@ class Journal:
         """Return what the history tells of a round's refreshes.
 
         Args:
-            steps: of the round.
-            batches_per_step: how many batches a step adds up.
+            steps: Of the round.
+            batches_per_step: How many batches a step adds up.
 
         Returns:
             ``refreshes``, how many tables were used beside the first; ``staleness`` and ``longest_staleness``, the mean

@@ -71,9 +71,9 @@ class Exchange:
         """Write the table that came of weights, which then go.
 
         Args:
-            step: of the weights.
-            rows: the training rows with what was mined.
-            about: what is to be known of it, JSON values.
+            step: Of the weights.
+            rows: The training rows with what was mined.
+            about: What is to be known of it, JSON values.
         """
         building = self.folder / ".table.building"
         remove_folder(building)
@@ -93,7 +93,7 @@ class Exchange:
         """Return what :meth:`~pt_dance.losses.TrainingRows.with_mined` takes; memory maps, shared by processes.
 
         Raises:
-            FileNotFoundError: if there is no such table.
+            FileNotFoundError: If there is no such table.
         """
         folder = self._table(step)
         files = {name: folder / f"{name}.npy" for name in _ARRAYS}
