@@ -51,11 +51,6 @@ def needs_dense(source: object) -> bool:
     return source is not None and any(_is_function(entry) for entry, _ in _pairs(source))
 
 
-def uses_first_stage(source: object) -> bool:
-    """Return whether the source is, or contains, the results that ``fit`` was given."""
-    return source is not None and any(isinstance(entry, str) and entry == FIRST_STAGE for entry, _ in _pairs(source))
-
-
 def _is_function(entry: object) -> TypeGuard[Callable[..., Any]]:
     return callable(entry) and not isinstance(entry, (pt.Transformer, pd.DataFrame))
 

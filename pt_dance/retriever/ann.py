@@ -271,6 +271,8 @@ class AnnRetriever(DenseRetriever):
         centres = "_HNSW32" if lists > _MOST_FLAT_LISTS else ""
         ann = faiss.index_factory(dimension, f"IVF{lists}{centres},PQ{parts}", faiss.METRIC_INNER_PRODUCT)
         ann.cp.seed = 0
+        # Arranging the codes for comparisons by Hamming distance, which no search here makes, takes most of the time.
+        ann.do_polysemous_training = False
         return ann
 
     def fuse_rank_cutoff(self, k: int) -> AnnRetriever | None:
