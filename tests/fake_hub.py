@@ -8,9 +8,12 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from fake_xet import chunks_of, files_of
 
 LARGE = (".safetensors", ".lz4")
 
@@ -20,6 +23,8 @@ class FakeHub(ThreadingHTTPServer):
 
     Attributes:
         repositories: Files by their names, by ``models/owner/name`` or ``datasets/owner/name``.
+        stored: Contents of large files by their SHA-256, which a commit then gives names to.
+        xorbs: Chunks of large files that came by Xet, by name of their xorb.
         deposits: Files by their names, of each Zenodo deposit.
         described: Metadata of each Zenodo deposit.
         calls: Methods and paths, in order.
@@ -32,6 +37,7 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.stored: dict[str, bytes] = {}
+        self.xorbs: dict[str, list[bytes]] = {}
         self.deposits: list[dict[str, bytes]] = []
         self.described: list[dict] = []
         self.calls: list[str] = []
@@ -134,6 +140,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.stored[oid] = body
         self._json({}, 200 if right else 400)
 
+    def _xet_token(self, body: bytes, repo: str) -> None:
+        if repo.endswith("/read-only"):
+            return self._json({"error": "no write access"}, 403)
+        until = int(time.time()) + 3600
+        self._json({"accessToken": "xet_not_a_token", "exp": until, "casUrl": f"{self.server.address}/xet"})
+
+    def _xorb(self, body: bytes, name: str) -> None:
+        self.server.xorbs[name] = chunks_of(body)
+        self._json({"was_inserted": True})
+
+    def _shard(self, body: bytes) -> None:
+        files = files_of(body, self.server.xorbs)
+        right = all(hashlib.sha256(content).hexdigest() == oid for oid, content in files.items())
+        self.server.stored |= files
+        self._json({"result": 1}, 200 if right else 400)
+
     def _commit(self, body: bytes, repo: str) -> None:
         files = self.server.repositories[repo]
         for line in body.splitlines():
@@ -203,6 +225,9 @@ _ROUTES = [
     ("POST", f"/api/{_REPO}/preupload/main", _Handler._preupload),
     ("POST", r"/(.+)\.git/info/lfs/objects/batch", _Handler._batch),
     ("PUT", "/lfs/([0-9a-f]{64})", _Handler._store),
+    ("GET", f"/api/{_REPO}/xet-write-token/main", _Handler._xet_token),
+    ("POST", "/xet/v1/xorbs/default/([0-9a-f]{64})", _Handler._xorb),
+    ("POST", "/xet/v1/shards", _Handler._shard),
     ("POST", f"/api/{_REPO}/commit/main", _Handler._commit),
     ("GET", f"/api/{_REPO}(?:/revision/([^/]+))?", _Handler._info),
     ("GET", f"/api/{_REPO}/tree/[^/]+", _Handler._tree),

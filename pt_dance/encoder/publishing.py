@@ -10,7 +10,7 @@ from typing import Any
 
 import pyterrier as pt
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from pt_dance.encoder.card import artifact_card, model_card
 from pt_dance.storage.options import path_of
@@ -52,11 +52,12 @@ def push(
     api = HfApi(endpoint=endpoint, token=token)
     with _one_line(repo, api.endpoint):
         address = api.create_repo(repo, private=private, exist_ok=True)
-        repo = address.repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            encoder.write(Path(folder))
-            card = model_card(encoder, repo, data=data, measures=measures, license=license)
-            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+    repo = address.repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.write(Path(folder))
+        card = model_card(encoder, repo, data=data, measures=measures, license=license)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+        with _one_line(repo, api.endpoint):
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add a pt_dance encoder")
     return str(address)
 
@@ -84,7 +85,7 @@ def _one_line(repo: str, endpoint: str) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise ValueError(f"{repo!r} is no name of a repository, such as 'owner/name': {_first(error)}") from error
-    except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # hf_xet, which sends large files, has only built-in errors
         raise OSError(f"{repo!r} could not be published on {endpoint}: {_first(error)}") from error
 
 
