@@ -39,8 +39,9 @@ def open_corpus(dataset, path: Path, *, most: int | None = None, needed: set[str
 
 
 def make_encoder(
-    name: str, corpus: Corpus, *, queries: pd.Series | None = None, dim: int = 384, seed: int = 42
-) -> DualEncoder:
+    name: str, corpus: Corpus, *, queries: pd.Series | None = None, dim: int = 384, seed: int = 42,
+    max_length: int = 256,
+) -> DualEncoder:  # fmt: skip
     """Make an encoder by a short name.
 
     Args:
@@ -51,11 +52,12 @@ def make_encoder(
         queries: training queries, for the tokenizer too.
         dim: dimensions of a static tower.
         seed: fixes its first weights.
+        max_length: tokens of a text that MiniLM reads.
     """
     if name == "static":
         return DualEncoder.static(_texts(corpus, queries), dim=dim, seed=seed)
     if name in ("minilm", "all-MiniLM-L6-v2"):
-        return DualEncoder(minilm_path(), max_length=256)
+        return DualEncoder(minilm_path(), max_length=max_length)
     if name == "static-minilm":
         return DualEncoder.static_from(minilm_path())
     return DualEncoder(name)

@@ -8,9 +8,11 @@ of its own. No round is chosen on the split that is reported.
 Hidden is what the refreshes took less what training lost by them (the waiting, and what it was slower than "never"), as
 a share of what they took. With --replay the last fit beside is repeated from its journal; the weights must be equal.
 
-    python experiments/refresh_beside.py --encoder static --out experiments/results/refresh-beside-medquad-static.json
-    python experiments/refresh_beside.py --encoder minilm --documents 3000 --topics 600 --steps 240 --every 40 \
-        --batch-size 16 --out experiments/results/refresh-beside-medquad-minilm.json
+    python experiments/refresh_beside.py --encoder static --steps 1000 --every 125 --replay \
+        --out experiments/results/refresh-beside-medquad-static.json
+    python experiments/refresh_beside.py --encoder minilm --documents 1200 --topics 240 --test-topics 200 --steps 80 \
+        --every 20 --batch-size 16 --max-length 64 --seeds 1 --replay \
+        --out experiments/results/refresh-beside-medquad-minilm.json
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--every", type=int, default=160, help="steps between two refreshes")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text that MiniLM reads")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=1, help="of the training; the refresher takes the other cores")
     parser.add_argument("--runs", type=Path, default=Path("runs/refresh-beside"))
@@ -92,7 +95,7 @@ def main() -> None:
     corpus = open_corpus(dataset, args.runs / "corpus", most=args.documents, needed=needed)
     rows, values = [], []
     for seed in args.seeds:
-        encoder = make_encoder(args.encoder, corpus, queries=topics["query"], seed=seed)
+        encoder = make_encoder(args.encoder, corpus, queries=topics["query"], seed=seed, max_length=args.max_length)
         for mode in MODES:
             folder = args.runs / f"{args.encoder}-{seed}-{mode}"
             shutil.rmtree(folder, ignore_errors=True)
@@ -115,6 +118,7 @@ def main() -> None:
         "documents": len(corpus),
         "training topics": len(topics),
         "test topics": len(test_topics),
+        "max_length": args.max_length if args.encoder == "minilm" else None,
         "steps": args.steps,
         "refresh_every": args.every,
         "batch_size": args.batch_size,

