@@ -85,6 +85,23 @@ def interval(differences: pd.Series) -> list[float]:
     return [round(float(differences.mean() + sign * half), 4) for sign in (-1, 1)]
 
 
+def table(found: dict) -> str:
+    """Return the means over the seeds as a Markdown table."""
+    lines = [
+        "| negatives | nDCG@10 | training (s) | refreshes | refreshing (s) | staleness (steps) | longest (steps) |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    runs = pd.DataFrame(found["runs"])
+    for mode in MODES:
+        mean = runs[runs["mode"] == mode].mean(numeric_only=True)
+        stale = [f"{mean[name]:.0f}" if mode == "beside" else "" for name in ("staleness", "longest_staleness")]
+        lines.append(
+            f"| {mode} | {found['nDCG@10'][mode]:.4f} | {mean['train_seconds']:.0f} | {mean['refreshes']:.1f} "
+            f"| {mean['refresh_seconds']:.0f} | {stale[0]} | {stale[1]} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = options()
     torch.set_num_threads(args.threads)

@@ -55,6 +55,17 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def table(found: dict) -> str:
+    """Return the times as a Markdown table."""
+    lines = ["| | seconds | seconds to start | of this process's speed |", "|---|--:|--:|--:|"]
+    first = min(found["seconds"]["this process"])
+    for way, times in found["seconds"].items():
+        starts = found["seconds to start"].get(way)
+        start = f"{min(starts):.1f}" if starts else "–"
+        lines.append(f"| {way} | {min(times):.1f} | {start} | {first / min(times):.2f}× |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("encoder", choices=("minilm", "static"))

@@ -18,14 +18,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import encoding
+import engines
 import large_batches
 import memory
 import on_paper
 import overhead
 import retrieval
 import scale
+import versions
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import refresh_beside  # noqa: E402
+
 PAGES = ROOT / "pt_dance" / "pt_docs"
 RESULTS = ROOT / "experiments" / "results"
 MEASURED = re.compile(r"^\.\. measured: (?P<name>[\w-]+)\n.*?^\.\. end of (?P=name)$", re.M | re.S)
@@ -103,16 +109,65 @@ def large_batches_medquad() -> str:
     )  # fmt: skip
 
 
+# What was killed, in words, for each file of results that is there.
+KILLS: dict[str, Callable[[dict], str]] = {
+    "kill-indexing-static": lambda found: f"indexing {found['documents']:,} documents",
+    "kill-indexing-minilm": lambda found: f"indexing {found['documents']:,} documents",
+    "kill-engines": lambda found: f"indexing {found['documents']:,} documents by {found['workers']} workers of Ray",
+    "kill-fit-static": lambda found: f"fits of {found['rounds']} rounds",
+    "kill-refresh-static": lambda found: "fits with a refresher beside",
+    "kill-torchrun": lambda found: f"fits of {found['processes']} processes",
+}
+
+
 def kills() -> str:
     lines = ["| what | encoder | kills | runs | interrupted runs that went on | outcome |", "|---|---|---|---|---|---|"]
-    for name in ("kill-indexing-static", "kill-indexing-minilm", "kill-fit-static"):
+    for name, words in KILLS.items():
         found = load(name)
-        if "documents" in found:
-            what, runs, resumed = f"indexing {found['documents']:,} documents", found["finished"], found["resumed"]
-        else:
-            what, runs, resumed = f"fits of {found['rounds']} rounds", found["fits"], ""
-        lines.append(f"| {what} | {found['encoder']} | {found['kills']} | {runs} | {resumed} | {found['result']} |")
+        count = found["kills"]
+        if isinstance(count, dict):
+            count = f"{sum(count.values())} ({', '.join(f'{what} {times}' for what, times in count.items())})"
+        runs = found.get("finished", found.get("fits"))
+        lines.append(
+            f"| {words(found)} | {found.get('encoder', 'static')} | {count} | {runs} | {found.get('resumed', '')} "
+            f"| {found['result']} |"
+        )
     return list_table("\n".join(lines))
+
+
+def versions_medquad() -> str:
+    found = load("versions")
+    return (
+        f"Commits {found['commits']['before']} and {found['commits']['after']}, medians of {found['turns']} turns; "
+        f"{machine(found)}:\n\n" + list_table(versions.table(found["tasks"]))
+    )
+
+
+def engines_of(name: str) -> str:
+    found = load(name)
+    cut = f", the first {found['words']} words of each" if found["words"] else ""
+    return (
+        f"{found['documents']:,} documents of {found['dataset'].rpartition('/')[2]}{cut}; {machine(found)}:\n\n"
+        + list_table(engines.table(found))
+        + f"\n\nTwo workers are {found['one worker / two workers']:.2f} times as fast as one."
+    )  # fmt: skip
+
+
+def beside_of(name: str) -> str:
+    found = load(name)
+    seeds = len({run["seed"] for run in found["runs"]})
+    low, high = found["its 95 % interval over queries"]
+    replayed = found.get("replay has the same weights")
+    length = f", texts of at most {found['max_length']} tokens" if found["max_length"] else ""
+    return (
+        f"{found['documents']:,} documents, {found['training topics']:,} training topics{length}; {found['steps']:,} "
+        f"steps, a refresh after every {found['refresh_every']}, batches of {found['batch_size']}, {seeds} "
+        f"seed{'s' * (seeds != 1)}, {found['cores']} cores:\n\n"
+        + list_table(refresh_beside.table(found))
+        + f"\n\nBeside less between: {found['beside - between']:+.4f} nDCG@10, 95 % interval over "
+        f"{found['test topics']:,} test queries {low:+.4f} to {high:+.4f}. {found['hidden']:.0%} of the time of the "
+        f"refreshes is hidden. The weights of the replayed journal are {'the same' if replayed else 'others'}."
+    )
 
 
 def scale_of(name: str) -> str:
@@ -136,8 +191,13 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "memory": memory_medquad,
         "large-batches": large_batches_medquad,
         "kills": kills,
+        "versions": versions_medquad,
     },
     "scaling": {
+        "engines-minilm": lambda: engines_of("engines-minilm"),
+        "engines-static": lambda: engines_of("engines-static"),
+        "beside-static": lambda: beside_of("refresh-beside-medquad-static"),
+        "beside-minilm": lambda: beside_of("refresh-beside-medquad-minilm"),
         "scale": lambda: scale_of("scale"),
         "on-paper": lambda: list_table(on_paper.table(*map(load, ("scale", "encoding-medquad", "retrieval-by-size")))),
     },

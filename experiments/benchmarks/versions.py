@@ -152,6 +152,15 @@ def compare(task: str, versions: dict[str, Path], texts: Path, repeats: int) -> 
     }
 
 
+def table(found: dict[str, dict]) -> str:
+    """Return the medians as a Markdown table."""
+    lines = ["| | before (s) | after (s) | after / before |", "|---|--:|--:|--:|"]
+    for task, result in found.items():
+        before, after = (f"{result['median'][name]:.3f}" for name in ("before", "after"))
+        lines.append(f"| {task} | {before} | {after} | {result['after / before']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         return child(*sys.argv[2:])
@@ -170,12 +179,16 @@ def main() -> None:
         file = Path(folder) / "texts.json"
         file.write_text(json.dumps(texts))
         found = {task: compare(task, versions, file, options.repeats) for task in options.tasks}
-    print("| | before (s) | after (s) | after / before |\n|---|--:|--:|--:|")
-    for task, result in found.items():
-        before, after = (f"{result['median'][name]:.3f}" for name in ("before", "after"))
-        print(f"| {task} | {before} | {after} | {result['after / before']:.2f} |")
+    print(table(found))
     commits = {name: commit(path) for name, path in versions.items()}
-    finish({"dataset": options.dataset, "commits": commits, "machine": machine(), "tasks": found}, options.out)
+    about = {
+        "dataset": options.dataset,
+        "commits": commits,
+        "turns": options.repeats,
+        "machine": machine(),
+        "tasks": found,
+    }
+    finish(about | {"tasks": found}, options.out)
 
 
 if __name__ == "__main__":
