@@ -123,6 +123,8 @@ KILLS: dict[str, Callable[[dict], str]] = {
 def kills() -> str:
     lines = ["| what | encoder | kills | runs | interrupted runs that went on | outcome |", "|---|---|---|---|---|---|"]
     for name, words in KILLS.items():
+        if not (RESULTS / f"{name}.json").exists():
+            continue
         found = load(name)
         count = found["kills"]
         if isinstance(count, dict):
@@ -138,8 +140,8 @@ def kills() -> str:
 def versions_medquad() -> str:
     found = load("versions")
     return (
-        f"Commits {found['commits']['before']} and {found['commits']['after']}, medians of {found['turns']} turns; "
-        f"{machine(found)}:\n\n" + list_table(versions.table(found["tasks"]))
+        f"Commits {found['commits']['before']} and {found['commits']['after']}, medians of {found['turns']} turns "
+        f"of {found['processes']} processes; {machine(found)}:\n\n" + list_table(versions.table(found["tasks"]))
     )
 
 
