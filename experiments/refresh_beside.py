@@ -86,6 +86,15 @@ def interval(differences: pd.Series) -> list[float]:
     return [round(float(differences.mean() + sign * half), 4) for sign in (-1, 1)]
 
 
+def hidden(runs: pd.DataFrame) -> float | None:
+    """Return the share of the refreshes' time that is hidden, by sums over the seeds; None where none was done."""
+    total = runs.groupby("mode")[["train_seconds", "refresh_seconds"]].sum()
+    lost = total.loc["beside", "train_seconds"] - total.loc["between", "train_seconds"]
+    taken = total.loc["beside", "refresh_seconds"]
+    # steps beside a refresher are never faster, so that less than nothing is noise
+    return round(float(1 - max(0.0, lost) / taken), 3) if taken else None
+
+
 def table(found: dict) -> str:
     """Return the means over the seeds as a Markdown table."""
     lines = [
@@ -125,11 +134,8 @@ def main() -> None:
             row = {"seed": seed, "mode": mode, "nDCG@10": round(float(measured["value"].mean()), 4)}
             rows.append(row | seconds(dance.history))
             print(json.dumps(rows[-1]), flush=True)
-    table, queries = pd.DataFrame(rows), pd.concat(values)
+    runs, queries = pd.DataFrame(rows), pd.concat(values)
     by_query = queries.groupby(["name", "qid"])["value"].mean().unstack(0)
-    total = table.groupby("mode")[["train_seconds", "refresh_seconds"]].sum()
-    lost = total.loc["beside", "train_seconds"] - total.loc["between", "train_seconds"]
-    taken = total.loc["beside", "refresh_seconds"]
     result = {
         "dataset": args.dataset.rpartition("/")[2],
         "encoder": args.encoder,
@@ -150,9 +156,9 @@ def main() -> None:
         "its 95 % interval over queries": interval(by_query["beside"] - by_query["between"]),
         "its value by seed": [
             round(float(group.set_index("mode")["nDCG@10"].diff().loc["beside"]), 4)
-            for _, group in table.groupby("seed")
+            for _, group in runs.groupby("seed")
         ],
-        "hidden": round(float(1 - lost / taken), 3) if taken else None,  # None: no refresh was done before the end
+        "hidden": hidden(runs),
     }
     if args.replay:
         given = dict(recipe=recipe(args, "beside"), seed=args.seeds[-1], refresh="replay", verbose=False)
