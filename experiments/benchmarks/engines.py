@@ -2,7 +2,8 @@
 
 Each process has one thread. The start of the workers (Ray, imports, the model) is measured apart: the first index that
 an engine makes includes it, and is of the first 64 documents only. The jobs are made from the collection's documents,
-repeated as often as needed.
+repeated as often as needed, each with its number in front, so
+that none is read twice.
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/engines.py minilm --out experiments/results/engines-minilm.json
     OMP_NUM_THREADS=1 python experiments/benchmarks/engines.py static --out experiments/results/engines-static.json
@@ -29,11 +30,11 @@ from measuring import machine
 from pt_dance import Corpus, DenseIndex, DualEncoder, engines
 
 
-def documents_of(dataset: str, count: int, words: int | None) -> Iterator[dict[str, str]]:
-    """Yield documents of a collection, again and again, cut after so many words."""
+def documents_of(dataset: str, count: int, words: int | None, turn: int) -> Iterator[dict[str, str]]:
+    """Yield documents of a collection, again and again, each behind a number of its own, cut after so many words."""
     given = pt.get_dataset(dataset).get_corpus_iter(verbose=False)
     for number, document in enumerate(itertools.islice(itertools.cycle(list(given)), count)):
-        yield {"docno": str(number), "text": " ".join(document["text"].split()[:words])}
+        yield {"docno": str(number), "text": " ".join([f"{turn}.{number}", *document["text"].split()][:words])}
 
 
 def encoder_of(kind: str, corpus: Corpus) -> DualEncoder:
@@ -84,13 +85,13 @@ def main() -> None:
     starts: dict[str, list[float]] = {"one worker": [], "two workers": []}
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
-        corpus = Corpus.build(
-            documents_of(given.dataset, count, words), base / "corpus", fields=["text"], verbose=False
-        )
-        few = Corpus.build(corpus.get_corpus_iter(False, count=64), base / "few", fields=["text"], verbose=False)
-        encoder = encoder_of(given.encoder, corpus)
-        expected = None
+        few = Corpus.build(documents_of(given.dataset, 64, words, 0), base / "few", fields=["text"], verbose=False)
+        encoder = None
         for number in range(given.repeats or (1 if minilm else 3)):
+            documents, path = documents_of(given.dataset, count, words, number + 1), base / f"corpus {number}"
+            corpus = Corpus.build(documents, path, fields=["text"], verbose=False)
+            encoder = encoder or encoder_of(given.encoder, corpus)
+            expected = None
             for way, workers in zip(seconds, (0, 1, 2), strict=True):
                 path = base / f"{way} {number}"
                 engine = engines.Ray(workers=workers) if workers else None
