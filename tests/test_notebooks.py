@@ -53,6 +53,25 @@ def test_notebook_is_as_readers_need_it(notebook):
         assert (notebook.parent / link).is_file()
 
 
+def test_stored_outputs_tell_nothing_of_the_machine(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    from execute import cleaned
+
+    shown = {"output_type": "execute_result", "data": {"text/html": "Corpus('/tmp/x1/runs/corpus') in /tmp/x1"}}
+    warned = {"output_type": "stream", "name": "stderr", "text": "a warning"}
+    printed = [{"output_type": "stream", "name": "stdout", "text": text} for text in ("one\n", "two\n")]
+    cells = [
+        {"cell_type": "code", "outputs": [printed[0], warned, printed[1], shown]},
+        {"cell_type": "markdown", "source": "text"},
+    ]
+    read = {"cells": cells, "metadata": {"language_info": {"name": "python", "version": "3.11.7"}}}
+    code, text = (done := cleaned(read, "/tmp/x1"))["cells"]
+    assert done["metadata"] == {"language_info": {"name": "python"}}
+    assert [output.get("text") for output in code["outputs"]] == ["one\ntwo\n", None]
+    assert code["outputs"][1]["data"] == {"text/html": "Corpus('runs/corpus') in ."}
+    assert text == cells[1]
+
+
 def run(notebook, home, folder, monkeypatch):
     """Execute a copy in an empty folder; what fails is raised."""
     monkeypatch.setenv("PYTERRIER_HOME", str(home))

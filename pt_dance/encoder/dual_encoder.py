@@ -422,6 +422,7 @@ class DualEncoder(BiEncoder, pt.Artifact):
         """Package the encoder as it is now, saved or not; see :meth:`pyterrier.Artifact.build_package`."""
         return publishing.build_package(self, package_path, **kwargs)
 
+    model_card = card.model_card
     push_to_hub = publishing.push
 
     def _hf_readme(self, *, repo: str, branch: str | None = "main", metadata: dict | None = None, **_: Any) -> str:
