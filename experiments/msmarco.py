@@ -1,7 +1,8 @@
 """From MS MARCO, or any collection in its form, to a table of BM25, ANCE, DANCE and SamToNe.
 
     python experiments/msmarco.py                                        # passages, dev and TREC DL 2019 and 2020
-    python experiments/msmarco.py --train-topics 50000 --rounds 4        # a first look
+    python experiments/msmarco.py --train-topics 50000 --rounds 1        # a first look
+    torchrun --nproc_per_node=4 experiments/msmarco.py --bf16            # several GPUs
 
 What it does, step by step, each step skipped where its result lies in ``--out`` already, so that the same command goes
 on after a crash:
@@ -12,15 +13,18 @@ on after a crash:
 3. The table: BM25, each method as a retriever of the whole collection, and as re-ranker of BM25's best 1,000.
 
 Cost on one H100, on paper, not measured: an encoder of base size takes some 22 GFLOP for a passage of 128 tokens, so
-at a third of the card's 990 TFLOP/s in bfloat16 some 15,000 passages a second at best; with a third of that the 8.8
-million passages take half an hour a refresh, 500,000 pairs with one negative (three texts, forwards and backwards)
-half an hour an epoch. ANCE with three refreshes takes about five hours, DANCE with four about six; an index of 768
-float32 numbers a passage is 27 GB on disk.
+at a third of the card's 990 TFLOP/s in bfloat16 some 15,000 passages a second at best. With a third of that, an index
+of the 8.8 million passages takes half an hour, and an epoch of 530,000 pairs with one negative (three texts, forwards
+and backwards) a quarter of an hour. With three refreshes a stage, ANCE trains four rounds and makes five indexes, one
+of them before it trains: three and a half hours. DANCE trains eight and makes nine: six and a half. SamToNe trains one
+and makes two: an hour and a quarter. BM25's negatives for half a million queries come on top, once for each method: at
+100 queries a second, an hour and a half of one thread. An index of 768 float32 numbers a passage is 27 GB on disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,15 +67,18 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="rows (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="refreshes of ANCE and DANCE (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="refreshes of ANCE, and of each of DANCE's stages (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=int, default=1, help="passes over the pairs in each round")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows of a batch and process (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, help="what suits the encoder where it is not given")
     parser.add_argument("--depth", type=int, default=200, help="results that negatives are drawn from")
     parser.add_argument("--train-topics", type=int, help="train on so many topics, drawn once")
     parser.add_argument("--dev-topics", type=int, default=1000, help="choose the best round on so many topics")
     parser.add_argument("--bf16", action="store_true", help="train with bfloat16 autocast, as a GPU should")
     parser.add_argument("--published", action="store_true", help="ANCE, DANCE and SamToNe with the published settings")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that BM25 searches with (default: all)")
     parser.add_argument("--seed", type=int, default=42, help="fixes negatives, order and dropout")
     parser.add_argument("--out", type=Path, default=Path("runs/msmarco"), help="folder of everything")
     return parser.parse_args(arguments)
@@ -115,11 +122,11 @@ def recipe_of(method: str, args: argparse.Namespace, first_stage: pt.Transformer
     return [replace(r, negatives=mined) if r.negatives == FIRST_STAGE else r for r in rounds]
 
 
-def main(arguments: list[str] | None = None) -> pd.DataFrame:
-    """Run everything that is not there yet, and print the table."""
+def main(arguments: list[str] | None = None) -> pd.DataFrame | None:
+    """Run everything that is not there yet, and print the table; of several processes the first one does."""
     args = options(arguments)
     corpus = Corpus.build(pt.get_dataset(args.corpus), args.out / "corpus")
-    first_stage = bm25(corpus, args.out / "bm25")
+    first_stage = bm25(corpus, args.out / "bm25", threads=args.threads)
     train, dev = topics_of(args.train, args.train_topics), topics_of(args.dev, args.dev_topics)
     encoder = encoder_of(args, corpus)
     trained = {}
@@ -130,6 +137,8 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
             keep="best",
         )  # fmt: skip
         trained[method] = dance.fit(*train, *dev)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's other processes have done their part
+        return None
     systems = {"BM25": first_stage}
     for method, dance in trained.items():
         systems |= {method: dance, f"BM25 >> {method}": first_stage >> dance}

@@ -73,3 +73,14 @@ def test_every_flag_is_explained(msmarco):
     parser_text = SCRIPT.read_text()
     flags = parser_text.count("parser.add_argument(")
     assert flags == parser_text.count("help=") and flags >= 15
+
+
+def test_of_several_processes_the_first_one_makes_the_table(passages, msmarco, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(msmarco.DanceRetriever, "fit", lambda self, *splits: self)
+    command = [
+        "--corpus", "irds:docstrings", "--train", "irds:docstrings/train", "--dev", "irds:docstrings/dev", "--test",
+        "--encoder", "static", "--methods", "samtone", "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert msmarco.main(command) is None
+    assert not (tmp_path / "out" / "table.csv").exists()
