@@ -109,6 +109,16 @@ def test_committed_pages_are_those_of_the_committed_cells():
         assert file.read_text() == text, f"{file.name} is not what `experiments/evidence/run.py --pages` writes"
 
 
+def test_advice_says_where_training_did_not_help():
+    from evidence.pages import advice
+
+    own = pd.Series({"bm25": 0.6, "mnrl": 0.5, "untrained": 0.3})
+    for start, told in ((0.25, ", which is no better than the untrained encoder (.250)"), (0.1, "")):
+        lines = advice(own, pd.Series({"bm25": 0.5, "mnrl": 0.2, "untrained": start}))
+        assert f"not trained on: ``recipes.mnrl()`` (.200){told}; BM25 has .500 there." in lines[1]
+        assert "BM25 (.600) is better" in lines[2]
+
+
 def test_cells_come_back_from_what_is_committed(tmp_path):
     """Nothing that is committed is made anew, and what comes back is what was committed."""
     from evidence.protocol import FULL

@@ -271,7 +271,7 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
         "cheapest to train.",
         "- Compare with BM25 and with the untrained encoder, which is round 0 of ``dance.history``.",
         "- Look at the mined negatives (``dance.negatives(1)``, :doc:`analysis`) before you train for long: unjudged "
-        "relevant documents among them hurt every method.",
+        "relevant documents among them may hurt any method.",
         "",
     ]
     return "\n".join(text)
@@ -292,8 +292,10 @@ def advice(own: pd.Series, away: pd.Series) -> list[str]:
         lines.append(f"Queries and judgements of your own collection, no teacher: {told(plain[0], own)}{more}.")
         abroad = [m for m in away.index if m in plain]
         if abroad:
-            lines.append(f"To search collections that it was not trained on: {told(abroad[0], away)}; BM25 has "
-                         f"{short(away['bm25'])} there.")  # fmt: skip
+            line = f"To search collections that it was not trained on: {told(abroad[0], away)}"
+            if away[abroad[0]] <= (start := away.get("untrained", 0)):
+                line += f", which is no better than the untrained encoder ({short(start)})"
+            lines.append(f"{line}; BM25 has {short(away['bm25'])} there.")
     if taught:
         best = taught[0]
         better = own[best] > own[plain[0]] if plain else True
@@ -302,8 +304,8 @@ def advice(own: pd.Series, away: pd.Series) -> list[str]:
             ", less than without one here: look at the teacher's margins first, it must rank better than BM25.")
         )  # fmt: skip
     if "bm25" in own.index and plain and own["bm25"] > own[plain[0]]:
-        lines.append(f"BM25 ({short(own['bm25'])}) is better than each of them on the mean of these collections: use "
-                     "the dense scores to re-rank it, or fuse both.")  # fmt: skip
+        lines.append(f"BM25 ({short(own['bm25'])}) is better than each of them on the mean of these collections: "
+                     "re-rank its results by the dense scores, or fuse both.")  # fmt: skip
     return lines
 
 
