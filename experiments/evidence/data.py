@@ -45,8 +45,8 @@ class Collection:
             self.reported = self._of(train_topics, train_qrels, part[part == "cut"].index)
         else:
             self.reported = self.dataset.get_topics(REPORTED[name]), self.dataset.get_qrels(REPORTED[name])
-        self.tune = self._of(train_topics, train_qrels, _some(part[part == "tune"].index, 500))
-        self.train = self._of(train_topics, train_qrels, _some(part[part == "train"].index, budget.queries))
+        self.tune = self._of(train_topics, train_qrels, some_of(part[part == "tune"].index, 500))
+        self.train = self._of(train_topics, train_qrels, some_of(part[part == "train"].index, budget.queries))
 
     @staticmethod
     def _of(topics: pd.DataFrame, qrels: pd.DataFrame, qids: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -58,7 +58,7 @@ class Collection:
     def _parts(self, topics: pd.DataFrame, qrels: pd.DataFrame) -> pd.Series:
         """Part of each qid (train, tune or cut): whole clusters, by a hash of the name of the cluster."""
         cluster = clusters(self.name, topics, qrels)
-        share = cluster.map(lambda name: _hash(f"part {name}") / 2**64)
+        share = cluster.map(lambda name: stable_hash(f"part {name}") / 2**64)
         part = pd.Series("train", index=cluster.index)
         part[share < _TUNE] = "tune"
         if REPORTED[self.name] == "cut":
@@ -196,13 +196,14 @@ def clusters(name: str, topics: pd.DataFrame, qrels: pd.DataFrame) -> pd.Series:
     return known.reindex(topics["qid"]).fillna(pd.Series(topics["qid"].to_numpy(), index=topics["qid"]))
 
 
-def _hash(text: str) -> int:
+def stable_hash(text: str) -> int:
+    """Return 64 bits that a text decides, in every process alike."""
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def _some(qids: pd.Index, most: int | None) -> pd.Index:
-    """At most so many queries, always the same ones."""
+def some_of(qids: pd.Index, most: int | None) -> pd.Index:
+    """Return at most so many queries, always the same ones."""
     if most is None or len(qids) <= most:
         return qids
-    keys = [_hash(f"some {qid}") for qid in qids]
+    keys = [stable_hash(f"some {qid}") for qid in qids]
     return qids[np.sort(np.argsort(keys)[:most])]

@@ -25,7 +25,7 @@ import torch
 from ir_measures import nDCG
 
 from evidence.cells import Cell, Study
-from evidence.data import _some
+from evidence.data import some_of
 from evidence.protocol import FULL
 from pt_dance import CrossEncoderScorer, DenseIndex
 
@@ -107,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(1)
     study = Study(FULL, args.data, args.runs / FULL.name)
     topics, qrels = study.collection(args.collection, args.encoder).reported
-    kept = _some(pd.Index(topics["qid"]), args.queries)
+    kept = some_of(pd.Index(topics["qid"]), args.queries)
     topics = topics[topics["qid"].isin(kept)].reset_index(drop=True)
     rows = measure(systems(study, args), topics, qrels[qrels["qid"].isin(kept)])
     for row in rows:

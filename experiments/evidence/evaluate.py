@@ -14,7 +14,7 @@ import torch
 import xxhash
 from ir_measures import RR, R, nDCG
 
-from evidence.data import Collection, _some, beginnings
+from evidence.data import Collection, beginnings, some_of
 from evidence.protocol import ZERO_SHOT
 from pt_dance import Corpus, DualEncoder, bm25
 
@@ -104,7 +104,7 @@ def zero_shot_target(name: str, data: Path, folder: Path, most: int, words: int)
     topics, qrels = dataset.get_topics(ZERO_SHOT[name]), dataset.get_qrels(ZERO_SHOT[name])
     judged = qrels.loc[qrels["label"] > 0, "qid"]
     topics = topics[topics["qid"].isin(judged)]
-    kept = _some(pd.Index(topics["qid"]), most)
+    kept = some_of(pd.Index(topics["qid"]), most)
     return Target(name, documents, corpus, topics[topics["qid"].isin(kept)], qrels, folder)
 
 

@@ -42,16 +42,26 @@ def claims() -> tuple[pd.DataFrame, dict]:
     return rows, text
 
 
-def select(results: pd.DataFrame, method: str, trained_on: str, measure: str) -> dict[str, pd.DataFrame]:
+Cells = dict[tuple[str, str], pd.DataFrame]
+
+
+def cells_of(results: pd.DataFrame) -> Cells:
+    """Cut all cells of one encoder into those of each training collection and method, by their names."""
+    return {(str(name), str(method)): part for (name, method), part in results.groupby(["trained_on", "method"])}
+
+
+def select(cells: Cells, method: str, trained_on: str, measure: str) -> dict[str, pd.DataFrame]:
     """Values of a method by measured collection: a frame of queries (with their cluster) by seeds.
 
     Args:
-        results: all cells of one encoder, as ``pages.collect`` puts them together.
+        cells: what :func:`cells_of` gives.
         method: name of the method.
         trained_on: the training collection.
         measure: of ir_measures, or "zero-shot nDCG@10" for all other collections.
     """
-    mine = results[(results["method"] == SAME.get(method, method)) & (results["trained_on"] == trained_on)]
+    mine = cells.get((trained_on, SAME.get(method, method)))
+    if mine is None:
+        return {}
     name = MAIN if measure == ZERO_SHOT else measure
     own = mine["collection"] == trained_on
     mine = mine[(mine["measure"] == name) & (~own if measure == ZERO_SHOT else own)]
@@ -101,7 +111,7 @@ def as_many_seeds(*methods: dict[str, pd.DataFrame]) -> list[dict[str, pd.DataFr
 
 
 def difference(
-    results: pd.DataFrame, better: str, than: str, measure: str, *, confidence: float, number: int, seed: int = 0
+    cells: Cells, better: str, than: str, measure: str, *, confidence: float, number: int, seed: int = 0
 ) -> Difference | None:
     """The difference of two methods, averaged over the training collections that have both; None where none has.
 
@@ -109,8 +119,8 @@ def difference(
     """
     rng = np.random.default_rng(seed)
     means, samples, seeds = [], [], []
-    for trained_on in results["trained_on"].unique():
-        first, second = (select(results, method, trained_on, measure) for method in (better, than))
+    for trained_on in dict.fromkeys(name for name, _ in cells):
+        first, second = (select(cells, method, trained_on, measure) for method in (better, than))
         both = [name for name in first if name in second]
         if not both:
             continue
@@ -133,8 +143,9 @@ def difference(
 def decide(results: pd.DataFrame, *, number: int) -> pd.DataFrame:
     """Every claim of one encoder: difference, interval, Holm's p, what could have been seen, and the verdict."""
     rows, given = claims()
+    cells = cells_of(results)
     found = [
-        difference(results, c.better, c.than, c.measure, confidence=given["confidence"], number=number)
+        difference(cells, c.better, c.than, c.measure, confidence=given["confidence"], number=number)
         for c in rows.itertuples()
     ]
     rows = rows.assign(found=found)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-from evidence.data import Collection, _hash, _some, clusters
+from evidence.data import Collection, clusters, some_of, stable_hash
 from pt_dance import CrossEncoderScorer, mining
 from train_teacher import train, training_pairs
 
@@ -59,12 +59,12 @@ def cross_fitted(collection: Collection) -> CrossFitted:
     """The teacher of a collection; trained on the first use, and how it did is kept beside it."""
     topics, qrels = collection.train
     cluster = clusters(collection.name, topics, qrels)
-    fold = cluster.map(lambda name: _hash(f"fold {name}") % FOLDS)
+    fold = cluster.map(lambda name: stable_hash(f"fold {name}") % FOLDS)
     models = []
     for number in range(FOLDS):
         folder = collection.folder / "teacher" / str(number)
         if not (folder / "model" / "config.json").exists():
-            learnt = _some(fold[fold != number].index, collection.protocol.teacher_queries)
+            learnt = some_of(fold[fold != number].index, collection.protocol.teacher_queries)
             _train(collection, topics[topics["qid"].isin(learnt)], folder)
         models.append(
             CrossEncoderScorer(
@@ -95,7 +95,7 @@ def spread(collection: Collection, teacher: CrossFitted, *, queries: int = 500) 
     if file.exists():
         return json.loads(file.read_text())
     topics, qrels = collection.train
-    qids = _some(pd.Index(topics["qid"]), queries)
+    qids = some_of(pd.Index(topics["qid"]), queries)
     pool = collection.document_pool[collection.document_pool["qid"].isin(qids)]
     pairs = mining.positive_pairs(topics, qrels)
     pairs = pairs[pairs["qid"].isin(qids)].merge(topics[["qid", "query"]], on="qid")
