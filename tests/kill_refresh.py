@@ -177,13 +177,18 @@ class Trial:
         journal = folder / "refreshes.jsonl"
         return "training on refreshed negatives" if journal.exists() else "training on the first negatives"
 
-    def check_finished(self, expected: float, noise: float) -> None:
-        """Raise where the fit did not come to a good end."""
+    def check_finished(self) -> DanceRetriever:
+        """Raise where the fit did not come to its end, or something is left over; return what was fitted."""
         folder = self.path / "rounds" / "01"
         assert {entry.name for entry in folder.iterdir()} == FILES, sorted(folder.iterdir())
         dance = DanceRetriever.load(self.path)
         row = dance.history.iloc[-1]
         assert row["refreshes"] >= 1 and row["steps"] == self.steps
+        return dance
+
+    def check_outcome(self, expected: float, noise: float) -> None:
+        """Raise where the finished fit learnt less than an undisturbed one, or its replay gives other weights."""
+        dance = self.check_finished()
         assert abs(quality(self.given, dance) - expected) <= noise
         with rows_seen(Corpus(self.given / "corpus")) as counts:
             options = dict(refresh="replay", replay_of=self.path)
@@ -244,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     break
                 kills[target] += 1
                 stages[stage] += 1
-            trial.check_finished(expected, options.noise)
+            trial.check_outcome(expected, options.noise)
             rows += trial.rows()
     summary = {
         "encoder": "static",

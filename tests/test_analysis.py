@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -425,11 +422,3 @@ def test_report_is_shown_in_a_notebook(real):
     report = analysis.space(encoders["1"], collection.topics, collection.qrels, corpus, sample=60, resamples=2)
     shown = report._repr_html_()
     assert "60 of" in shown and "effective rank" in shown and "the whole corpus" in shown
-
-
-def test_the_package_is_quick_to_import_all_the_same():
-    heavy = ("matplotlib", "sklearn", "torch", "jinja2")
-    # what some package's .pth file loads when Python starts is not ours
-    code = f"import sys; old = set(sys.modules); import pt_dance; print(set({heavy}) & (set(sys.modules) - old))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"

@@ -59,7 +59,7 @@ def training_sets(draw):
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 @given(data=training_sets(), per_row=st.integers(1, 3), epochs=st.integers(1, 3), seed=st.integers(0, 3))
 def test_rows_hold_every_pair_once_an_epoch_and_never_a_relevant_negative(corpus, data, per_row, epochs, seed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 from dataclasses import replace
@@ -100,9 +101,12 @@ def test_a_refresher_that_fails_ends_the_fit_with_one_sentence_and_the_same_call
     assert_nothing_left(tmp_path / "run")
 
 
-def test_killed_at_a_random_moment():
-    """The script that does it at length, in short: what comes out is checked there."""
-    assert kill_refresh.main(["--kills", "1", "--seed", "2", "--steps", str(STEPS)])["rows with two"] == 0
+def test_a_killed_fit_goes_on_and_its_refresher_ends_with_it(given, tmp_path):
+    """The script that does it at length, in short: it also compares what was learnt, and replays it."""
+    trial, rng = kill_refresh.Trial(given, tmp_path / "run", STEPS, seconds=2), random.Random(2)
+    assert trial.killed("trainer", rng) and trial.killed(None, rng) is None
+    trial.check_finished()
+    assert trial.rows()["mixed"] == 0 < trial.rows()["whole"]
 
 
 def test_between_rounds_is_one_round_a_refresh(given, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from types import SimpleNamespace
 
@@ -100,7 +101,7 @@ class Small:
 
     def round(self, **options):
         """The best results are the negatives, so that each round mines the same ones."""
-        options = {"learning_rate": 1e-3, "batch_size": BATCH, "checkpoint_steps": 1, **options}
+        options = {"learning_rate": 1e-3, "batch_size": BATCH, **options}
         return Round(sampling="top", negatives_per_query=4, carry_optimizer=True, **options)
 
 
@@ -125,11 +126,18 @@ class Watch(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.fixture
-def watch(monkeypatch):
+@contextlib.contextmanager
+def watched():
     watch = Watch()
-    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, watch])
-    return watch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, watch])
+        yield watch
+
+
+@pytest.fixture
+def watch():
+    with watched() as watch:
+        yield watch
 
 
 def weights(encoder):
@@ -164,18 +172,26 @@ def test_three_rounds_are_step_by_step_one_uninterrupted_run(small, tmp_path, wa
     assert equal(one.encoder, three.encoder)
     assert three.history["steps"].sum() == len(expected)
     assert not list(tmp_path.rglob("checkpoint-*"))
-    # and without carrying, each round is a training of its own
-    watch.steps = []
-    anew = small.fit(tmp_path / "anew", kind, [Round(**{**vars(small.round(**part)), "carry_optimizer": False})] * 3)
-    assert [step for step, _, _ in watch.steps] != [step for step, _, _ in expected]
-    assert not equal(anew.encoder, three.encoder)
+    if case == "static":  # and without carrying, each round is a training of its own
+        watch.steps = []
+        apart = Round(**{**vars(small.round(**part)), "carry_optimizer": False})
+        anew = small.fit(tmp_path / "anew", kind, [apart] * 3)
+        assert [step for step, _, _ in watch.steps] != [step for step, _, _ in expected]
+        assert not equal(anew.encoder, three.encoder)
 
 
-@pytest.mark.parametrize("stop_at", [2, 4, 6, 11])
-def test_rounds_that_carry_on_are_resumed_to_the_bit(small, tmp_path, watch, stop_at):
-    recipe = [small.round(training_arguments={"weight_decay": 0.1})] * 3
-    whole = small.fit(tmp_path / "whole", "bert", recipe)
-    expected, watch.steps = watch.steps, []
+@pytest.fixture(scope="module")
+def uninterrupted(small, tmp_path_factory):
+    """A recipe, its fit, and the steps of it."""
+    recipe = [small.round(checkpoint_steps=1, training_arguments={"weight_decay": 0.1})] * 3
+    with watched() as watch:
+        fit = small.fit(tmp_path_factory.mktemp("uninterrupted") / "run", "bert", recipe)
+    return recipe, fit, watch.steps
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 11])
+def test_rounds_that_carry_on_are_resumed_to_the_bit(small, uninterrupted, tmp_path, watch, stop_at):
+    recipe, whole, expected = uninterrupted
     watch.stop_at = stop_at
     with pytest.raises(KeyboardInterrupt):
         small.fit(tmp_path / "stopped", "bert", recipe)
@@ -188,7 +204,7 @@ def test_rounds_that_carry_on_are_resumed_to_the_bit(small, tmp_path, watch, sto
 
 
 def test_killed_when_the_encoder_was_to_be_written(small, tmp_path, monkeypatch, watch):
-    recipe = [small.round()] * 2
+    recipe = [small.round(checkpoint_steps=1)] * 2
     whole = small.fit(tmp_path / "whole", "bert", recipe)
 
     def killed(self, path):
@@ -208,7 +224,7 @@ def test_killed_when_the_encoder_was_to_be_written(small, tmp_path, monkeypatch,
 
 
 def test_a_lost_state_is_named(small, tmp_path, watch):
-    recipe = [small.round()] * 2
+    recipe = [small.round(checkpoint_steps=1)] * 2
     watch.stop_at = 4
     with pytest.raises(KeyboardInterrupt):
         small.fit(tmp_path / "run", "static", recipe)
