@@ -24,8 +24,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 HANGS_IN_C = 60
 # Files of a minute and more, the longest first.
 LONG = (
-    "test_torchrun", "test_fit_kill", "test_refresh", "test_schedule", "test_engines", "test_evidence",
-    "test_notebooks", "test_report", "test_index_kill",
+    "test_torchrun", "test_recipes", "test_fit_kill", "test_refresh", "test_engines", "test_estimator", "test_schedule",
+    "test_notebooks", "test_report", "test_index_kill", "test_evidence",
 )  # fmt: skip
 
 

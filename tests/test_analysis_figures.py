@@ -82,11 +82,11 @@ def drawings(spaces, history):
 def test_figures_are_vectors_the_same_each_time_and_leave_pyplot_and_settings_alone(
     spaces, history, tmp_path, monkeypatch
 ):
+    before = dict(matplotlib.rcParams)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # whoever imports it now fails
     assert not [
         file for file in Path(analysis.__file__).parent.glob("*.py") if re.search("import.*pyplot", file.read_text())
     ]
-    before = dict(matplotlib.rcParams)
     for figure, again in zip(drawings(spaces, history), drawings(spaces, history), strict=True):
         assert isinstance(figure, Figure)
         svg = analysis.to_svg(figure)
