@@ -16,7 +16,7 @@ import pyterrier as pt
 from ir_measures import RR, R, nDCG
 
 from common import make_encoder, open_corpus, split
-from pt_dance import DanceRetriever, bm25, recipes
+from pt_dance import DanceRetriever, analysis, bm25, recipes
 
 
 def options() -> argparse.Namespace:
@@ -117,25 +117,10 @@ def copies_among(dance: DanceRetriever, qrels: pd.DataFrame, number: int, least:
     return float((pairs.assign(overlap=overlaps).groupby(["qid", "docno"])["overlap"].max() >= least).mean())
 
 
-def plot_history(history: pd.DataFrame, measure: str, path: Path) -> None:
-    """Validation measure and seconds of each round, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    labels = [f"{row.round}\n{row.name_}" for row in history.rename(columns={"name": "name_"}).itertuples()]
-    left.plot(labels, history[measure], marker="o")
-    left.set(xlabel="round", ylabel=f"{measure} (dev)", title="What each round is worth")
-    bottom = 0 * history["round"]
-    for step in ("mine", "train", "refresh", "validate"):
-        right.bar(labels, history[f"{step}_seconds"], bottom=bottom, label=step)
-        bottom = bottom + history[f"{step}_seconds"]
-    right.set(xlabel="round", ylabel="seconds", title="What each round costs")
-    right.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def draw(dance: DanceRetriever, measure: str, baselines: dict[str, float], folder: Path) -> None:
+    """Write what each round is worth on dev, beside baselines, and what it costs, as pictures."""
+    dance.plot_history(measure, baselines=baselines).savefig(folder / "history.png", dpi=120)
+    analysis.plot_time(dance.history).savefig(folder / "time.png", dpi=120)
 
 
 def show_examples(systems: dict, topics: pd.DataFrame, qrels: pd.DataFrame, number: int = 3) -> None:
@@ -189,9 +174,11 @@ def main() -> None:
     print(table[["name", "nDCG@10", "p (Holm)", "RR@10", "R@100"]].to_string(index=False))
     show_rounds(dance, train_qrels, "nDCG@10")
     show_examples({"BM25": first_stage, "untrained": before, "dense": dance}, test_topics, test_qrels)
-    plot_history(dance.history, "nDCG@10", run / "history.png")
+    on_dev = pt.Experiment([first_stage], dev_topics, dev_qrels, [nDCG @ 10], names=["BM25"])
+    draw(dance, "nDCG@10", {"BM25": on_dev["nDCG@10"].iloc[0]}, run)
     dance.history.to_csv(run / "history.csv", index=False)
-    print(f"\nhistory: {run / 'history.png'}; the trained retriever: DanceRetriever.load({str(run)!r})")
+    print(f"\npictures: {run / 'history.png'}, {run / 'time.png'}")
+    print(f"the trained retriever: DanceRetriever.load({str(run)!r})")
     print(f"{time.perf_counter() - started:.0f} seconds")
 
 

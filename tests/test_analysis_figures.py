@@ -115,12 +115,14 @@ def test_tsne_joins_the_pairs_of_the_same_sample_in_every_panel(spaces):
 
 def test_histograms_hold_the_distributions(spaces):
     axis = analysis.plot_distances(spaces, bins=10).axes[0]
+    farthest = max(report.distributions["random pair"].max() for report in spaces.values())
+    assert farthest > 2.5 and axis.get_xlim() == (0, np.ceil(2 * farthest) / 2), "every distance has a place"
     lines = {patch.get_label(): patch for patch in axis.patches if not patch.get_label().startswith("_")}
     for label, values in (
         ("relevant document", spaces["islands"].distributions["pair"]),
         ("best result", 2 - 2 * spaces["islands"].distributions["best"]),
     ):
-        expected = np.histogram(values, bins=10, range=(0, 2.5), density=True)[0]
+        expected = np.histogram(values, bins=10, range=axis.get_xlim(), density=True)[0]
         assert lines[label].get_data().values == pytest.approx(expected)
     axis = analysis.plot_ratios(spaces, limits=(0, 2), bins=4).axes[0]
     ratios = spaces["islands"].distributions["ratio"]
@@ -150,6 +152,12 @@ def test_history_is_not_cropped_and_shows_baselines(history):
     assert axis.lines[0].get_ydata().tolist() == [0.61, 0.64, 0.63]
     texts = [text.get_text() for text in axis.texts]
     assert {"BM25 0.700", "untrained 0.200", "0.640"} <= set(texts)
+    two = analysis.plot_history(history, ["nDCG@10", "RR@10"]).axes[0]
+    heights = {text.get_text(): text.xyann[1] for text in two.texts}
+    assert heights["0.610"] > 0 > heights["0.500"], "numbers of two lines do not stand on each other"
+    close = analysis.plot_history(history, "nDCG@10", baselines={"BM25": 0.5, "tf-idf": 0.51, "random": 0.1}).axes[0]
+    sides = {text.get_text().split()[0]: text.get_va() for text in close.texts if "0." not in text.get_text()[:2]}
+    assert sides == {"BM25": "top", "tf-idf": "bottom", "random": "center"}, "names do not stand on each other"
     bars = analysis.plot_time(history).axes[0].patches
     assert sum(bar.get_height() for bar in bars) == history.filter(like="_seconds").to_numpy().sum()
 

@@ -10,6 +10,7 @@ import pytest
 
 from pt_dance import analysis
 from pt_dance.analysis.mined import text_similarity
+from pt_dance.training.record import read_negatives
 from pt_dance.training.run_folder import RunFolder
 
 TEXTS = {
@@ -74,6 +75,20 @@ def test_rounds_and_suspects(run):
     assert len(told.examples) == 2 and set(told.examples["docno"]) == {"copy"}
     example = told.examples.query("reason == 'near-duplicate'").iloc[0]
     assert (example["query"], example["positive_text"], example["value"]) == ("fox?", TEXTS["good"], 1.0)
+
+
+def test_negatives_of_a_round_with_texts_and_what_is_new(run):
+    frame = read_negatives(RunFolder(run.path), 2, run.corpus)
+    assert list(frame.columns) == ["qid", "query", "docno", "text", "rank", "score", "source", "new"]
+    assert frame["docno"].tolist() == ["near", "far", "short", "good"]
+    assert frame["query"].tolist() == ["fox?", "fox?", "else?", "else?"]
+    assert frame["text"].tolist() == [TEXTS[docno] for docno in frame["docno"]]
+    assert frame["rank"].tolist() == [1, 2, 3, 5] and frame["score"].tolist() == [9, 1, 2, 1]
+    assert frame["new"].tolist() == [True, False, False, True] and set(frame["source"]) == {"current_model"}
+    first = read_negatives(RunFolder(run.path), 1)
+    assert "text" not in first and first["new"].all() and set(first["source"]) == {"first_stage"}
+    with pytest.raises(ValueError, match=r"round 3 of .* has no mined negatives"):
+        read_negatives(RunFolder(run.path), 3)
 
 
 def test_options_move_the_limits(run):

@@ -41,3 +41,5 @@ def test_rounds_are_shown_with_their_worth_and_near_copies_of_positives_are_coun
     quickstart.show_rounds(dance, collection.qrels, "nDCG@10")
     shown = capsys.readouterr().out
     assert f"{dance.history['nDCG@10'].iloc[1]:.4f}".rstrip("0") in shown and "copies of a positive" in shown
+    quickstart.draw(dance, "nDCG@10", {"BM25": 0.5}, tmp_path)
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("history.png", "time.png"))

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from pt_dance import Corpus, DanceRetriever, DualEncoder, analysis, recipes
+from pt_dance.analysis.report import _shown
 from pt_dance.analysis.results import per_query, wins_and_losses
 from pt_dance.analysis.words import recipe_in_words
 from small_collection import standard_library
@@ -176,7 +177,7 @@ def test_page_tells_what_was_trained(hostile):
         "DualEncoder('static'), 16 dimensions, cosine similarity", "200 documents", dance.corpus.fingerprint,
         "60 queries, 60 relevant pairs", "Python 3.", "torch ", shlex.join(sys.argv),
         "Round 2, ance: 1 epoch in batches of 16",
-        "drawn at random from the top 200 of current model", "Results on 60 queries", "all 60 relevant pairs",
+        "drawn at random from the top 200 of current model", "Results on 60 queries", "All 60 relevant pairs",
     ):  # fmt: skip
         assert told in text, told
 
@@ -237,6 +238,21 @@ def test_wins_and_losses():
     assert (told["wins"], told["ties"], told["losses"]) == (2, 1, 1)
     assert told["most won"]["qid"].tolist() == ["a"] and told["most lost"]["qid"].tolist() == ["c"]
     assert wins_and_losses(frame.assign(m=0.5), frame.assign(m=0.5), "m", 3)["p"] == 1
+
+
+def test_a_document_in_two_roles_is_shown_once():
+    class Texts:
+        def texts(self, docnos):
+            return [f"text of {docno}" for docno in docnos]
+
+    row = {"query": "?", "top before": "a", "top after": "b", "found before": "b", "found after": "b"}
+    nothing = dict.fromkeys(row, None) | {"query": "!", "rank before": float("nan"), "rank after": float("nan")}
+    both = _shown(pd.DataFrame([row | {"rank before": 3.0, "rank after": 1.0}, nothing]), Texts(), "BM25")
+    assert both[0]["documents"] == [
+        {"what": "best of BM25", "docno": "a", "text": "text of a"},
+        {"what": "best of trained, relevant (BM25: rank 3, trained: rank 1)", "docno": "b", "text": "text of b"},
+    ]
+    assert both[1]["documents"] == []
 
 
 def test_recipe_in_words_says_what_a_round_does():

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from sklearn.manifold import TSNE
 
 from pt_dance.analysis.space_report import SpaceReport
@@ -161,6 +161,8 @@ def plot_distances(spaces: SpaceReport | Mapping[str, SpaceReport], *, bins: int
     reports = _reports(spaces)
     bins = bins or _bins(len(next(iter(reports.values())).distributions["pair"]))
     figure, axes = _panels(len(reports), 2.6, 2.4, sharex=True, sharey=True)
+    farthest = (r.distributions[key].max(initial=2.5) for r in reports.values() for key in ("pair", "random pair"))
+    limit = np.ceil(2 * max(farthest)) / 2
     kinds = {
         "relevant document": ("pair", DOCUMENT, "-"),
         "best result": ("best", QUERY, "--"),
@@ -169,10 +171,10 @@ def plot_distances(spaces: SpaceReport | Mapping[str, SpaceReport], *, bins: int
     for axis, (name, report) in zip(axes, reports.items(), strict=True):
         values = report.distributions | {"best": 2 - 2 * report.distributions["best"]}
         for label, (key, colour, dash) in kinds.items():
-            heights, edges = np.histogram(values[key], bins=bins, range=(0, 2.5), density=True)
+            heights, edges = np.histogram(values[key], bins=bins, range=(0, limit), density=True)
             axis.stairs(heights, edges, fill=True, color=colour, alpha=0.15)
             axis.stairs(heights, edges, color=colour, linestyle=dash, linewidth=1.2, label=label)
-        axis.set(title=name, xlabel="‖q − d‖²", xlim=(0, 2.5), ylim=(0, None))
+        axis.set(title=name, xlabel="‖q − d‖²", xlim=(0, limit), ylim=(0, None))
     axes[0].set_ylabel("density")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
@@ -199,7 +201,7 @@ def plot_ratios(
         counts, edges = np.histogram(ratios, bins=bins, range=limits)
         beyond = 1 - counts.sum() / max(len(ratios), 1)
         heights = counts / max(len(ratios), 1) / np.diff(edges)
-        axis.plot((edges[:-1] + edges[1:]) / 2, heights, label=f"{name} ({beyond:.0%} beyond)", **_line(number))
+        axis.plot((edges[:-1] + edges[1:]) / 2, heights, label=f"{name} ({beyond:.0%} beyond)".strip(), **_line(number))
     axis.set(xlabel="s(q, q′) / s(q, d), random pairs", ylabel="density", xlim=limits, ylim=(0, None))
     axis.legend()
     return figure
@@ -217,9 +219,8 @@ def plot_spectra(spaces: SpaceReport | Mapping[str, SpaceReport]) -> Figure:
     for axis, of in zip(axes, ("queries", "documents"), strict=True):
         for number, (name, report) in enumerate(reports.items()):
             shares = np.cumsum(report.spectra[of])
-            rank = report.value("effective rank", of)
-            axis.plot(np.arange(1, len(shares) + 1), shares, label=f"{name} (rank {rank:.0f})", **_line(number))
-        every = np.arange(1, len(shares) + 1)
+            every, label = np.arange(1, len(shares) + 1), f"{name} (rank {report.value('effective rank', of):.0f})"
+            axis.plot(every, shares, label=label.strip(), **_line(number))
         axis.plot(every, every / len(every), color="black", linewidth=0.6, label="uniform")
         axis.set(title=of, xlabel="principal components", xscale="log", xlim=(1, len(every)), ylim=(0, 1.02))
         axis.xaxis.set_major_formatter("{x:.0f}")
@@ -254,8 +255,8 @@ def plot_hubness(spaces: SpaceReport | Mapping[str, SpaceReport], *, k: int = 10
         for number, (name, report) in enumerate(reports.items()):
             counts = np.sort(report.found[way, k])
             curve = np.concatenate([[0], np.cumsum(counts) / counts.sum()])
-            gini = report.value(f"N{k} Gini", way)
-            axis.plot(np.linspace(0, 1, len(curve)), curve, label=f"{name} (Gini {gini:.2f})", **_line(number))
+            label = f"{name} (Gini {report.value(f'N{k} Gini', way):.2f})".strip()
+            axis.plot(np.linspace(0, 1, len(curve)), curve, label=label, **_line(number))
         axis.set(title=title, xlabel="share of them, least found first", xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axis.xaxis.set_major_formatter(PercentFormatter(1))
         axis.legend(fontsize=7.5, loc="upper left")
@@ -281,25 +282,25 @@ def plot_history(
     """
     measures = [measures] if isinstance(measures, str) else list(measures)
     figure, axis, places = _round_axis(history)
-    for measure in measures:
-        if measure not in history.columns:
-            raise ValueError(f"{measure!r} was not computed; fit with validation topics and this measure")
+    if missing := [measure for measure in measures if measure not in history.columns]:
+        raise ValueError(f"{missing[0]!r} was not computed; fit with validation topics and this measure")
     untrained = history.loc[history["round"] == 0, measures[0]].dropna()
-    lines = {"untrained": float(untrained.iloc[0])} if len(untrained) else {}
-    lines |= dict(baselines or {})
-    top = 0.0
-    for number, measure in enumerate(measures, start=1):
-        values = history[measure].to_numpy(dtype=float)
-        top = max(top, np.nanmax(values))
+    lines = ({"untrained": untrained.iloc[0]} if len(untrained) else {}) | dict(baselines or {})
+    drawn = history[measures].to_numpy(dtype=float)
+    top = np.nanmax([*drawn.ravel(), *lines.values()])
+    for number, (measure, values) in enumerate(zip(measures, drawn.T, strict=True), start=1):
         axis.plot(places, values, marker=_MARKS[number % len(_MARKS)], label=measure, **_line(number))
-        for place, value in zip(places, values, strict=True):
-            axis.annotate(f"{value:.3f}", (place, value), (0, 5), textcoords="offset points", ha="center", fontsize=7.5)
+        offsets = np.where(values >= np.fmax.reduce(drawn, axis=1), 5, -11)  # below a mark that has another above it
+        for at, value, up in zip(places, values, offsets, strict=True):
+            axis.annotate(f"{value:.3f}", (at, value), (0, up), textcoords="offset points", ha="center", fontsize=7.5)
     for number, (name, value) in enumerate(lines.items(), start=1):
-        top = max(top, value)
         axis.axhline(value, color=OTHER, linewidth=1, linestyle=_DASHES[number % len(_DASHES)])
+        # names of lines that lie close together stand above and below them
+        beside = [other - value for key, other in lines.items() if key != name and abs(other - value) < 0.06 * top]
         axis.annotate(
             f"{name} {value:.3f}", (1, value), (3, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-            va="center", fontsize=7.5, color="#555555", annotation_clip=False,
+            va="center" if not beside else "top" if max(beside) > 0 else "bottom", fontsize=7.5, color="#555555",
+            annotation_clip=False,
         )  # fmt: skip
     axis.set(xlim=(-0.5, len(history) - 0.5), ylim=(0, 1.12 * top or 1))
     if len(measures) > 1:
@@ -328,7 +329,6 @@ def plot_time(history: pd.DataFrame) -> Figure:
         axis.bar(places, seconds, bottom=bottom, width=0.6, label=phase, **look)
         bottom += seconds
     axis.set(ylabel="seconds", xlim=(-0.6, len(history) - 0.4), ylim=(0, None))
-    axis.yaxis.set_major_locator(MaxNLocator(6))
     figure.legend(loc="outside right upper")
     return figure
 

@@ -198,9 +198,9 @@ def _space_figures(spaces: dict[str, SpaceReport]) -> list[tuple[str, Markup]]:
         "Queries and documents by t-SNE, relevant pairs joined; told apart: by a linear classifier, chance .5":
             figures.plot_tsne(spaces),
         "Squared distances between queries and documents": figures.plot_distances(spaces),
-        "SamToNe's ratio": figures.plot_ratios(spaces),
+        "SamToNe's ratio on random pairs; around 1 queries and documents share one space": figures.plot_ratios(spaces),
         "How much of the variance the first principal components hold": figures.plot_spectra(spaces),
-        "How evenly what is found falls": figures.plot_hubness(spaces),
+        "How evenly results fall; on the diagonal all are found equally often": figures.plot_hubness(spaces),
     }  # fmt: skip
     return [(caption, _svg(figure)) for caption, figure in drawn.items()]
 
@@ -223,14 +223,18 @@ def _shown(queries: pd.DataFrame, corpus: Any, baseline: str) -> list[dict[str, 
         ranks = [(name, row[f"rank {side}"]) for name, side in ((baseline, "before"), (TRAINED, "after"))]
         said = ", ".join(f"{name}: " + ("not found" if rank != rank else f"rank {rank:.0f}") for name, rank in ranks)
         relevant = row["found after"] if isinstance(row["found after"], str) else row["found before"]
-        documents = []
+        roles: dict[str, list[str]] = {}
         for what, docno in (
             (f"best of {baseline}", row["top before"]),
             (f"best of {TRAINED}", row["top after"]),
             (f"relevant ({said})", relevant),
         ):
             if isinstance(docno, str):
-                documents.append({"what": what, "docno": docno, "text": cut(corpus.texts([docno])[0])})
+                roles.setdefault(docno, []).append(what)
+        documents = [
+            {"what": ", ".join(whats), "docno": docno, "text": cut(text)}
+            for (docno, whats), text in zip(roles.items(), corpus.texts(list(roles)), strict=True)
+        ]
         shown.append(row | {"query": cut(row["query"]), "documents": documents})
     return shown
 

@@ -25,7 +25,8 @@ class SpaceReport:
         distributions: Values behind the figures by name: ``pair`` and ``random pair`` (squared distances of a query and
             its relevant, or another pair's, document), ``best`` (cosine of a query and the best of the pool), ``ratio``
             (SamToNe's).
-        spectra: Share of variance along the principal components, largest first, of ``queries`` and ``documents``.
+        spectra: Share of variance along the principal components, largest first, of ``queries``, ``documents``
+            and ``both``.
         found: How often each was found, by direction (``"q→d"``, ``"d→q"``) and k.
     """
 
