@@ -153,7 +153,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def index(self) -> DenseIndex:
         """The index of the current encoder over the corpus; made on first use where nothing was trained yet."""
         if self._index is None:
-            self._index = self._refreshed(self._round)
+            self._index = self._refreshed(self._round, self.engine)
         return self._index
 
     @property
@@ -187,7 +187,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             round = whole("round", round, 0)
             if round != self._round and not self._run.has(round):
                 raise ValueError(f"round={round!r} is not in {str(self.path)!r}: it was not trained or not saved")
-            index = self._refreshed(round)
+            index = self._refreshed(round, self.engine)
         return index.retriever(self.num_results if num_results is None else num_results, engine=self.engine)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
@@ -308,7 +308,10 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         round_, span, processes = job.recipe[number - 1], job.spans[number - 1], job.processes
         before = self._before(number, round_)
         given = job.given(number)
-        retriever = partial(self.retriever, round=before)
+
+        def retriever(results: int) -> DenseRetriever:
+            return self._refreshed(before, job.engine).retriever(results, engine=self.engine)
+
         mine = partial(mine_round, self._run, number, round_=round_, retriever=retriever, **given)
         with processes.first_alone():
             (found, mined), (query_negatives, mined_queries) = mine(what="negatives"), mine(what="query_negatives")
@@ -333,10 +336,10 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         started = refreshed = time.perf_counter()
         measured: dict[str, float] = {}
         if job.validation is not None or number > 0:
-            index = self._refreshed(number)
+            index = self._refreshed(number, job.engine)
             refreshed = time.perf_counter()
             if job.validation is not None:
-                retriever = index.retriever(depth_of(self._measures), engine=self.engine)
+                retriever = index.retriever(depth_of(self._measures), engine=job.engine)
                 measured = validate(retriever, job.validation, self._measures)
         seconds = {"refresh_seconds": refreshed - started, "validate_seconds": time.perf_counter() - refreshed}
         row = {**row, **measured, **seconds}
@@ -356,9 +359,9 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def _encoder_of(self, number: int) -> DualEncoder:
         return self._given if number == 0 else self._run.encoder(number, self._given)
 
-    def _refreshed(self, number: int) -> DenseIndex:
+    def _refreshed(self, number: int, engine: Any) -> DenseIndex:
         """Return the index of a round's encoder; made where it is not there yet."""
-        return self._run.index(number, self._encoder_of(number), self.corpus, engine=self.engine, verbose=self.verbose)
+        return self._run.index(number, self._encoder_of(number), self.corpus, engine=engine, verbose=self.verbose)
 
     # ------------------------------------------------------------------ save and load
 

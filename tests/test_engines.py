@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+import psutil
 import pyterrier as pt
 import pytest
 from pandas.testing import assert_frame_equal
@@ -50,7 +51,7 @@ def engine():
 class Here:
     """Workers in this process: what an engine does, without its processes."""
 
-    workers = 3
+    workers, device = 3, None
 
     def __init__(self, most: int | None = None) -> None:
         self.most, self.asked = most, []
@@ -386,6 +387,25 @@ def test_a_fit_by_workers_gives_the_weights_of_one_process(engine, encoder, corp
     assert_frame_equal(two(some), one(some))
 
 
+def test_a_refresher_beside_the_training_is_placed_by_ray(engine, encoder, corpus, tmp_path, monkeypatch):
+    """It is a process of the cluster, and is gone when the round is trained; this process replays it to the bit."""
+    place, placed = type(engine).place, []
+    monkeypatch.setattr(type(engine), "place", lambda *given: placed.append(place(*given)) or placed[-1])
+    some, qrels = topics(40), standard_library(None).qrels
+    recipe = recipes.ance(
+        1, warm_up=0, loss="contrastive", steps=24, refresh_every=4, max_staleness=8, batch_size=8, depth=20,
+        negatives_per_query=4,
+    )  # fmt: skip
+    options = dict(recipe=recipe, verbose=False)
+    live = DanceRetriever(encoder, corpus, tmp_path / "live", refresh="beside", engine=engine, **options)
+    live.fit(some, qrels)
+    assert live.history.iloc[-1]["refreshes"] >= 1
+    assert len(placed) == 1 and placed[0].poll() == -signal.SIGKILL
+    options |= dict(refresh="replay", replay_of=tmp_path / "live")
+    again = DanceRetriever(encoder, corpus, tmp_path / "again", **options).fit(some, qrels)
+    assert again.encoder.fingerprint == live.encoder.fingerprint
+
+
 def _overlap() -> pt.Transformer:
     return pt.apply.doc_score(lambda row: float(len(set(row["query"].split()) & set(row["text"].split()))))
 
@@ -440,7 +460,13 @@ def test_nothing_is_left_of_a_closed_engine(engine):
     """Comes last: the engine starts again if it is asked again."""
     engine._started()
     folder = engine._cluster.folder
-    assert len(list(processes_of(folder, os.getpid()))) >= 4
+    started = [psutil.Process(pid) for pid in processes_of(folder, os.getpid())]
+    assert len(started) >= 4
+    # they listen on the machine's addresses, and answer no one who has not the token
+    servers = [process for process in started if process.name() in ("gcs_server", "raylet")]
+    assert len(servers) == 2
+    assert {(p.environ()["RAY_AUTH_MODE"], len(p.environ()["RAY_AUTH_TOKEN"])) for p in servers} == {("token", 64)}
+    assert "RAY_AUTH_TOKEN" not in os.environ
     engine.close()
     assert not os.path.exists(folder)
     assert not list(processes_of(folder, os.getpid()))

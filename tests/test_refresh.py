@@ -73,6 +73,23 @@ def test_a_transformers_fit_and_its_replay_have_the_same_weights_and_no_row_has_
         kill_refresh.fit(given, tmp_path / "other", STEPS - 1, **options)
 
 
+def test_a_refresher_has_what_training_leaves(monkeypatch):
+    """Cores of all processes of the job on this machine are training's; the last GPU is free if there are more."""
+    monkeypatch.setattr(beside.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(beside.os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(beside.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = []
+    for name, value in {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "4,7,9"}.items():
+        monkeypatch.setenv(name, value)
+        surroundings = beside.surroundings()
+        found.append((surroundings["OMP_NUM_THREADS"], surroundings["CUDA_VISIBLE_DEVICES"]))
+        assert "WORLD_SIZE" not in surroundings and "LOCAL_WORLD_SIZE" not in surroundings
+    assert found == [("13", "2"), ("10", "2"), ("10", "9")]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert beside.surroundings()["CUDA_VISIBLE_DEVICES"] == "4,7,9"
+
+
 def test_a_refresher_that_fails_ends_the_fit_with_one_sentence_and_the_same_call_goes_on(given, tmp_path):
     calls = tmp_path / "calls"
 
@@ -284,7 +301,7 @@ def test_after_an_interruption_only_what_belongs_to_the_trained_steps_is_used(tm
     journal.add(Switch(44, 40))
     started = []
     monkeypatch.setattr(beside, "_started", lambda *args: started.append(args) or type("P", (), {"poll": _none})())
-    monkeypatch.setattr(beside, "_end", lambda process: None)
+    monkeypatch.setattr(beside, "end", lambda process: None)
     refreshes = beside.Refreshes(folder, round_, span, Processes(on_cpu=True))
     refreshes.work = None
     with refreshes.beside(25):

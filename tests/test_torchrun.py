@@ -2,120 +2,90 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 
+import kill_driver
+import kill_torchrun
 import torchrun_fit
 from pt_dance import Corpus, DanceRetriever, DualEncoder
 from pt_dance.losses.rows import TrainingRows
 from pt_dance.training.batches import RoundBatches
 from pt_dance.training.examples import Examples
 from pt_dance.training.schedule import Span
-from small_collection import standard_library
-from small_models import small_bert
 
-pytestmark = pytest.mark.timeout(400)  # each process imports everything anew, on machines that may be busy
-HANGS_AFTER = 300
-SCRIPT = str(Path(__file__).with_name("torchrun_fit.py"))
-SURROUNDINGS = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"), "HF_HUB_OFFLINE": "1"}
-WHOLE = ("mnrl", "ance", "dance", "margin_mse", "bert", "cached")
+pytestmark = pytest.mark.timeout(1500)  # each process imports everything anew, on machines that may be busy
+WHOLE = ("mnrl", "ance", "dance", "margin_mse", "bert", "bert_rounds", "cached")
+PARTS = {"PartWriter", "PipelineSearch", "VectorSearch", "Asking", "RangeSearch"}
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """A folder with what is fitted on: training pairs for a few batches, their candidates, encoders."""
     folder = tmp_path_factory.mktemp("given")
-    small = standard_library()
-    topics = small.topics.head(70)
-    train, dev = topics[topics.index % 4 != 0], topics[topics.index % 4 == 0]
-    docnos = small.documents["docno"].tolist()
-    position = {docno: number for number, docno in enumerate(docnos)}
-    candidates = train.merge(small.qrels, on="qid")[["qid", "query", "docno"]]
-    candidates = candidates.loc[candidates.index.repeat(10)].reset_index(drop=True)
-    step = candidates.groupby("qid").cumcount()
-    places = candidates["docno"].map(position) + step
-    candidates = candidates.assign(
-        docno=[docnos[p % len(docnos)] for p in places], rank=step, score=-step.astype(float)
-    )
-    frames = (small.documents, candidates.drop_duplicates(["qid", "docno"]), dev, small.qrels)
-    for name, frame in zip(torchrun_fit.FRAMES, frames, strict=True):
-        frame.to_parquet(folder / f"{name}.parquet", index=False)
-    texts = small.documents["text"].tolist()
-    DualEncoder.static(texts, dim=32, vocab_size=1000, seed=1).save(folder / "static")
-    DualEncoder(small_bert(texts, folder, dropout=0.0), device="cpu", max_length=32).save(folder / "transformer")
+    kill_torchrun.make_given(folder)
     return folder
 
 
-def launched(given, out, fits, **options):
-    """Run a job of two processes by torchrun; return its exit status, its errors, and what each process found."""
-    job = json.dumps({"given": str(given), "out": str(out), "fits": list(fits), **options})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port())]
-    out.mkdir(parents=True, exist_ok=True)
-    child = subprocess.Popen(
-        [*command, SCRIPT, job], env=SURROUNDINGS, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    errors = end_of(child)
-    files = [out / f"process {rank}.json" for rank in range(2)]
-    return child.returncode, errors, [json.loads(f.read_text()) if f.exists() else None for f in files]
+class Killed(NamedTuple):
+    """A job of which one process was killed: how the processes ended, and the names of the files that were left."""
+
+    ends: list
+    left: set
 
 
-def started(given, out, fits, **options):
-    """Start the same two processes without a launcher that would end the one when the other died; return errors."""
-    job = json.dumps({"given": str(given), "out": str(out), "fits": list(fits), **options})
-    out.mkdir(parents=True, exist_ok=True)
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, job], env={**SURROUNDINGS, **where, "RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    return [(end_of(child), child.returncode) for child in children]
+class Jobs(NamedTuple):
+    """The folders of the same fits in two processes and in one, what each of the two found, and what was killed."""
 
-
-def end_of(child):
-    try:
-        return child.communicate(timeout=HANGS_AFTER)[1]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
+    two: Path
+    one: Path
+    found: list
+    killed: list
 
 
 @pytest.fixture(scope="module")
-def both(given, tmp_path_factory):
-    """The folders of the same fits in two processes and in one, and what each of the two found."""
+def jobs(given, tmp_path_factory):
+    """All that takes two processes, with as few starts of them as it takes: each imports everything.
+
+    A job is killed in a step after a checkpoint, then one that goes on from there while the first process refreshes an
+    index, in which the other has its share. Then one job is whole, started by torchrun.
+    """
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    status, errors, found = launched(given, two, (*WHOLE, "beside"))
-    assert status == 0, errors
+    killed = []
+    for moment in ({"step": 6}, {"round": len(torchrun_fit.RECIPES["killed"])}):
+        job = kill_torchrun.told(given, two, ["killed"], dying=1, **moment)
+        ended = kill_torchrun.ends(kill_torchrun.start(job), job)
+        killed.append(Killed(ended, {str(file.relative_to(two / "killed")) for file in two.glob("killed/**/*")}))
+    names = (*WHOLE, "killed", "beside", "failing", "refused")
+    job = kill_torchrun.told(given, two, names, differing="refused", may_fail=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port"]
+    command += [str(kill_torchrun.free_port()), torchrun_fit.__file__, json.dumps(job)]
+    surroundings = {**os.environ, **kill_driver.SURROUNDINGS, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, env=surroundings, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            errors = child.communicate(timeout=kill_torchrun.HANGS_AFTER)[1]
+        finally:
+            child.terminate()  # it takes its processes with it
+    assert child.returncode == 0, errors
     corpus = Corpus.build(torchrun_fit.pd.read_parquet(given / "documents.parquet"), one / "corpus", verbose=False)
     sizes = {name: set() for name in WHOLE}
     whole = RoundBatches._whole
     for name in WHOLE:
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, torchrun_fit.small_parts():
             patch.setattr(RoundBatches, "_whole", lambda b, n=name: (sizes[n].add(len(x)) or x for x in whole(b)))
             torchrun_fit.fit(name, one / name, given, corpus)
     assert all(len(found) == 2 for found in sizes.values()), sizes  # each pass ends with a smaller batch
-    return two, one, found
+    return Jobs(two, one, kill_torchrun.found(two), killed)
 
 
 def weights(path, number):
@@ -124,8 +94,8 @@ def weights(path, number):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_two_processes_train_as_one_does_on_the_same_batches(both, name):
-    two, one, found = both
+def test_two_processes_train_as_one_does_on_the_same_batches(jobs, name):
+    two, one, found, _ = jobs
     assert found[0][name] == found[1][name]
     theirs, ours = (DanceRetriever.load(path / name, measure="nDCG@10") for path in (two, one))
     last = len(torchrun_fit.RECIPES[name])
@@ -145,9 +115,9 @@ def test_two_processes_train_as_one_does_on_the_same_batches(both, name):
     assert max((moved[p] - start[p]).abs().max().item() for p in moved) > 1e-3
 
 
-def test_two_processes_have_one_table_of_refreshed_negatives_at_a_time(both, given):
+def test_two_processes_have_one_table_of_refreshed_negatives_at_a_time(jobs, given):
     """Which table each batch had is told by the first process, and one process that replays it has the same weights."""
-    two, one, found = both
+    two, one, found, _ = jobs
     assert found[0]["beside"] == found[1]["beside"]
     assert found[0]["beside"]["history"][-1]["refreshes"] >= 1
     assert not (two / "beside" / "rounds" / "01" / "refresh").exists()
@@ -189,42 +159,48 @@ def test_each_process_has_its_part_of_every_batch_also_after_an_interruption():
             assert all(batch.count(-1) < processes for batch in found)
 
 
-def test_a_killed_process_ends_the_job_and_the_next_call_gives_the_same_weights(given, both, tmp_path):
+def test_processes_share_encoding_search_mining_and_teacher(jobs):
+    """What the first one makes of it has the bytes of one process, as long as the weights have."""
+    did = [json.loads((jobs.two / f"parts {rank}.json").read_text()) for rank in range(2)]
+    assert set(did[0]) == set(did[1]) == PARTS
+    for part in PARTS:  # one more each time that what is divided has an odd number of parts
+        assert 2 * did[1][part] >= did[0][part] >= did[1][part] > 0
+    for name in WHOLE:
+        theirs, ours = (_first_work(path / name) for path in (jobs.two, jobs.one))
+        assert theirs == ours and len(ours) >= 3, name
+
+
+def _first_work(path):
+    made = ("rounds/00/index/", "rounds/01/negatives.parquet")
+    return {file: digest for file, digest in kill_torchrun.content(path).items() if file.startswith(made)}
+
+
+def test_a_killed_process_ends_the_job_and_the_next_call_gives_the_same_weights(given, jobs):
     """One dies in a step after a checkpoint, then one that waits; a call with another number of them is refused."""
-    path = tmp_path / "dance"
-    ended = started(given, tmp_path, ["dance"], dying=1, step=6)
-    assert ended[1][1] == -signal.SIGKILL and ended[0][1] == 1
-    assert_ended(ended[0][0])
-    assert any(path.glob("rounds/01/checkpoints/checkpoint-4")) and not (path / "pt_meta.json").exists()
-    last = len(torchrun_fit.RECIPES["dance"])
-    ended = started(given, tmp_path, ["dance"], dying=1, round=last)
-    assert ended[1][1] == -signal.SIGKILL and ended[0][1] == 1
-    assert_ended(ended[0][0])
-    assert (path / "rounds" / f"{last:02d}" / "round.json").exists() and not (path / "pt_meta.json").exists()
-    corpus = Corpus(tmp_path / "corpus")
+    for ended, _ in jobs.killed:
+        assert ended[1][1] == -signal.SIGKILL and ended[0][1] == 1
+        assert ended[0][0].splitlines()[-1].startswith(kill_torchrun.SENTENCE)  # sys.exit's sentence
+    last = len(torchrun_fit.RECIPES["killed"])
+    first, second = (left for _, left in jobs.killed)
+    assert any(name.startswith("rounds/01/checkpoints/checkpoint-4") for name in first)
+    assert f"rounds/{last:02d}/trained.json" in second
+    assert "pt_meta.json" not in first | second
+    path = jobs.two / "killed"
     with pytest.raises(ValueError, match=r"other settings \(processes was 2, is 1\)"):
-        torchrun_fit.fit("dance", path, given, corpus)
-    status, errors, found = launched(given, tmp_path, ["dance"])
-    assert status == 0, errors
-    assert found[0] == found[1] == {"dance": both[2][0]["dance"]}  # the losses and fingerprints of all rounds
+        torchrun_fit.fit("killed", path, given, Corpus(jobs.two / "corpus"))
+    for process in jobs.found:
+        assert process["killed"] == jobs.found[0]["dance"]  # the losses of all rounds
     for number in range(1, last + 1):
-        whole = weights(both[0] / "dance", number)
+        whole = weights(jobs.two / "dance", number)
         assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(path, number).items())
 
 
-def assert_ended(errors):
-    assert "RuntimeError" not in errors.splitlines()[-1]  # sys.exit's sentence
-    assert errors.splitlines()[-1].startswith("one of the 2 processes of the job ended early")
-
-
-def test_what_is_wrong_in_one_process_is_said_in_both(given, tmp_path):
-    status, _, found = launched(given, tmp_path, ["failing", "mnrl"], differing="mnrl", may_fail=True)
-    assert status == 0
-    first, other = found
+def test_what_is_wrong_in_one_process_is_said_in_both(jobs):
+    first, other = jobs.found
     assert first["failing"] == {"error": "ProgramError", "message": "no such model"}
     assert other["failing"]["message"].startswith("the first of the 2 processes of the job failed")
-    assert not (tmp_path / "failing" / "pt_meta.json").exists()
+    assert not (jobs.two / "failing" / "pt_meta.json").exists()
     for result, names in ((first, ""), (other, " (seed)")):
-        assert result["mnrl"]["error"] == "ValueError"
-        assert f"call fit with different settings or data{names};" in result["mnrl"]["message"]
-    assert not (tmp_path / "mnrl").exists()
+        assert result["refused"]["error"] == "ValueError"
+        assert f"call fit with different settings or data{names};" in result["refused"]["message"]
+    assert not (jobs.two / "refused").exists()

@@ -5,17 +5,24 @@ It is told with what by a JSON object on the command line, and writes what came 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import pyterrier as pt
 from ir_measures import nDCG
 
-from pt_dance import Corpus, DanceRetriever, DualEncoder, recipes
+from pt_dance import Corpus, DanceRetriever, DenseIndex, DualEncoder, recipes
+from pt_dance.engines.worker import Workplace
+from pt_dance.mining import mine_documents, mine_queries
+from pt_dance.training import teacher
 from pt_dance.training.processes import Processes
 from pt_dance.training.trainer import RoundTrainer
 
@@ -44,6 +51,10 @@ RECIPES = {
     "dance": recipes.dance(1, **FAST),
     "margin_mse": recipes.margin_mse(pt.apply.doc_score(shared_words), **FAST),
     "bert": recipes.mnrl(3, **FAST),
+    "bert_rounds": [
+        *recipes.dance(1, **FAST),
+        *recipes.margin_mse(pt.apply.doc_score(shared_words), negatives=recipes.current_model, **FAST),
+    ],
     "cached": recipes.mnrl(1, **FAST, loss_options={"mini_batch_size": 2}),
     "beside": recipes.ance(
         1,
@@ -58,15 +69,37 @@ RECIPES = {
     ),
     "failing": recipes.mnrl(1, negatives=pt.apply.generic(failing), **FAST),
 }
+RECIPES |= {"killed": RECIPES["dance"], "refused": RECIPES["mnrl"]}
 
 
 def fit(name: str, path: Path, given: Path, corpus: Corpus, seed: int = 3, **options) -> DanceRetriever:
     """Fit one of the recipes on the frames in the folder ``given``."""
     _, candidates, dev, qrels = (pd.read_parquet(given / f"{frame}.parquet") for frame in FRAMES)
-    encoder = DualEncoder.load(given / ("transformer" if name in ("bert", "cached") else "static"), device="cpu")
+    is_transformer = name in ("bert", "bert_rounds", "cached")
+    encoder = DualEncoder.load(given / ("transformer" if is_transformer else "static"), device="cpu")
     options = {"refresh": "beside" if name == "beside" else "between"} | options
     options |= dict(recipe=RECIPES[name], measure=nDCG @ 10, seed=seed, verbose=False)
     return DanceRetriever(encoder, corpus, path, **options).fit(candidates, qrels, dev, qrels)
+
+
+@contextlib.contextmanager
+def small_parts() -> Iterator[Counter]:
+    """Divide work into parts that are small enough for this collection; count what this process was given of them."""
+    counts: Counter = Counter()
+    do = Workplace.do
+
+    def counted(self, *task):
+        answer = do(self, *task)
+        counts[self._work.__qualname__.split(".")[0]] += 1
+        return answer
+
+    sizes = [(mine_documents, "query_block"), (mine_queries, "document_block"), (DenseIndex.__init__, "shard_size")]
+    with contextlib.ExitStack() as patches:
+        for function, name in sizes:
+            patches.enter_context(mock.patch.dict(function.__kwdefaults__, {name: 20}))
+        patches.enter_context(mock.patch.object(teacher, "_BLOCK", 20))
+        patches.enter_context(mock.patch.object(Workplace, "do", counted))
+        yield counts
 
 
 def outcome(dance: DanceRetriever) -> dict:
@@ -101,15 +134,26 @@ def main(job: dict) -> None:
     if rank == job.get("dying"):
         die(job.get("step"), job.get("round"))
     found = {}
-    for name in job["fits"]:
-        seed = 4 if name == job.get("differing") and rank == 1 else 3
-        try:
-            found[name] = outcome(fit(name, out / name, given, corpus, seed))
-        except Exception as error:
-            found[name] = {"error": type(error).__name__, "message": str(error)}
+    with small_parts() as did:
+        for name in job["fits"]:
+            seed = 4 if name == job.get("differing") and rank == 1 else 3
+            try:
+                found[name] = outcome(fit(name, out / name, given, corpus, seed))
+            except Exception as error:
+                found[name] = {"error": type(error).__name__, "message": str(error)}
+    (out / f"parts {rank}.json").write_text(json.dumps(did))
     (out / f"process {rank}.json").write_text(json.dumps(found))
     if any("error" in result for result in found.values()) and not job.get("may_fail"):
         sys.exit("; ".join(result["message"] for result in found.values() if "error" in result))
+
+
+def be_process(job: dict, rank: int, port: str) -> None:
+    """Be a process of two that were started without a launcher; errors go to a file."""
+    errors = os.open(Path(job["out"]) / f"errors {rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(errors, 2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    main(job)
 
 
 if __name__ == "__main__":

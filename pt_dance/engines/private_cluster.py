@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -26,8 +28,10 @@ _LOCK = "owner"
 _LONGEST = 107 - 62 - len(_PREFIX) - 10
 _SERVERS = ("raylet", "gcs_server")
 _SURROUNDINGS = {
-    # The cluster is this program's own. Ray listens on the machine's addresses all the same, as the documentation says.
-    "RAY_AUTH_MODE": "disabled",
+    # Ray listens on the machine's addresses: nobody is heard without the token, which the program's own processes have.
+    # Ray keeps it as long as the program runs, so that all of its clusters have the same.
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray ends a worker when memory runs out, and would try its task again without end.
     "RAY_task_oom_retries": "3",
@@ -58,6 +62,8 @@ class PrivateCluster:
         )  # fmt: skip
         try:
             with _environment(_SURROUNDINGS):
+                # Ray reads its surroundings once, which may have been before.
+                importlib.import_module("ray._raylet").Config.initialize("")
                 ray.init(
                     address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False,
                     configure_logging=False, logging_level=logging.ERROR, _temp_dir=self.folder,

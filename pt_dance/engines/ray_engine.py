@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import signal
 import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pt_dance.engines.private_cluster import PrivateCluster
-from pt_dance.engines.worker import Worker
+from pt_dance.engines.worker import Placed, Worker
 from pt_dance.storage import options
 from pt_dance.storage.engine import WorkerDiedError
 
@@ -34,11 +37,11 @@ class Ray:
 
     For small jobs one process is faster: a worker is a process that has to import everything first.
 
-    Without an address a cluster of this program's own is started on this machine, with no dashboard and no
-    authentication (use it where the network is trusted), and it ends with the program, killed or not; a Ray that the
-    program is connected to is used as it is. Work that was interrupted (a worker, Ray itself or the program was killed)
-    is gone on with, by a restarted worker or by the same call. A task whose worker dies four times ends in an error
-    that names it.
+    Without an address a cluster of this program's own is started on this machine, with no dashboard. It listens on the
+    machine's addresses, but answers nobody without the program's token, and it ends with the program, killed or not; a
+    Ray that the program is connected to is used as it is. Work that was interrupted (a worker, Ray itself or the
+    program was killed) is gone on with, by a restarted worker or by the same call. A task whose worker dies four times
+    ends in an error that names it.
 
     Args:
         workers: How many processes work.
@@ -51,6 +54,8 @@ class Ray:
         ImportError: If Ray is not installed.
         ValueError: If a number makes no sense.
     """
+
+    device: str | None = None  # a worker sees no GPU but its own
 
     def __init__(
         self, workers: int = 2, cpus_per_worker: int = 1, gpus_per_worker: float = 0, address: str | None = None
@@ -135,6 +140,33 @@ class Ray:
         import ray
 
         return ray.is_initialized() and (self._cluster is None or self._cluster.alive())
+
+    def place(self, module: str, folder: Path, given: bytes) -> PlacedProgram:
+        """Start a program beside the workers, on a machine that has room for as much as a worker takes.
+
+        Args:
+            module: Of the program, see :meth:`pt_dance.engines.worker.Placed.start`.
+            folder: That it works in.
+            given: Its standard input.
+
+        Raises:
+            ValueError: If there is no room.
+        """
+        import ray
+
+        self._started()
+        # in a cluster of its own Ray counts the workers' CPUs and no more
+        each = (0, 0) if self._cluster is not None else (self.cpus_per_worker, self.gpus_per_worker)
+        there = ray.cluster_resources()
+        for name, count in zip(("CPU", "GPU"), each, strict=True):
+            if count * (self.workers + 1) > there.get(name, 0):
+                raise ValueError(
+                    f"{self.workers} workers and one process beside them, with {count:g} {name}s each, do not fit in "
+                    f"Ray's {there.get(name, 0):g} {name}s: take fewer"
+                )
+        actor = ray.remote(Placed).options(num_cpus=each[0], num_gpus=each[1]).remote(sys.path)
+        ray.get(actor.start.remote(module, str(folder), given))
+        return PlacedProgram(actor)
 
     # --- its work -----------------------------------------------------------------------------------------------------
 
@@ -233,6 +265,30 @@ class Ray:
             "Ray's own processes on this machine ended early (killed, or out of memory), so that its workers "
             "are gone; what was finished is kept, and the same call goes on from there"
         )
+
+
+class PlacedProgram:
+    """A program on some machine of a cluster."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def poll(self) -> int | None:
+        """Return the status with which it ended, as if killed where its machine is gone; None while it works."""
+        import ray
+
+        try:
+            return ray.get(self._actor.poll.remote())
+        except ray.exceptions.RayError:
+            return -signal.SIGKILL
+
+    def end(self) -> None:
+        """End it."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._actor.end.remote())
+        ray.kill(self._actor)
 
 
 def _send(make: Any, what: str) -> tuple[str, Any]:

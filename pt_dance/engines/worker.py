@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
 import sys
+import tempfile
 import traceback
+from collections.abc import Callable
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; programs are not placed there
+    fcntl = None  # type: ignore[assignment]
 
 
 class WorkerTracebackError(Exception):
@@ -16,8 +24,42 @@ class WorkerTracebackError(Exception):
         return f"\n{self.args[0]}"
 
 
-class Worker:
-    """Keeps what the last task needed: an encoder, a range of an index, a pipeline.
+class Workplace:
+    """Keeps what the last task needed: an encoder, a range of an index, a pipeline."""
+
+    def __init__(self) -> None:
+        self._key: str | None = None
+        self._work: Any = None
+
+    def do(self, key: str, get: Callable[[], Callable], numbers: tuple[int, ...], task: Any) -> Any:
+        """Return the answer to a task.
+
+        Args:
+            key: Tells what is to be made from anything else.
+            get: Gets the function that makes it; only called where it is not there yet.
+            numbers: What that function is called with.
+            task: What the made thing is called with.
+        """
+        if self._key != key:
+            self.forget()  # what is no longer needed goes first: two encoders may not fit
+            self._work = get()(*numbers)
+            self._key = key
+        return self._work(task)
+
+    def answer(self, key: str, get: Callable[[], Callable], numbers: tuple[int, ...], task: Any) -> tuple[bool, Any]:
+        """Return whether a task went well, and the answer or the :class:`Failure`; see :meth:`do`."""
+        try:
+            return True, self.do(key, get, numbers, task)
+        except Exception as error:
+            return False, Failure.of(error)
+
+    def forget(self) -> None:
+        """Free the memory of what the last task needed."""
+        self._key = self._work = None
+
+
+class Worker(Workplace):
+    """A worker of Ray.
 
     Args:
         paths: Where the program that asks finds its modules; its functions may be in any of them.
@@ -25,15 +67,14 @@ class Worker:
 
     def __init__(self, paths: list[str]) -> None:
         sys.path += [path for path in paths if path not in sys.path]
-        self._key: str | None = None
-        self._work: Any = None
+        super().__init__()
 
     def pid(self) -> int:
         """Return the number of this process."""
         return os.getpid()
 
     def run(self, key: str, sent: list, numbers: tuple[int, ...], task: Any) -> tuple[bool, Any]:
-        """Return whether a task went well, and the answer or the error.
+        """Return whether a task went well, and the answer or the error; see :meth:`Workplace.answer`.
 
         Args:
             key: Tells what is to be made from anything else.
@@ -44,26 +85,60 @@ class Worker:
         """
         import ray
 
-        try:
-            if self._key != key:
-                # What is no longer needed goes first: two encoders may not fit.
-                self._key = self._work = None
-                self._work = ray.get(sent[0])(*numbers)
-                self._key = key
-            return True, self._work(task)
-        except Exception as error:
-            return False, _portable(error)
+        return self.answer(key, lambda: ray.get(sent[0]), numbers, task)
 
 
-def _portable(error: Exception) -> Failure:
-    """Return an error that can be sent, with its traceback as its cause."""
-    came_from = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+class Placed:
+    """Has a program on its machine, which ends with it.
+
+    Args:
+        paths: Where the program finds its modules.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        self._paths = paths
+        self._program: subprocess.Popen | None = None
+
+    def start(self, module: str, folder: str, given: bytes) -> None:
+        """Start ``python -m MODULE PARENT FOLDER``.
+
+        Args:
+            module: Of the program, which has to end when PARENT does.
+            folder: Has the file ``lock``, which the program holds, and what the program prints, ``MODULE.log``.
+            given: Its standard input.
+        """
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, self._paths))}
+        command = [sys.executable, "-m", module, str(os.getpid()), folder]
+        name = module.rpartition(".")[2]
+        with (
+            open(f"{folder}/lock", "w") as lock, open(f"{folder}/{name}.log", "w") as log,
+            tempfile.TemporaryFile() as file,
+        ):  # fmt: skip
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            file.write(given)
+            file.seek(0)
+            self._program = subprocess.Popen(
+                command, stdin=file, stdout=log, stderr=log, env=environment, pass_fds=[lock.fileno()]
+            )
+
+    def poll(self) -> int | None:
+        """Return the status with which the program ended, None while it works."""
+        return None if self._program is None else self._program.poll()
+
+    def end(self) -> None:
+        """End the program."""
+        if self._program is not None:
+            end(self._program)
+
+
+def end(program: subprocess.Popen) -> None:
+    """End a program, with patience at first."""
+    program.terminate()
     try:
-        pickle.loads(pickle.dumps(error))  # our own, made a line before
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.__traceback__ = None
-    return Failure(error, came_from)
+        program.wait(10)
+    except subprocess.TimeoutExpired:
+        program.kill()
+        program.wait()
 
 
 class Failure:
@@ -71,6 +146,17 @@ class Failure:
 
     def __init__(self, error: Exception, came_from: str) -> None:
         self.error, self.came_from = error, came_from
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Return an error that can be sent, with its traceback as its cause."""
+        came_from = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        try:
+            pickle.loads(pickle.dumps(error))  # our own, made a line before
+        except Exception:
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        error.__traceback__ = None
+        return cls(error, came_from)
 
     def original(self) -> Exception:
         """Return the error, caused by its traceback in the worker."""

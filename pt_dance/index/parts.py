@@ -74,16 +74,23 @@ class PartWriter:
         folder: Where parts are written; exists.
         key: Of the corpus and the settings.
         corpus: The documents.
-        encoder: Encodes them, on a GPU where the worker has one.
+        encoder: Encodes them.
+        device: Where; a GPU where the worker has one, if None.
         settings: ``text_field``, ``precision``, ``vec_size`` and ``vec_dtype`` of the index.
     """
 
-    def __init__(self, folder: Path, key: str, corpus: Corpus, encoder: Any, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, key: str, corpus: Corpus, encoder: Any, device: str | None, settings: dict[str, Any]
+    ) -> None:
         self.folder, self.key, self.corpus, self.encoder, self.settings = folder, key, corpus, encoder, settings
+        self.device = device
 
     def __call__(self) -> Any:
         """Get ready, in the worker; return what writes a part."""
-        self.encoder.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.encoder.device.type != device:
+            self.encoder = self.encoder.copy()  # the worker may be the process that has the encoder
+            self.encoder.model.to(device)
         return self.write
 
     def write(self, part: Part) -> str:
@@ -164,7 +171,7 @@ def write_parts(
     planned = partial(plan, corpus, text_field, first, shard_size, writer.shards)
     settings: dict[str, Any] = {"text_field": text_field, "precision": precision}
     settings |= {"vec_size": writer.vec_size, "vec_dtype": writer.vec_dtype}
-    work = PartWriter(folder, key, corpus, _on_cpu(encoder), settings)
+    work = PartWriter(folder, key, corpus, _on_cpu(encoder), engine.device, settings)
     missing = (part for part in planned() if (part.first, part.count) not in there)
     written = engine.map(work, missing, "the encoder")
     try:

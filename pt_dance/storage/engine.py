@@ -7,9 +7,15 @@ from typing import Any, Protocol
 
 
 class Engine(Protocol):
-    """Workers that make something of their own and answer tasks with it; :class:`pt_dance.engines.Ray` is one."""
+    """Workers that make something of their own and answer tasks with it; :class:`pt_dance.engines.Ray` is one.
+
+    Attributes:
+        workers: How many.
+        device: Where they encode; a GPU where they have one, if None.
+    """
 
     workers: int
+    device: str | None
 
     def map(
         self, make: Callable[[], Callable[[Any], Any]], tasks: Iterable[Any], what: str

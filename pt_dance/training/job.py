@@ -36,7 +36,8 @@ class Job:
         verbose: Whether this process shows progress.
         refresh: "between" rounds, "beside" the training, or "replay" of what was beside another run's training.
         replay_of: The folder of that run, or None.
-        engine: Has workers that mine and ask the teacher; this process does where None.
+        engine: Has workers that index, search, mine and ask the teacher: what was given, or else all of the processes;
+            this process does where None.
         spans: The part of its schedule that each round trains.
     """
 
@@ -54,6 +55,7 @@ class Job:
     spans: list[Span] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.engine = self.processes.engine if self.engine is None else self.engine
         # where nothing depends on the current weights, nothing is refreshed
         self.recipe = [entry if entry.is_refreshed else without_refreshes(entry) for entry in self.recipe]
         counts = self._pairs()
@@ -104,7 +106,8 @@ class Job:
         round_ = self.recipe[number - 1]
         if not round_.is_refreshed:  # in_turn leaves none to be refreshed between rounds
             return None
-        return Refreshes(self.run.round(number), round_, self.spans[number - 1], self.processes, self._journal(number))
+        how = self.spans[number - 1], self.processes, self._journal(number), getattr(self.engine, "place", None)
+        return Refreshes(self.run.round(number), round_, *how)
 
     def given(self, number: int) -> dict[str, Any]:
         """Return what both halves of a round, see :mod:`pt_dance.training.one_round`, are given."""

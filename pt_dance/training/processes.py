@@ -13,6 +13,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from sentence_transformers import SentenceTransformer
 
+from pt_dance.engines.ranks import Ranks, serve
+from pt_dance.engines.worker import Workplace
 from pt_dance.storage.writing import number_of_processes
 
 # Mining and indexing may take days, during which the other processes wait.
@@ -24,8 +26,8 @@ _SAID = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 class Processes:
     """The processes of a job; with one, nothing is sent and nobody waits.
 
-    The first one alone writes what a run keeps. The others wait for it, however long it takes, and then read. What is
-    sent is JSON.
+    The first one alone writes what a run keeps. The others wait for it, however long it takes, and then read. While
+    they wait they do their share of what it gives to its ``engine``. What is decided is sent as JSON.
 
     Args:
         on_cpu: Whether training is on a CPU.
@@ -33,18 +35,23 @@ class Processes:
     Attributes:
         count: How many processes there are.
         is_first: Whether this is the one that writes.
+        engine: Of the first one: all of them as workers. None in the others, and where there are no others.
     """
 
     def __init__(self, *, on_cpu: bool):
         self.count = number_of_processes()
         self.is_first = True
+        self.engine: Ranks | None = None
         self._group: Any = None
+        self._place = Workplace()
         if self.count > 1:
             PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
             with self.together():
                 # the default group may be one of GPUs, which waiting would keep busy, or made by the user's script
                 self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
             self.is_first = dist.get_rank() == 0
+            if self.is_first:
+                self.engine = Ranks(self.count, "cpu" if on_cpu else None, self._give_work, self._collect)
 
     def check_same(self, settings: dict[str, object]) -> None:
         """Refuse to train where the processes were not given the same.
@@ -145,6 +152,12 @@ class Processes:
             return value
         with self.together():
             message = self._send({"value": value})
+            while "work" in message:  # the others alone hear of it
+                self._collect(serve(self._place, dist.get_rank(), self._send_bytes(b"")))
+                message = self._send({})
+        self._place.forget()
+        if self.engine is not None:
+            self.engine.forget()
         if "failed" in message:
             raise RuntimeError(
                 f"the first of the {self.count} processes of the job failed, for which the others waited; its own "
@@ -155,12 +168,29 @@ class Processes:
     def _send(self, message: dict) -> dict:
         if self.count == 1:
             return message
-        data = json.dumps(message).encode() if self.is_first else b""
-        size = torch.tensor(len(data))
+        if self.engine is not None:
+            self.engine.settle()
+        return json.loads(self._send_bytes(json.dumps(message).encode()))
+
+    def _send_bytes(self, data: bytes) -> bytes:
+        """Send bytes from the first process to the others; return them in all of them."""
+        size = torch.tensor(len(data) if self.is_first else 0)
         dist.broadcast(size, 0, group=self._group)
-        content = torch.frombuffer(bytearray(data or int(size)), dtype=torch.uint8)
+        content = torch.frombuffer(bytearray(data if self.is_first else int(size)), dtype=torch.uint8)
         dist.broadcast(content, 0, group=self._group)
-        return json.loads(content.numpy().tobytes())
+        return data if self.is_first else content.numpy().tobytes()
+
+    def _give_work(self, data: bytes) -> None:
+        with self.together():
+            self._send({"work": True})
+            self._send_bytes(data)
+
+    def _collect(self, answer: bytes = b"") -> list[bytes]:
+        """Bring bytes from the others to the first process; return them there."""
+        answers: list = [b""] * self.count
+        with self.together():
+            dist.gather_object(answer, answers if self.is_first else None, group=self._group)
+        return answers[1:]
 
 
 def freeze_unused(model: SentenceTransformer) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import dill
 import torch
 from transformers import TrainerCallback
 
+from pt_dance.engines.worker import end
 from pt_dance.storage.texts import first_line
 from pt_dance.training import checkpoints
 from pt_dance.training.processes import Processes
+from pt_dance.training.refresh import refresher
 from pt_dance.training.refresh.journal import Journal, Switch
 from pt_dance.training.refresh.refresher import Work
 from pt_dance.training.refresh.tables import Exchange
@@ -56,6 +58,7 @@ class Refreshes:
         span: Its steps.
         processes: Those that train together.
         replayed: The journal of the run that is repeated, None where the tables decide.
+        place: Starts the refresher elsewhere, as :meth:`pt_dance.engines.Ray.place` does; on this machine where None.
 
     Attributes:
         exchange: Where weights and tables are.
@@ -65,7 +68,10 @@ class Refreshes:
 
     work: Work
 
-    def __init__(self, folder: Path, round_: Any, span: Span, processes: Processes, replayed: Journal | None = None):
+    def __init__(
+        self, folder: Path, round_: Any, span: Span, processes: Processes, replayed: Journal | None = None,
+        place: Callable[[str, Path, bytes], Any] | None = None,
+    ):  # fmt: skip
         self.exchange = Exchange(folder / EXCHANGE)
         self.journal = Journal(folder / JOURNAL)
         self.every: int = round_.refresh_every
@@ -78,7 +84,8 @@ class Refreshes:
         self._replayed = replayed
         self._left_out = 0
         self._handed_over = 0
-        self._process: subprocess.Popen | None = None
+        self._place = place
+        self._process: Any = None
 
     @property
     def replays(self) -> bool:
@@ -111,13 +118,17 @@ class Refreshes:
             yield
             return
         self.exchange.folder.mkdir(parents=True, exist_ok=True)
-        with self._locked() as lock, _written(self.work, self._name) as given:
-            self._recover(done)
-            self._process = _started(self.exchange.folder, given, lock)
+        with _written(self.work, self._name) as given:
+            with self._locked() as lock:
+                self._recover(done)
+                if self._place is None:
+                    self._process = _Beside(_started(self.exchange.folder, given, lock))
+            if self._place is not None:
+                self._process = self._place(refresher.__name__, self.exchange.folder, given.read())
         try:
             yield
         finally:
-            _end(self._process)
+            self._process.end()
             self._process = None
 
     def version(self, batch: int) -> int:
@@ -262,27 +273,34 @@ def _written(work: Work, name: str) -> Iterator[Any]:
 
 
 def _started(folder: Path, given: Any, lock: int | None) -> subprocess.Popen:
-    """Start a refresher on the cores and the GPU that training leaves."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores - torch.get_num_threads()))
+    command = [sys.executable, "-m", "pt_dance.training.refresh.refresher", str(os.getpid()), str(folder)]
+    with open(folder / "refresher.log", "w") as log:
+        return subprocess.Popen(
+            command, stdin=given, stdout=log, stderr=log, env=surroundings(), pass_fds=() if lock is None else (lock,)
+        )
+
+
+def surroundings() -> dict[str, str]:
+    """Return the environment of a refresher: the cores, and the GPU if there is one, that training leaves."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in _OF_A_JOB and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
     }
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of the job's processes, as torchrun says
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores - here * torch.get_num_threads()))
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    if (gpus := torch.cuda.device_count()) > here:
+        # the first that it sees, which is where an encoder goes that was on a GPU
+        environment["CUDA_VISIBLE_DEVICES"] = (os.environ.get("CUDA_VISIBLE_DEVICES") or str(gpus - 1)).split(",")[-1]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-m", "pt_dance.training.refresh.refresher", str(os.getpid()), str(folder)]
-    with open(folder / "refresher.log", "w") as log:
-        return subprocess.Popen(
-            command, stdin=given, stdout=log, stderr=log, env=environment, pass_fds=() if lock is None else (lock,)
-        )
+    return environment
 
 
-def _end(process: subprocess.Popen) -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+class _Beside:
+    """A refresher on this machine."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.poll = process.poll
+        self.end = partial(end, process)
