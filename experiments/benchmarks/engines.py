@@ -2,8 +2,7 @@
 
 Each process has one thread. The start of the workers (Ray, imports, the model) is measured apart: the first index that
 an engine makes includes it, and is of the first 64 documents only. The jobs are made from the collection's documents,
-repeated as often as needed, each with its number in front, so
-that none is read twice.
+repeated as often as needed, each behind a number of its own, so that none is read twice.
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/engines.py minilm --out experiments/results/engines-minilm.json
     OMP_NUM_THREADS=1 python experiments/benchmarks/engines.py static --out experiments/results/engines-static.json
