@@ -89,6 +89,16 @@ def test_top_takes_the_best_and_rank_range_cuts():
     assert mined[mined["qid"] == "b"]["rank"].tolist() == [4, 5, 6]
 
 
+def test_a_document_that_a_pipeline_gives_twice_is_one_candidate():
+    """Its better place counts, and the ranks of those behind it close up."""
+    once = results(documents=6)
+    again = once[once["docno"].isin(["d0", "d2"])].assign(rank=3, score=0.5)
+    for twice in (pd.concat([once, again]), pd.concat([again, once]).drop(columns="rank")):
+        mined = mine_documents(Fixed(twice), TOPICS, QRELS, depth=5, negatives=9)
+        assert mined[mined["qid"] == "b"]["docno"].tolist() == ["d0", "d1", "d2", "d4"]
+        assert mined[mined["qid"] == "b"]["rank"].tolist() == [0, 1, 2, 4]
+
+
 def test_the_draw_depends_on_the_seed_alone():
     source = results()
     whole = mine_documents(Fixed(source), TOPICS, QRELS, negatives=5, seed=1)

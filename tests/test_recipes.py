@@ -159,6 +159,30 @@ def test_what_a_round_leaves_open_follows_from_the_encoder(collection, teacher, 
     assert runs[1].history["temperature"].iloc[1] == runs[64].history["temperature"].iloc[1] < 1
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_teacher_asks_for_margins_twice_as_large_as_the_encoders(collection, teacher, tmp_path, similarity):
+    """Computed from the mined negatives: in the loss the teacher's margins are 1 where the encoder's are one half."""
+    recipe = recipes.margin_mse(teacher, similarity=similarity, negatives_per_query=1, sampling="top")
+    dance = DanceRetriever(collection.encoder, collection.corpus, tmp_path / "run", recipe=recipe, verbose=False)
+    topics = collection.train.head(40)
+    (collection.first_stage % 50 >> dance).fit(topics, collection.qrels)
+    known = collection.qrels[collection.qrels["label"] > 0].merge(topics, on="qid")
+    pairs = known.merge(dance.negatives(1)[["qid", "docno"]], on="qid", suffixes=("", "_negative"))
+    assert len(topics) <= len(pairs) <= defaults.ROWS
+    encoder, queries = collection.encoder.with_similarity(similarity), pairs["query"]
+    vectors, scores = [], []
+    for column in ("docno", "docno_negative"):
+        texts = collection.corpus.texts(pairs[column])
+        vectors.append(encoder.encode_docs(texts))
+        rows = pd.DataFrame({"qid": pairs["qid"], "query": queries, "docno": pairs.index.astype(str), "text": texts})
+        scores.append(teacher(rows).set_index("docno")["score"].loc[rows["docno"]].to_numpy())
+    own = ((vectors[0] - vectors[1]) * encoder.encode_queries(queries.tolist())).sum(axis=1)
+    theirs = scores[0] - scores[1]
+    settled = dance.history.iloc[1]
+    assert settled["temperature"] == pytest.approx(2 * np.sqrt(np.mean(np.square(own, dtype=float))), rel=1e-4)
+    assert settled["teacher_scale"] == pytest.approx(np.sqrt(np.mean(np.square(theirs))), rel=1e-4)
+
+
 DEFAULTS = list(default_recipes(pt.Transformer.identity()))
 
 

@@ -95,7 +95,7 @@ def ranked(results: pd.DataFrame, source_column: str, candidate_column: str) -> 
         frame["rank"] = results["rank"].to_numpy()
     order, ascending = [source_column, by, candidate_column], [True, by == "rank", True]
     frame = frame.sort_values(order, ascending=ascending, kind="stable")
-    frame.drop_duplicates([source_column, candidate_column])
+    frame = frame.drop_duplicates([source_column, candidate_column])
     frame["rank"] = frame.groupby(source_column, sort=False).cumcount().to_numpy()
     return frame.reset_index(drop=True)
 
