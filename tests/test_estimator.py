@@ -205,6 +205,25 @@ def test_early_stopping_keeps_the_best_round(collection, tmp_path):
     assert dance.encoder.fingerprint == dance.retriever(round=1).index.fingerprint
 
 
+def test_a_round_may_start_from_the_best_one_so_far(collection, tmp_path):
+    """Shown by steps too small to move any weight: its encoder, and what it mines with, are those it began with."""
+    good, wreck = recipes.mnrl(**FAST)[0], Round(learning_rate=50.0, batch_size=32)
+    still = Round(negatives=recipes.current_model, start="best", learning_rate=1e-30, batch_size=32)
+    dance = make(collection, tmp_path / "run", recipe=[good, wreck, still])
+    fit(collection, dance)
+    assert dance.history["nDCG@10"].iloc[1:3].idxmax() == 1
+    first, _, last = (weights(dance.retriever(round=number).index.encoder) for number in (1, 2, 3))
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    mined = RunFolder(dance.path).read_frame(3, "negatives")[0]
+    scores = dance.retriever(round=1)(mined[["qid", "docno"]].merge(collection.train, on="qid"))
+    found = mined.merge(scores, on=["qid", "docno"], suffixes=("", "_first"))
+    assert len(found) == len(mined) and np.abs(found["score"] - found["score_first"]).max() < 1e-6
+    unmeasured = make(collection, tmp_path / "unmeasured", recipe=[good, wreck, still])
+    unmeasured.fit(collection.train, collection.qrels)  # the last one where nothing says which is best
+    _, second, last = (weights(unmeasured.retriever(round=number).index.encoder) for number in (1, 2, 3))
+    assert all(torch.equal(second[name], last[name]) for name in second)
+
+
 def test_plain_topics_start_with_in_batch_negatives(collection, tmp_path):
     dance = make(collection, tmp_path / "run", recipe=recipes.ance(1, **FAST))
     assert dance.fit(collection.train, collection.qrels) is dance

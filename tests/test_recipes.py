@@ -258,6 +258,22 @@ def test_a_sum_of_losses_is_called_by_its_parts(collection, tmp_path):
     assert dance.history["loss"].tolist()[1:] == ["1 contrastive + 0.5 samtone"]
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_losses_of_a_sum_and_of_ones_own_take_the_similarity_of_the_encoder(collection, tmp_path, similarity):
+    """Each kind of loss has the value that the plain one has, whatever its own default is."""
+
+    class Own(losses.ContrastiveLoss):
+        """The same."""
+
+    encoder, options = collection.encoder.with_similarity(similarity), {"temperature": 0.5}
+    losses_of = {}
+    for name, loss in {"one": "contrastive", "sum": [("contrastive", 1.0, options)], "own": Own}.items():
+        given = {} if name == "sum" else options
+        dance, _ = collection.fit(tmp_path / name, [Round(loss=loss, loss_options=given, **FAST)], encoder=encoder)
+        losses_of[name] = dance.history["training_loss"].iloc[1]
+    assert losses_of["sum"] == pytest.approx(losses_of["one"]) == pytest.approx(losses_of["own"])
+
+
 def test_the_temperatures_of_a_combination_are_told_apart(teacher):
     with pytest.raises(ValueError, match="mnrl_temperature"):
         recipes.margin_mse_mnrl_dual(teacher, loss_options={"temperature": 0.1})

@@ -203,7 +203,8 @@ def train(
     encoder.model.float()
     arguments = training_arguments(encoder, examples, round_, span, folder)
     options = dict(round_.loss_options)
-    if isinstance(round_.loss, str):
+    parts = round_.loss if isinstance(round_.loss, (list, tuple)) else [(round_.loss,)]
+    if all("similarity" in losses.options(part[0]) for part in parts):
         # train with the similarity that retrieval will use
         options.setdefault("similarity", encoder.similarity)
     if arguments.world_size > 1:
