@@ -94,7 +94,7 @@ def test_a_document_that_a_pipeline_gives_twice_is_one_candidate():
     once = results(documents=6)
     again = once[once["docno"].isin(["d0", "d2"])].assign(rank=3, score=0.5)
     for twice in (pd.concat([once, again]), pd.concat([again, once]).drop(columns="rank")):
-        mined = mine_documents(Fixed(twice), TOPICS, QRELS, depth=5, negatives=9)
+        mined = mine_documents(twice, TOPICS, QRELS, depth=5, negatives=9)
         assert mined[mined["qid"] == "b"]["docno"].tolist() == ["d0", "d1", "d2", "d4"]
         assert mined[mined["qid"] == "b"]["rank"].tolist() == [0, 1, 2, 4]
 
