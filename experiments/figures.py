@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -27,8 +28,10 @@ TRAINING = dict(batch_size=256, learning_rate=0.03, negatives_per_row=2, tempera
 
 def dance() -> list[Round]:
     """Two epochs of MNRL, then one of each of DANCE's stages, gently."""
-    stages = dict(warm_up=0, ance_rounds=0, normalize=True, temperature=0.01)
-    return recipes.mnrl(2, name="warm-up", **TRAINING) + recipes.dance(batch_size=256, learning_rate=0.003, **stages)
+    stages = dict(loss="pairwise", warm_up=0, ance_rounds=0, normalize=True, temperature=0.01)
+    norm, dual = recipes.dance(batch_size=256, learning_rate=0.003, **stages)
+    # one schedule for both
+    return [*recipes.mnrl(2, name="warm-up", **TRAINING), norm, replace(dual, start="last", carry_optimizer=True)]
 
 
 METHODS = {

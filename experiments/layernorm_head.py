@@ -31,7 +31,7 @@ def options() -> argparse.Namespace:
 
 def stages(normalize: bool, dual: bool) -> list:
     """One warm-up and two rounds of a cell of the ablation."""
-    warm, first, *last = recipes.dance(warm_up=1, ance_rounds=0, normalize=normalize, dual=dual)
+    warm, first, *last = recipes.dance(loss="pairwise", ance_rounds=0, normalize=normalize, dual=dual)
     return [replace(warm, similarity="cosine" if normalize else "dot"), first, *last]
 
 

@@ -215,57 +215,61 @@ def ance(
 
 
 def dance(
-    rounds: int = 1, *, published: bool = False, warm_up: int = 1, ance_rounds: int = 1, epochs: int = 1,
-    normalize: bool | None = None, dual: bool = True, temperature: float | None = None, dual_weight: float = 0.1,
-    query_negatives: object = "dense", **options,
+    rounds: int = 1, *, published: bool = False, loss: str = "contrastive", warm_up: int = 1, ance_rounds: int = 1,
+    epochs: int = 1, normalize: bool | None = None, dual: bool = True, temperature: float | None = None,
+    dual_weight: float | None = None, query_negatives: object = "dense", **options,
 ) -> list[Round]:  # fmt: skip
     """DANCE (Li et al., arXiv 2107.07773): from an ANCE model, normalisation tuning, then dual training.
 
     From the paper: stage 1 trains ANCE's loss on L2-normalised embeddings; stage 2 adds the dual loss, whose negatives
     are training queries mined with the positive documents' vectors. Document and query negatives of a round come from
-    the same weights. Ours: the encoder's similarity at the temperature that follows from it (.05 for cosines; the
-    paper's .01 forgets more of an encoder that is no ANCE model), ANCE's rounds before as :func:`ance` has them.
+    the same weights. From the release: stage 2 is a training of its own, from stage 1's best checkpoint. Ours: ANCE's
+    rounds before, in one schedule with stage 1; the encoder's similarity at the temperature that follows from it (.05
+    for cosines; the paper's .01 forgets more of an encoder that is no ANCE model); and cross-entropy with in-batch
+    negatives where the paper has pairs, the dual direction at weight 1 instead of .1, at a third of the rate: after
+    stage 1 hardly a pair of a small collection is out of order (a loss of .01), so that pairs changed nothing there.
 
-    ``published=True`` is the release's setting for MS MARCO documents: temperature .01, dual weight .1, LAMB, 5e-6
-    with 3,000 steps of warm-up, 64 rows, a refresh every 5,000 steps with one optimiser and schedule a stage, stage 2
-    from stage 1's best round, regularisers off. It starts from an ANCE model of yours (``warm_up`` and ``ance_rounds``
-    are 0 then) and is meant for :func:`ance`'s head. The release's schedule ends at step 1,000,000, ours with the
-    stage. Neither paper nor release fixes how many refreshes a stage has.
+    ``published=True`` is the release's setting for MS MARCO documents: pairs, temperature .01, dual weight .1, LAMB,
+    5e-6 with 3,000 steps of warm-up, 64 rows, a refresh every 5,000 steps with one optimiser and schedule a stage,
+    stage 2 from stage 1's best round, regularisers off. It starts from an ANCE model of yours (``warm_up`` and
+    ``ance_rounds`` are 0 then) and is meant for :func:`ance`'s head. The release's schedule ends at step 1,000,000,
+    ours with the stage. Neither paper nor release fixes how many refreshes a stage has.
 
     Args:
         rounds: Rounds of each stage, every one with refreshed negatives.
         published: The release's settings instead of those that follow from the encoder.
+        loss: "contrastive", or "pairwise" as published, in all rounds but the warm-up.
         warm_up: Epochs on the first stage's negatives before; 0 where the encoder is an ANCE model already.
         ance_rounds: Rounds of ANCE before; 0 where the encoder is an ANCE model already.
         epochs: Passes over the training pairs in each round, where it has no ``steps``.
         normalize: True for cosines, False for dot products (with ``dual`` the 2x2 ablation of the paper); None leaves
             the encoder's similarity, or cosines where ``published``.
         dual: Whether to add the dual loss in stage 2.
-        dual_weight: Weight of the dual loss.
+        dual_weight: Weight of the dual loss; None for .1 with pairs, as published, and 1 otherwise.
         query_negatives: Where query negatives come from, see :class:`Round`.
         temperature: Divides the similarities of both stages; None follows from the encoder.
         **options: Any other attribute of :class:`Round`, for all rounds.
     """
     rounds, ance_rounds = whole("rounds", rounds, 0), whole("ance_rounds", ance_rounds, 0)
     if published:
-        warm_up = ance_rounds = 0
+        warm_up, ance_rounds, loss = 0, 0, "pairwise"
         normalize = True if normalize is None else normalize
+    if dual_weight is None:
+        dual_weight = 0.1 if loss == "pairwise" else 1.0
     similarity = {None: None, True: "cosine", False: "dot"}[normalize]
-    before = ance(ance_rounds, warm_up=warm_up, epochs=epochs, **options) if warm_up or ance_rounds else []
-    given: dict[str, Any] = dict(loss="pairwise", negatives=current_model, similarity=similarity, epochs=epochs)
+    before = ance(ance_rounds, loss=loss, warm_up=warm_up, epochs=epochs, **options) if warm_up or ance_rounds else []
+    given: dict[str, Any] = dict(loss=loss, negatives=current_model, similarity=similarity, epochs=epochs)
     given["carry_optimizer"] = True
     if published:
         given |= release.DANCE | dict(loss_options={"temperature": 0.01 if normalize else 1.0})
     first = _round(given | dict(name="norm" if normalize else "document"), options, temperature)
     last = first
     if dual:
-        loss = given.get("loss_options", {}) | {"dual": True, "dual_weight": dual_weight}
+        both = given.get("loss_options", {}) | {"dual": True, "dual_weight": dual_weight}
         last = _round(
-            given | dict(name="dual", loss_options=loss, query_negatives=query_negatives), options, temperature
+            given | dict(name="dual", loss_options=both, query_negatives=query_negatives), options, temperature
         )
-    if published:
-        return _anew([first] * rounds) + _anew([last] * rounds, start="best")
-    return _anew(before + [first] * rounds + [last] * rounds)
+    return _anew(before + [first] * rounds) + _anew([last] * rounds, start="best")
 
 
 def samtone(

@@ -43,15 +43,14 @@ def test_corpus_shows_its_first_documents_as_text(tmp_path):
 def test_round_reads_like_the_settings_of_a_paper():
     dual = recipes.dance(learning_rate=5e-6)[-1]
     told = round_settings(dual)
-    assert told["loss"].startswith("pairwise (dual True")
+    assert told["loss"].startswith("contrastive (dual True") and told["starts from"] == "the best round so far"
     assert told["negatives"] == "current model" and told["query negatives"] == "dense"
     assert told["drawn from"] == "uniformly from the top 200"
     assert told["learning rate"] == "5e-06" and told["batch size"] == str(dual.batch_size)
-    assert cells(dual._repr_html_())[:2] == ["loss", told["loss"]]
+    assert cells(dual._repr_html_())[:4] == ["starts from", told["starts from"], "loss", told["loss"]]
     changed = replace(dual, steps=7, rank_range=(10, 50), filters=[mining.RankRange(1, 9)], share_of_queries=0.2)
     told = round_settings(changed)
-    assert "starts from" not in told
-    assert round_settings(Round(start="best"))["starts from"] == "the best round so far"
+    assert "starts from" not in round_settings(Round())
     assert told["length"] == "7 steps" and told["drawn from"].endswith("ranks 10 to 49")
     assert told["filters"] == "RankRange(first=1, last=9)" and told["queries"] == "20% in turn"
     alone = round_settings(Round(negatives=None))

@@ -85,13 +85,14 @@ RECIPES = {
     "ance": lambda: recipes.ance(1, warm_up=2, loss="contrastive", **FAST),
     "samtone both": lambda: recipes.samtone(2, sides="both", **FAST),
 }
+START = dict(warm_up=0, ance_rounds=0)
 for norm in (True, False):
     for dual in (True, False):
         name = f"dance {'norm' if norm else 'dot'} {'dual' if dual else 'document'}"
         # as published, on a warm-up with in-batch negatives: some hundred rows are too few for pairs alone
         RECIPES[name] = lambda norm=norm, dual=dual: [
             *recipes.mnrl(2, similarity="cosine" if norm else "dot", **FAST),
-            *recipes.dance(1, warm_up=0, ance_rounds=0, normalize=norm, dual=dual, **{**FAST, "learning_rate": 0.001}),
+            *recipes.dance(1, loss="pairwise", normalize=norm, dual=dual, **START, **{**FAST, "learning_rate": 0.001}),
         ]
 
 
@@ -218,6 +219,7 @@ def test_published_settings_are_the_releases():
     assert first.loss_options == {"temperature": 1.0} and first.training_arguments["optim"] == "lamb"
     assert [round_.carry_optimizer for round_ in (first, second)] == [False, True]
     norm, dual = recipes.dance(published=True)
+    assert (norm.loss, dual.loss) == ("pairwise", "pairwise")
     assert norm.loss_options == {"temperature": 0.01} and norm.similarity == dual.similarity == "cosine"
     assert dual.loss_options == {"temperature": 0.01, "dual": True, "dual_weight": 0.1} and dual.start == "best"
     assert (norm.steps, norm.learning_rate, norm.warmup) == (5000, 5e-6, 3000)
@@ -228,6 +230,35 @@ def test_published_settings_are_the_releases():
     [same_tower] = recipes.samtone(published=True)
     assert (same_tower.similarity, same_tower.negatives) == ("cosine", None)
     assert same_tower.loss_options == {"sides": "query", "temperature": 0.01}
+
+
+def test_the_second_stage_of_dance_is_a_training_of_its_own_from_the_best_round():
+    """By default, in an ablation and as published; without the dual loss the stage is as long."""
+    for options in ({}, {"published": True}, {"normalize": False}, {"dual": False}, {"loss": "pairwise"}):
+        *first, dual, more = recipes.dance(2, **options)
+        assert [round_.carry_optimizer for round_ in first] == [False] + [True] * (len(first) - 1)
+        assert (dual.start, dual.carry_optimizer) == ("best", False) and more.carry_optimizer
+        assert dual.is_dual == options.get("dual", True) and not any(round_.is_dual for round_ in first)
+    assert recipes.dance()[-1].loss_options["dual_weight"] == 1.0
+    assert recipes.dance(loss="pairwise")[-1].loss_options["dual_weight"] == 0.1
+
+
+def test_the_second_stage_of_dance_trains_both_directions_gently(collection, tmp_path):
+    """It takes a third of the rate in all its rounds; the dual loss changes the vectors that it gives."""
+    vectors = {}
+    for dual in (True, False):
+        recipe = recipes.dance(2, ance_rounds=0, dual=dual)
+        dance, _ = collection.fit(tmp_path / str(dual), recipe)
+        rates = dance.history["learning_rate"].iloc[1:].to_numpy()
+        assert rates == pytest.approx(defaults.learning_rate(collection.encoder) * np.array([1, 1, 1, 1 / 3, 1 / 3]))
+        assert dance.history["nDCG@10"].iloc[-1] > dance.history["nDCG@10"].iloc[0]
+        vectors[dual] = [
+            dance.retriever(round=number).index.encoder.encode_queries(collection.dev["query"].tolist())
+            for number in (dance.history["nDCG@10"].iloc[:4].idxmax(), 5)
+        ]
+    np.testing.assert_array_equal(vectors[True][0], vectors[False][0])
+    cosines = (vectors[True][1] * vectors[False][1]).sum(axis=1)
+    assert cosines.mean() < 0.999
 
 
 def test_lamb_is_that_of_the_release(collection, tmp_path):

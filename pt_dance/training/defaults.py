@@ -19,6 +19,8 @@ TEMPERATURE = 0.05
 TRANSFORMER_RATE = 2e-5
 #: Peak learning rate of a static tower, as a share of the root mean square of its weights.
 STATIC_SHARE = 0.02
+#: Peak learning rate of a schedule that begins with the best round's encoder, as a share of the usual one.
+REFINING_SHARE = 1 / 3
 #: Root mean square of the margins that a teacher asks for, in that of the encoder's own before training.
 STRETCH = 2.0
 #: Losses that learn from a teacher's scores.
@@ -66,10 +68,11 @@ def learning_rate(encoder) -> float:
     return float(f"{STATIC_SHARE * min(size for size in sizes if size > 0):.3g}")
 
 
-def settle(round_, encoder, examples: Examples, initial) -> Settled:
+def settle(round_, encoder, examples: Examples, initial, *, refines: bool = False) -> Settled:
     """Return a round with everything decided that it left open.
 
-    - ``learning_rate``: by the encoder that the fit began with, see :func:`learning_rate`, so that rounds share it.
+    - ``learning_rate``: by the encoder that the fit began with, see :func:`learning_rate`, so that rounds share it; a
+      third of it where a schedule refines the best of the encoders trained so far, which larger steps would undo.
     - temperature of cosines: .05.
     - temperature of dot products: .05 times the mean product of the lengths of a query's and its positive's vector, so
       that both similarities give the same softmax where lengths are alike.
@@ -85,13 +88,14 @@ def settle(round_, encoder, examples: Examples, initial) -> Settled:
         encoder: ``DualEncoder`` that the round begins with, of the round's similarity.
         examples: The round's rows.
         initial: ``DualEncoder`` that the fit began with.
+        refines: Whether the round's schedule begins with the best round's encoder.
     """
     loss, options = round_.loss, dict(round_.loss_options)
     is_sum = isinstance(loss, (list, tuple))
     parts = [tuple(part) for part in loss] if is_sum else [(loss, 1.0, options)]
     rate = round_.learning_rate
     if rate is None:
-        rate = learning_rate(initial)
+        rate = learning_rate(initial) * (REFINING_SHARE if refines else 1)
     report: dict[str, float | str] = {"learning_rate": rate, "similarity": encoder.similarity}
     looked: dict[str, float] = {}
     done = []

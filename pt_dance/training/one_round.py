@@ -96,7 +96,7 @@ def train_round(
     keep_frozen(started, encoder)
     if round_.similarity is not None:
         encoder = encoder.with_similarity(round_.similarity)
-    settled = settle(round_, encoder, examples, started)
+    settled = settle(round_, encoder, examples, started, refines=span.refines)
     if refreshes is not None:
         encoder.model.float()  # the weights that are handed over are
         refreshes.work = Work(

@@ -27,6 +27,7 @@ class Span:
         stream_seed: Fixes the order of the pairs and the draw of their negatives.
         stream_batch: Batches of the stream before this round.
         carried_on: Whether another round goes on with the optimiser.
+        refines: Whether the schedule begins with the best round's encoder.
     """
 
     schedule_seed: int
@@ -40,6 +41,7 @@ class Span:
     stream_seed: int
     stream_batch: int
     carried_on: bool
+    refines: bool = False
 
     @property
     def last_step(self) -> int:
@@ -143,7 +145,7 @@ def _schedule(rounds: Sequence, pairs: Sequence[int], seeds: Sequence[int], numb
             Span(
                 schedule_seed=seeds[0], first_step=step, steps=steps, total_steps=total_steps, first_batch=batch,
                 batches=batches, total_batches=total_batches, per_pass=per_pass, stream_seed=stream_seed,
-                stream_batch=stream_batch, carried_on=place + 1 < len(rounds),
+                stream_batch=stream_batch, carried_on=place + 1 < len(rounds), refines=rounds[0].start == "best",
             )
         )  # fmt: skip
         step, batch = step + steps, batch + batches
