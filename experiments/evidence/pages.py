@@ -33,7 +33,7 @@ MADE = ".. Made by experiments/evidence/run.py --pages from the committed cells;
 # What a user calls for each method that has a recipe, and the page that it has.
 RECIPES = {
     "mnrl": ("recipes.mnrl()", "mnrl"),
-    "mnrl-ance": ("recipes.ance()", "ance"),
+    "mnrl-ance": ('recipes.ance(loss="contrastive")', "ance"),
     "samtone": ("recipes.samtone()", "samtone"),
     "mnrl-dual": ("recipes.mnrl_dual()", "mnrl-dual"),
     "dance-none": ("recipes.ance(published=True)", "ance"),
