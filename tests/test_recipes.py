@@ -258,7 +258,7 @@ def test_the_second_stage_of_dance_trains_both_directions_gently(collection, tmp
         ]
     np.testing.assert_array_equal(vectors[True][0], vectors[False][0])
     cosines = (vectors[True][1] * vectors[False][1]).sum(axis=1)
-    assert cosines.mean() < 0.999
+    assert cosines.mean() < 0.9995  # 1 where the dual loss does nothing
 
 
 def test_lamb_is_that_of_the_release(collection, tmp_path):
