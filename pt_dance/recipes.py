@@ -62,7 +62,7 @@ class Round:
             ``warmup``, ``scheduler`` and ``training_arguments`` must be the same in all of them. Means nothing in the
             first round of a recipe.
         start: Which round's encoder this one begins with and mines with: that of the "last" round, or of the "best"
-            one before it.
+            one that was trained before it.
         batch_size: Rows of a batch, over all processes.
         learning_rate: Peak learning rate; None follows from the encoder, see :mod:`pt_dance.training.defaults`.
         warmup: Share of the steps over which the learning rate rises linearly; from 1 on, their number.

@@ -218,6 +218,11 @@ def test_a_round_may_start_from_the_best_one_so_far(collection, tmp_path):
     scores = dance.retriever(round=1)(mined[["qid", "docno"]].merge(collection.train, on="qid"))
     found = mined.merge(scores, on=["qid", "docno"], suffixes=("", "_first"))
     assert len(found) == len(mined) and np.abs(found["score"] - found["score_first"]).max() < 1e-6
+    hurt = make(collection, tmp_path / "hurt", recipe=[wreck, still])
+    fit(collection, hurt)  # a stage goes on from what was trained, even where the encoder as it came was better
+    assert hurt.history["nDCG@10"].idxmax() == 0
+    first, last = (weights(hurt.retriever(round=number).index.encoder) for number in (1, 2))
+    assert all(torch.equal(first[name], last[name]) for name in first)
     unmeasured = make(collection, tmp_path / "unmeasured", recipe=[good, wreck, still])
     unmeasured.fit(collection.train, collection.qrels)  # the last one where nothing says which is best
     _, second, last = (weights(unmeasured.retriever(round=number).index.encoder) for number in (1, 2, 3))

@@ -50,8 +50,13 @@ def best_round(history: Sequence[dict], measure: object) -> int:
 
 
 def begins_with(round_, history: Sequence[dict], measure: object) -> int:
-    """Return which of the rounds before, round 0 among them, gives a ``Round`` the encoder that it begins with."""
-    return best_round(history, measure) if round_.start == "best" else history[-1]["round"]
+    """Return which of the rounds before gives a ``Round`` the encoder that it begins with.
+
+    The best one is the best of those that were trained, as a stage goes on from a checkpoint of the stage before it; it
+    is round 0, the encoder as it came, only where nothing was.
+    """
+    trained = [row for row in history if row["round"] > 0] or history
+    return best_round(trained, measure) if round_.start == "best" else history[-1]["round"]
 
 
 def warn_if_worse(history: Sequence[dict], measure: object) -> None:
