@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits
 
 from pt_dance import analysis
 from small_collection import standard_library
@@ -111,6 +113,18 @@ def test_tsne_joins_the_pairs_of_the_same_sample_in_every_panel(spaces):
         assert set(map(tuple, ends[:, 1])) == set(map(tuple, documents.get_offsets().data))
     told = [float(axis.get_xlabel().split()[-1]) for axis in axes]
     assert told[0] > 0.95 and told[1] < 0.7
+
+
+def test_tsne_is_the_same_picture_on_any_number_of_threads(spaces):
+    vectors = np.random.default_rng(0).normal(size=(600, 384)).astype(np.float32)  # smaller sets do not depend on them
+    report = replace(spaces["islands"], queries=vectors[:300], documents=vectors[300:])
+    report = replace(report, sample=replace(report.sample, pairs=np.tile(np.arange(300)[:, None], 2)))
+    places = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            axis = analysis.plot_tsne(report).axes[0]
+        places.append(axis.collections[1].get_offsets().data)
+    assert np.array_equal(*places)
 
 
 def test_histograms_hold_the_distributions(spaces):

@@ -19,6 +19,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from pt_dance.analysis.space_report import SpaceReport
 
@@ -133,7 +134,8 @@ def plot_tsne(
     for axis, (name, report) in zip(axes, reports.items(), strict=True):
         vectors = np.concatenate([report.queries[queries], report.documents[documents]])
         reduced = TSNE(init="pca", perplexity=min(perplexity, (len(vectors) - 1) / 3), random_state=seed)
-        places = reduced.fit_transform(vectors)
+        with threadpool_limits(1):  # more threads add up in another order, which t-SNE makes another picture of
+            places = reduced.fit_transform(vectors)
         of_queries, of_documents = places[: len(queries)], places[len(queries) :]
         joined = np.stack([of_queries[query_of], of_documents[document_of]], axis=1)
         axis.add_collection(LineCollection(joined, colors=OTHER, linewidths=0.35, alpha=0.45, zorder=1))
@@ -145,8 +147,8 @@ def plot_tsne(
         axis.spines[:].set(visible=True, linewidth=0.5, color=OTHER)
         for told in report.measures.query("measure.str.startswith('told apart')")["value"]:
             axis.set_xlabel(f"told apart: {told:.2f}", fontsize=8)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2)
+    entries = (part[::-1] for part in axes[0].get_legend_handles_labels())
+    figure.legend(*entries, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -302,11 +304,9 @@ def plot_history(
             va="center" if not beside else "top" if max(beside) > 0 else "bottom", fontsize=7.5, color="#555555",
             annotation_clip=False,
         )  # fmt: skip
-    axis.set(xlim=(-0.5, len(history) - 0.5), ylim=(0, 1.12 * top or 1))
+    axis.set(xlim=(-0.5, len(history) - 0.5), ylim=(0, 1.12 * top or 1), ylabel=", ".join(measures))
     if len(measures) > 1:
         axis.legend(loc="lower right")
-    else:
-        axis.set_ylabel(measures[0])
     return figure
 
 
