@@ -197,18 +197,24 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         while ranks.total() < options.kills:
             trial = Trial(given, given / f"job {jobs}", options.fits)
             jobs += 1
+            started, killed = time.perf_counter(), False
             while True:
                 rank = rng.randrange(2) if ranks.total() < options.kills else None
                 if (where := trial.run(rank, rng.uniform(0, seconds))) is None:
                     break
+                killed = True
                 ranks[f"process {rank}"] += 1
                 fits[where[0]] += 1
                 stages[where[1]] += 1
+            if not killed:  # moments lie in what a job takes, which depends on what else the machine does
+                seconds = min(seconds, time.perf_counter() - started)
             trial.check(undisturbed)
     summary = {
+        "processes": 2,
+        "encoder": "static, small BERT",
         "seed": options.seed,
         "fits of a job": list(options.fits),
-        "jobs": jobs,
+        "finished": jobs,
         "kills": dict(sorted(ranks.items())),
         "killed in": dict(sorted(fits.items())),
         "killed while": dict(sorted(stages.items())),

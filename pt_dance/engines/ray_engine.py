@@ -164,7 +164,7 @@ class Ray:
                     f"{self.workers} workers and one process beside them, with {count:g} {name}s each, do not fit in "
                     f"Ray's {there.get(name, 0):g} {name}s: take fewer"
                 )
-        actor = ray.remote(Placed).options(num_cpus=each[0], num_gpus=each[1]).remote(sys.path)
+        actor: Any = ray.remote(Placed).options(num_cpus=each[0], num_gpus=each[1]).remote(sys.path)
         ray.get(actor.start.remote(module, str(folder), given))
         return PlacedProgram(actor)
 
