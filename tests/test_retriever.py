@@ -326,8 +326,9 @@ def test_the_users_words_are_encoded_not_what_rewriters_made_of_them(index):
     with pytest.warns(UserWarning, match="the queries were rewritten .* it reads what the user asked") as said:
         once, twice = (rewrite >> dense)(TOPICS), (rewrite >> rewrite >> dense)(TOPICS)
         rescored = dense(rewrite(expected))
+        alike = dense(rewrite(expected).assign(query="applypipeline:off what all were made into"))
     assert len(said) == 1
-    for found in (once, twice, rescored):
+    for found in (once, twice, rescored, alike):
         assert found["docno"].tolist() == expected["docno"].tolist()
         assert np.abs(found["score"] - expected["score"]).max() < 1e-6
         assert found["query"].str.startswith("applypipeline:off ").all(), "columns that came in stay"
