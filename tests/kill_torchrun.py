@@ -1,4 +1,4 @@
-"""Kill one of two processes that train together, at random moments, and see that the job comes to the same end.
+r"""Kill one of two processes that train together, at random moments, and see that the job comes to the same end.
 
 Two processes make the calls of ``torchrun_fit.py``, as ``torchrun`` starts them, but without it, since it would end the
 one when the other dies: MNRL, ANCE, DANCE and Margin-MSE with a static tower, and all of them with a small BERT. At a
@@ -7,7 +7,8 @@ sentence. The same job is started again on the same folders until it is done. Th
 all rounds must have the bytes of an undisturbed job's, both processes must have found the same history, and nothing may
 be left over.
 
-    python tests/kill_torchrun.py --kills 10 --seed 1 --out experiments/results/kill-torchrun.json
+    python tests/kill_torchrun.py --kills 6 --seed 1 --fits mnrl dance margin_mse \
+        --out experiments/results/kill-torchrun.json
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             trial.check(undisturbed)
     summary = {
         "processes": 2,
-        "encoder": "static, small BERT",
+        "encoder": ", ".join(sorted({"small BERT" if name.startswith("bert") else "static" for name in options.fits})),
         "seed": options.seed,
         "fits of a job": list(options.fits),
         "finished": jobs,

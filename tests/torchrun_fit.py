@@ -141,6 +141,8 @@ def main(job: dict) -> None:
                 found[name] = outcome(fit(name, out / name, given, corpus, seed))
             except Exception as error:
                 found[name] = {"error": type(error).__name__, "message": str(error)}
+                if not job.get("may_fail"):  # with a process that is gone no other fit can begin
+                    break
     (out / f"parts {rank}.json").write_text(json.dumps(did))
     (out / f"process {rank}.json").write_text(json.dumps(found))
     if any("error" in result for result in found.values()) and not job.get("may_fail"):
