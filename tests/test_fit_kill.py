@@ -17,7 +17,6 @@ def test_killed_at_a_random_moment_and_between_operations_on_the_disk():
     summary = kill_fit.main([*options, "--first", "130", "--boundaries", "200"])
     at_operations = summary["at operations on the disk"]
     assert summary["kills"] == 1 and at_operations["kills"] == 2
-    assert sum(count > 0 for count in at_operations["killed while"].values()) >= 2
 
 
 @pytest.fixture
