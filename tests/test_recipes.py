@@ -161,6 +161,22 @@ def test_what_a_round_leaves_open_follows_from_the_encoder(collection, teacher, 
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_temperature_that_is_left_open_follows_from_the_length_of_the_vectors(collection, tmp_path, similarity):
+    """Of cosines it is .05, and of dot products so much larger that the softmaxes are alike."""
+    encoder, topics = collection.encoder.with_similarity(similarity), collection.train.head(40)
+    recipe = recipes.mnrl(negatives=None)
+    dance = DanceRetriever(encoder, collection.corpus, tmp_path / "run", recipe=recipe, verbose=False)
+    dance.fit(topics, collection.qrels)
+    pairs = collection.qrels[collection.qrels["label"] > 0].merge(topics, on="qid")
+    assert len(topics) <= len(pairs) <= defaults.ROWS
+    queries = encoder.encode_queries(pairs["query"].tolist())
+    documents = encoder.encode_docs(collection.corpus.texts(pairs["docno"]))
+    lengths = np.linalg.norm(queries, axis=1) * np.linalg.norm(documents, axis=1)
+    assert dance.history["temperature"].iloc[1] == pytest.approx(0.05 * lengths.mean(), rel=1e-4)
+    assert (abs(lengths.mean() - 1) < 1e-4) == (similarity == "cosine")
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_a_teacher_asks_for_margins_twice_as_large_as_the_encoders(collection, teacher, tmp_path, similarity):
     """Computed from the mined negatives: in the loss the teacher's margins are 1 where the encoder's are one half."""
     recipe = recipes.margin_mse(teacher, similarity=similarity, negatives_per_query=1, sampling="top")
