@@ -462,6 +462,23 @@ def test_nothing_to_learn_from_is_an_error_whatever_the_loss(collection, tmp_pat
         assert not list((tmp_path / loss).rglob("trained.json"))
 
 
+def test_copies_and_queries_that_read_the_same_are_no_negatives_in_a_batch(collection, tmp_path):
+    """Where a batch has nothing else there is nothing to learn from; one other word, and there is."""
+    topics = pd.DataFrame({"qid": ["1", "2"], "query": ["fruit", "water"]})
+    qrels = pd.DataFrame({"qid": ["1", "2"], "docno": ["a", "b"], "label": 1})
+    for number, texts in enumerate([("apple river", "Apple  river"), ("apple river", "apple stone")]):
+        documents = [{"docno": docno, "text": text} for docno, text in zip("ab", texts, strict=True)]
+        corpus = Corpus.build(documents, tmp_path / f"corpus-{number}", verbose=False)
+        encoder = DualEncoder.static([*texts, *topics["query"]], dim=8, vocab_size=100)
+        recipe = [Round(negatives=None, batch_size=2)]
+        dance = DanceRetriever(encoder, corpus, tmp_path / f"run-{number}", recipe=recipe, verbose=False)
+        if number:
+            assert dance.fit(topics, qrels).history["training_loss"].iloc[1] > 0
+            continue
+        with pytest.raises(ValueError, match="nothing to learn from in round 1"):
+            dance.fit(topics, qrels)
+
+
 def test_a_last_batch_that_is_dropped_and_was_the_only_one_is_refused_before_any_work(collection, tmp_path):
     arguments = {"dataloader_drop_last": True}
     dance = make(collection, tmp_path / "run", recipe=[Round(batch_size=1000, training_arguments=arguments)])
