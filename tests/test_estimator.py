@@ -16,7 +16,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
-from ir_measures import RR, nDCG
+from ir_measures import RR, define_byquery, nDCG
 from tqdm import tqdm
 
 from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round, bm25, losses, recipes
@@ -432,10 +432,18 @@ def test_a_measure_that_cannot_be_computed_is_named_before_any_work(collection, 
         def transform(self, inp):
             raise AssertionError("mined before the measure was tried")
 
-    dance = make(collection, tmp_path / "run", measure="Accuracy@1", recipe=[Round(negatives=Broken())])
-    with pytest.raises(ValueError, match="measure=Accuracy@1 cannot be computed here"):
-        fit(collection, dance)
-    assert not (tmp_path / "run").exists()
+    train, dev, qrels = (
+        frame.assign(qid="topic " + frame["qid"]) for frame in (collection.train, collection.dev, collection.qrels)
+    )
+
+    def only_forwards(qrels, results):
+        return 1 / bool(qrels["query_id"].str.startswith("topic ").all())
+
+    for measure in ("Accuracy@1", define_byquery(only_forwards, name="Forwards")):
+        dance = make(collection, tmp_path / "run", measure=measure, recipe=[Round(negatives=Broken())])
+        with pytest.raises(ValueError, match=rf"measure={measure} cannot be computed here \(ZeroDivisionError"):
+            dance.fit(train, qrels, dev, qrels)
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_call_that_trained_nothing_does_not_hold_its_folder(collection, tmp_path):
