@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round, bm25, losses, recipes
 from pt_dance.mining import NearDuplicate, RankRange
-from pt_dance.training.inputs import TrainingInput
+from pt_dance.training.inputs import TrainingInput, check_fit
 from pt_dance.training.run_folder import RunFolder
 from pt_dance.training.validation import documents_to_queries, validate
 from small_collection import standard_library
@@ -413,6 +413,24 @@ def test_training_that_only_hurts_leaves_the_untrained_encoder_and_says_so(colle
     assert measured == pytest.approx(history["nDCG@10"][0])
 
 
+def test_other_documents_on_the_path_of_a_run_are_refused(collection, fitted, tmp_path):
+    """By what they say, not by where they are: neither trained on nor searched with the vectors of the old ones."""
+    shutil.copytree(fitted[0].path, tmp_path / "run")
+    documents = standard_library().documents
+    given = dict(recipe=fitted[0].recipe, measure=fitted[0].measure, verbose=False)
+    for name, text, is_same in (("same", "", True), ("corrected", "corrected ", False)):
+        corpus = Corpus.build(documents.assign(text=text + documents["text"]), tmp_path / name, verbose=False)
+        dance = DanceRetriever(collection.encoder, corpus, tmp_path / "run", **given)
+        if is_same:
+            fit(collection, dance)
+            pd.testing.assert_frame_equal(dance(collection.dev), fitted[0](collection.dev))
+            continue
+        with pytest.raises(ValueError, match=r"was begun with other settings \(corpus was"):
+            fit(collection, dance)
+        with pytest.raises(ValueError, match="was made from another corpus than"):
+            dance(collection.dev)
+
+
 def test_only_the_measure_changes_and_nothing_is_trained_anew(collection, fitted, tmp_path):
     shutil.copytree(fitted[0].path, tmp_path / "run")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
@@ -506,6 +524,17 @@ def test_training_arguments_that_cannot_work_are_refused_when_the_round_is_made(
     with pytest.raises(ValueError, match=next(iter(arguments))) as error:
         Round(training_arguments=arguments)
     assert "\n" not in str(error.value)
+
+
+def test_fit_keeps_of_results_what_mining_needs(collection, tmp_path):
+    frame = (collection.bm25 % 30)(collection.train)
+    given = dict(corpus=collection.corpus, reads=collection.encoder, context=make(collection, tmp_path / "run"))
+    wide = frame.assign(text="as long as documents are " * 40, title="kept by somebody", docid=7)
+    kept = [check_fit(results, collection.qrels, None, None, **given)[0].first_stage for results in (frame, wide)]
+    pd.testing.assert_frame_equal(*kept)
+    assert set(kept[0].columns) == {"qid", "docno", "rank", "score"}
+    bytes_a_row = kept[0].memory_usage(index=False).sum() / len(frame)
+    assert bytes_a_row < 20 < frame.memory_usage(index=False).sum() / len(frame)
 
 
 def test_fit_behind_a_rewriter_learns_from_the_users_words(collection, tmp_path):
