@@ -149,6 +149,7 @@ def main() -> None:
         "threads of the training": args.threads,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "runs": rows,
         "nDCG@10": {mode: round(float(by_query[mode].mean()), 4) for mode in MODES},

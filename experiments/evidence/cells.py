@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from evidence.evaluate import (
 from evidence.methods import BASELINES, METHODS, ROWS, Method, Setting, first_encoder, grid, with_start
 from evidence.protocol import Protocol
 from evidence.teacher import cross_fitted
-from pt_dance import DanceRetriever, DualEncoder
+from pt_dance import DanceRetriever, DualEncoder, Round
 from pt_dance.recipes import current_model
+from pt_dance.storage.folders import lock_folder
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,29 @@ class Study:
         self._collections: dict[tuple, Collection] = {}
         self._teachers: dict[str, pt.Transformer] = {}
 
+    @contextmanager
+    def alone(self, folder: Path) -> Iterator[None]:
+        """Hold what is made in a folder below ``runs``, and wait for another worker that is making it."""
+        held = self.runs / "locks" / folder.relative_to(self.runs)
+        held.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(lock_folder(held, "another worker is making this"))
+                    break
+                except BlockingIOError:
+                    time.sleep(0.2)
+            yield
+
     def collection(self, name: str, encoder: str) -> Collection:
         """A training collection with the queries of an encoder's budget."""
         budget = self.protocol.budgets[encoder]
         key = (name, encoder)
         if key not in self._collections:
-            self._collections[key] = Collection(name, self.data, self.runs / "data", self.protocol, budget)
+            made = Collection(name, self.data, self.runs / "data", self.protocol, budget)
+            with self.alone(made.folder):
+                _ = made.corpus, made.document_pool, made.query_pool
+            self._collections[key] = made
             sizes = self.runs / "sizes" / f"{name}-{encoder}.json"
             sizes.parent.mkdir(parents=True, exist_ok=True)
             sizes.write_text(json.dumps(self._collections[key].describe()))
@@ -75,15 +94,17 @@ class Study:
         """The cross-fitted teacher of a collection."""
         key = collection.folder.name
         if key not in self._teachers:
-            self._teachers[key] = cross_fitted(collection)
+            with self.alone(collection.folder / "teacher"):
+                self._teachers[key] = cross_fitted(collection)
         return self._teachers[key]
 
     def first_encoder(self, name: str, start: str, collection: Collection, seed: int) -> DualEncoder:
         """The untrained encoder of a cell; one tower is made once, as its tokenizer reads all documents."""
         budget = self.protocol.budgets[name]
         folder = self.runs / "first" / collection.name / f"{name}-{budget.queries}-{seed}"
-        if not folder.exists():
-            first_encoder(name, collection, seed, minilm_path()).save(folder)
+        with self.alone(folder):
+            if not folder.exists():
+                first_encoder(name, collection, seed, minilm_path()).save(folder)
         return with_start(DualEncoder.load(folder), start, seed)
 
     def cells(self, methods: Sequence[str] | None = None) -> list[Cell]:
@@ -130,37 +151,13 @@ class Study:
             start, before = self.train(
                 collection, encoder, METHODS[method.after], seed, Setting(setting.learning_rate), unit, shared
             )
-        done = folder / "about.json"
-        if done.exists():
-            return DualEncoder.load(folder / "encoder"), json.loads(done.read_text())
-        teacher = self.teacher(collection) if method.teacher else None
-        size = collection.budget.batch_size
-        recipe = [replace(r, batch_size=size) for r in method.rounds(setting, unit, collection, teacher)]
-        began = time.perf_counter()
-        dance = DanceRetriever(
-            start, collection.corpus, folder / "run", recipe=recipe, num_results=100, seed=seed, keep="best",
-            verbose=False,
-        )  # fmt: skip
-        dance.fit(collection.document_pool, collection.train[1])
-        history = dance.history
-        trained = history[history["round"] > 0]
-        mined = sum(recipe_mines(recipe))
-        about = {
-            "seconds": time.perf_counter() - began + before.get("seconds", 0.0),
-            "steps": int(trained["steps"].sum()) + before.get("steps", 0),
-            "last_loss": float(trained["training_loss"].iloc[-1]),
-            "mine_seconds": float(trained["mine_seconds"].sum()) + before.get("mine_seconds", 0.0),
-            "train_seconds": float(trained["train_seconds"].sum()) + before.get("train_seconds", 0.0),
-            "texts_for_mining": mined * (len(collection.corpus) + len(collection.train[0]))
-            + before.get("texts_for_mining", 0),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        trained_encoder = dance.encoder
-        if not (folder / "encoder").exists():
-            trained_encoder.save(folder / "encoder")
-        done.write_text(json.dumps(about))
-        shutil.rmtree(folder / "run", ignore_errors=True)
-        return trained_encoder, about
+        with self.alone(folder):
+            if (folder / "about.json").exists():
+                return DualEncoder.load(folder / "encoder"), json.loads((folder / "about.json").read_text())
+            teacher = self.teacher(collection) if method.teacher else None
+            recipe = method.rounds(setting, unit, collection, teacher)
+            recipe = [replace(one, batch_size=collection.budget.batch_size) for one in recipe]
+            return _fit(start, collection, recipe, seed, folder, before)
 
     # --- tuning -------------------------------------------------------------------------------------------------------
 
@@ -196,8 +193,12 @@ class Study:
     def targets(self, without: str) -> list[Target]:
         """The zero-shot collections; a collection's own documents are left out."""
         names = [name for name in self.protocol.zero_shot if name != without]
-        most, words = self.protocol.zero_shot_queries, self.protocol.words
-        return [zero_shot_target(name, self.data, self.runs / "data", most, words) for name in names]
+        most, words, folder = self.protocol.zero_shot_queries, self.protocol.words, self.runs / "data"
+        targets = []
+        for name in names:
+            with self.alone(folder / "zero-shot" / name):
+                targets.append(zero_shot_target(name, self.data, folder, most, words))
+        return targets
 
     def trained(self, cell: Cell) -> tuple[DualEncoder, dict]:
         """The encoder of a cell and what it cost, its setting included; trained where it is not on disk."""
@@ -230,6 +231,35 @@ class Study:
         measured = measured.assign(cluster=collection.cluster_of(measured))
         others = [other.assign(cluster=other["qid"]) for other in others]
         write(file, pd.concat([measured, *others], ignore_index=True), about)
+
+
+def _fit(
+    start: DualEncoder, collection: Collection, recipe: list[Round], seed: int, folder: Path, before: dict
+) -> tuple[DualEncoder, dict]:
+    """Train by a recipe; keep the encoder and what it cost, together with what was spent before."""
+    began = time.perf_counter()
+    dance = DanceRetriever(
+        start, collection.corpus, folder / "run", recipe=recipe, num_results=100, seed=seed, keep="best", verbose=False
+    )
+    dance.fit(collection.document_pool, collection.train[1])
+    trained = dance.history[dance.history["round"] > 0]
+    mined = sum(recipe_mines(recipe)) * (len(collection.corpus) + len(collection.train[0]))
+    about = {
+        "seconds": time.perf_counter() - began,
+        "steps": int(trained["steps"].sum()),
+        "mine_seconds": float(trained["mine_seconds"].sum()),
+        "train_seconds": float(trained["train_seconds"].sum()),
+        "texts_for_mining": mined,
+    }
+    about = {name: value + before.get(name, 0) for name, value in about.items()}
+    about["last_loss"] = float(trained["training_loss"].iloc[-1])
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = dance.encoder
+    if not (folder / "encoder").exists():
+        encoder.save(folder / "encoder")
+    (folder / "about.json").write_text(json.dumps(about))
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    return encoder, about
 
 
 def is_fixed(method: str, encoder: str, seed: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -57,13 +58,14 @@ class Target:
         with torch.no_grad():
             for first in range(0, len(vectors), _BLOCK):
                 last = min(first + _BLOCK, len(vectors))
-                features = {
+                features: dict = {
                     "input_ids": torch.from_numpy(ids[start[first] : start[last]].astype(np.int64)),
                     "offsets": torch.from_numpy((start[first:last] - start[first]).astype(np.int64)),
                 }
+                features = {key: value.to(encoder.device) for key, value in features.items()}
                 if encoder.has_two_towers:
                     features["task"] = task
-                vectors[first:last] = encoder.model(features)["sentence_embedding"].numpy()
+                vectors[first:last] = encoder.model(features)["sentence_embedding"].cpu().numpy()
         return vectors
 
     def _tokens(self, encoder: DualEncoder, task: str, texts: list[str] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +80,7 @@ class Target:
                 np.array(one.ids, np.int32) for one in tower.tokenizer.encode_batch(texts, add_special_tokens=False)
             ]
             start = np.concatenate([[0], np.cumsum([len(one) for one in found])])
-            beside = file.with_suffix(f".{task}.new.npz")
+            beside = file.with_suffix(f".{task}.{os.getpid()}.new.npz")
             np.savez(beside, ids=np.concatenate(found), start=start)
             beside.rename(file)
         with np.load(file) as stored:

@@ -77,7 +77,7 @@ class Protocol:
         default_factory=lambda: {
             "static": Budget(250, 32, 4000, None, (1, 2, 3, 4, 5), (0.003, 0.01, 0.03), (0.0003, 0.001, 0.003)),
             "static-minilm": Budget(250, 32, 4000, None, (1, 2, 3, 4, 5), (0.001, 0.003, 0.01), (0.0003, 0.001, 0.003)),
-            "minilm": Budget(25, 16, 2000, 64, (1, 2, 3), (1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4)),
+            "minilm": Budget(50, 64, 4000, 64, (1, 2, 3), (1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4)),
         }
     )
     temperatures: tuple[float, ...] = (0.02, 0.05)

@@ -57,8 +57,12 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
 
 
 def work(args: argparse.Namespace, protocol: Protocol) -> None:
-    """Make cells until none is left: always the first one whose collection no other worker is at."""
+    """Make cells until none is left: always the first one whose method no other worker is at."""
+    import torch
+
     from evidence.cells import Study
+
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing on a CPU
 
     study = Study(protocol, args.data, args.runs)
     ends = None if args.minutes is None else time.monotonic() + 60 * args.minutes
@@ -68,12 +72,12 @@ def work(args: argparse.Namespace, protocol: Protocol) -> None:
             print(f"no time is left for {len(left)} cells: the same command goes on with them", flush=True)
             return
         for cell in left:
-            # All methods and seeds of a collection share tuning and checkpoints: one worker at a time makes them.
-            folder = args.runs / "locks" / cell.collection
+            # All seeds of a method share its tuning: one worker at a time makes them. What methods share is held apart.
+            folder = args.runs / "locks" / "cells" / cell.collection / cell.encoder / cell.method
             folder.mkdir(parents=True, exist_ok=True)
             with ExitStack() as held:
                 try:
-                    held.enter_context(lock_folder(folder, "another worker is at this collection"))
+                    held.enter_context(lock_folder(folder, "another worker is at this method"))
                 except BlockingIOError:
                     continue
                 if not cell.file(args.runs).exists():
@@ -82,7 +86,7 @@ def work(args: argparse.Namespace, protocol: Protocol) -> None:
                     print(f"{cell}: {time.monotonic() - began:.0f} s", flush=True)
                 break
         else:
-            time.sleep(1)  # others are at every collection that has cells left
+            time.sleep(1)  # others are at every method that has cells left
 
 
 def main() -> None:
