@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import os
 import zlib
@@ -27,6 +28,20 @@ LONG = (
     "test_torchrun", "test_recipes", "test_fit_kill", "test_refresh", "test_engines", "test_estimator", "test_schedule",
     "test_notebooks", "test_report", "test_index_kill", "test_evidence",
 )  # fmt: skip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Import all of it without looking for garbage, and never look for any among it.
+
+    Half a million objects live as long as the process, and whoever trains looks through all objects after each round.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is marked is deselected
