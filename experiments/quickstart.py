@@ -1,12 +1,19 @@
 """From a collection to a trained dense retriever and a table, with one command.
 
-python experiments/quickstart.py
-python experiments/quickstart.py --dataset dance:path/to/beir/folder --encoder all-MiniLM-L6-v2 --rounds 1 --topics 500
+    python experiments/quickstart.py
+    python experiments/quickstart.py --dataset dance:path/to/beir/folder --encoder all-MiniLM-L6-v2 --rounds 1
+
+README's tables are made by `make pages` from what --results writes:
+
+    python experiments/quickstart.py --results experiments/results/quickstart-pydocs.json
+    python experiments/quickstart.py --dataset dance:../shared/data/medquad --test-split dev --out runs/medquad \
+        --results experiments/results/quickstart-medquad.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +61,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/quickstart"), help="folder for everything (default: %(default)s)"
     )
+    parser.add_argument("--results", type=Path, help="write what is printed to this file too, as .json")
     return parser.parse_args()
 
 
@@ -83,8 +91,8 @@ def gently(rounds: list, learning_rate: float) -> list:
     return [rounds[0], *(replace(round_, learning_rate=learning_rate) for round_ in rounds[1:])]
 
 
-def show_rounds(dance: DanceRetriever, qrels: pd.DataFrame, measure: str) -> None:
-    """Print what each round is worth on dev and how many of its negatives look like false ones.
+def show_rounds(dance: DanceRetriever, qrels: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Print, and return, what each round is worth on dev and how many of its negatives look like false ones.
 
     Args:
         dance: after its fit.
@@ -98,6 +106,7 @@ def show_rounds(dance: DanceRetriever, qrels: pd.DataFrame, measure: str) -> Non
         "new negatives": history["new_negatives"], "copies of a positive": pd.Series(copies),
     })  # fmt: skip
     print("\n" + shown.round(4).to_string(na_rep=""))
+    return shown
 
 
 def copies_among(dance: DanceRetriever, qrels: pd.DataFrame, number: int, least: float = 0.5) -> float:
@@ -123,16 +132,20 @@ def draw(dance: DanceRetriever, measure: str, baselines: dict[str, float], folde
     analysis.plot_time(dance.history).savefig(folder / "time.png", dpi=120)
 
 
-def show_examples(systems: dict, topics: pd.DataFrame, qrels: pd.DataFrame, number: int = 3) -> None:
-    """Print a few queries, and the best documents each system finds for them; a star marks the relevant ones."""
+def show_examples(systems: dict, topics: pd.DataFrame, qrels: pd.DataFrame, number: int = 3) -> dict[str, list[str]]:
+    """Print, and return by query, the best documents each system finds for a few; a star marks the relevant ones."""
     relevant = set(zip(qrels["qid"], qrels["docno"], qrels["label"] > 0, strict=True))
     chosen = topics.iloc[:: max(len(topics) // number, 1)].head(number)
     found = {name: system(chosen) for name, system in systems.items()}
+    shown: dict[str, list[str]] = {}
     for topic in chosen.itertuples():
-        print(f"\n{topic.query}")
+        shown[topic.query] = []
         for name, results in found.items():
             best = results[results["qid"] == topic.qid].sort_values("rank").head(3)["docno"]
-            print(f"  {name:<12}", "  ".join(("*" if (topic.qid, d, True) in relevant else " ") + d for d in best))
+            marked = [("*" if (topic.qid, docno, True) in relevant else " ") + docno for docno in best]
+            shown[topic.query].append(f"  {name:<12} {'  '.join(marked)}")
+        print("\n".join(["", topic.query, *shown[topic.query]]))
+    return shown
 
 
 def main() -> None:
@@ -172,14 +185,32 @@ def main() -> None:
     table["p (Holm)"] = table["nDCG@10 p-value corrected"].map(lambda p: "" if pd.isna(p) else f"{p:.1g}")
     print(f"\n{args.dataset}, {args.test_split} split (p: paired t-test of nDCG@10 against BM25, Holm-corrected)\n")
     print(table[["name", "nDCG@10", "p (Holm)", "RR@10", "R@100"]].to_string(index=False))
-    show_rounds(dance, train_qrels, "nDCG@10")
-    show_examples({"BM25": first_stage, "untrained": before, "dense": dance}, test_topics, test_qrels)
+    rounds = show_rounds(dance, train_qrels, "nDCG@10")
+    examples = show_examples({"BM25": first_stage, "untrained": before, "dense": dance}, test_topics, test_qrels)
     on_dev = pt.Experiment([first_stage], dev_topics, dev_qrels, [nDCG @ 10], names=["BM25"])
     draw(dance, "nDCG@10", {"BM25": on_dev["nDCG@10"].iloc[0]}, run)
     dance.history.to_csv(run / "history.csv", index=False)
     print(f"\npictures: {run / 'history.png'}, {run / 'time.png'}")
     print(f"the trained retriever: DanceRetriever.load({str(run)!r})")
     print(f"{time.perf_counter() - started:.0f} seconds")
+    if args.results is not None:
+        numbers = {
+            "dataset": args.dataset, "split": args.test_split, "encoder": args.encoder, "recipe": args.recipe,
+            "seed": args.seed, "documents": len(corpus), "training queries": len(train_topics),
+            "test queries": len(test_topics),
+        }  # fmt: skip
+        save(args.results, numbers, table, rounds, examples)
+
+
+def save(file: Path, numbers: dict, table: pd.DataFrame, rounds: pd.DataFrame, examples: dict) -> None:
+    """Write what was printed, for the tables of the documentation."""
+    kept = table[["name", "nDCG@10", "RR@10", "R@100", "nDCG@10 p-value corrected"]]
+    frames = {
+        name: json.loads(frame.to_json(orient="records", double_precision=15))
+        for name, frame in (("table", kept), ("rounds", rounds.round(4)))
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**numbers, **frames, "examples": examples}, indent=2, ensure_ascii=False) + "\n")
 
 
 def reciprocal_rank_fusion(*systems: pt.Transformer) -> pt.Transformer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
@@ -43,3 +45,19 @@ def test_rounds_are_shown_with_their_worth_and_near_copies_of_positives_are_coun
     assert f"{dance.history['nDCG@10'].iloc[1]:.4f}".rstrip("0") in shown and "copies of a positive" in shown
     quickstart.draw(dance, "nDCG@10", {"BM25": 0.5}, tmp_path)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("history.png", "time.png"))
+
+
+def test_what_is_printed_is_kept_as_it_is(quickstart, tmp_path, capsys):
+    topics = pd.DataFrame({"qid": ["1", "2"], "query": ["apple", "pear"]})
+    qrels = pd.DataFrame({"qid": ["1", "2"], "docno": ["a", "p"], "label": [1, 0]})
+    ranked = pd.DataFrame({"qid": ["1", "1", "2"], "docno": ["b", "a", "p"], "rank": [0, 1, 0]})
+    examples = quickstart.show_examples({"BM25": lambda chosen: ranked}, topics, qrels, number=2)
+    assert examples == {"apple": ["  BM25          b  *a"], "pear": ["  BM25          p"]}
+    assert capsys.readouterr().out == "\napple\n  BM25          b  *a\n\npear\n  BM25          p\n"
+    table = pd.DataFrame({"name": ["BM25", "dense"], "nDCG@10": [0.5, 0.6], "RR@10": [0.5, 0.6], "R@100": [0.9, 1.0],
+                          "nDCG@10 p-value corrected": [None, 1.25e-123]})  # fmt: skip
+    rounds = pd.DataFrame({"round": ["warm-up"], "loss": [0.123456]})
+    quickstart.save(tmp_path / "new" / "numbers.json", {"documents": 3}, table, rounds, examples)
+    kept = json.loads((tmp_path / "new" / "numbers.json").read_text())
+    assert kept["documents"] == 3 and kept["examples"] == examples and kept["rounds"][0]["loss"] == 0.1235
+    assert [row["nDCG@10 p-value corrected"] for row in kept["table"]] == [None, 1.25e-123]
