@@ -195,6 +195,43 @@ def test_names_and_keywords_of_examples_exist(page):
                 assert not unknown, f"{name} takes no {unknown}"
 
 
+def text_of_any(page: str) -> str:
+    return text_of(page) if page in PAGES else (ROOT / f"{page}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["README", "CONTRIBUTING", *PAGES])
+def test_commands_name_scripts_and_options_that_exist(page):
+    text = text_of_any(page).replace("\\\n", " ")
+    for script in set(
+        re.findall(r"(?<![\w./-])(?:experiments|notebooks|pt_dance|tests)/[\w/]+\.(?:py|rst|toml|md)", text)
+    ):
+        assert (ROOT / script).is_file(), script
+    for script, options in re.findall(r"python ((?:experiments|notebooks|tests)/[\w/]+\.py)([^\n`]*)", text):
+        path = ROOT / script
+        imported = re.findall(r"^(?:from|import) (\w+)", code := path.read_text(encoding="utf-8"), re.M)
+        beside = [path.with_name(f"{name}.py") for name in imported]
+        code += "".join(other.read_text(encoding="utf-8") for other in beside if other.is_file())
+        for option in re.findall(r" (--[\w-]+)", options):
+            assert f'"{option}"' in code, f"{script} {option}"
+
+
+@pytest.mark.parametrize("page", ["README", "CONTRIBUTING", *PAGES])
+def test_names_and_keywords_in_sentences_exist(page):
+    text = text_of_any(page)
+    said = re.findall(r"``([^`]+)``" if page in PAGES else r"(?<!`)`([^`\n]+)`(?!`)", text)
+    for code in (" ".join(part.split()) for part in said if not re.search(r"/|\.(?:py|md|rst)\b", part)):
+        try:
+            nodes = list(ast.walk(ast.parse(code.removeprefix("pt_dance."))))
+        except SyntaxError:
+            continue  # a command, or a word with a sign
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and is_ours(dotted_name(node)):
+                resolve(dotted_name(node))
+            if isinstance(node, ast.Call) and is_ours(name := dotted_name(node.func)) and name not in VARIABLES:
+                unknown = {keyword.arg for keyword in node.keywords if keyword.arg} - parameters(name)
+                assert not unknown, f"{name} takes no {unknown}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_what_pages_refer_to_exists(page):
     text = text_of(page)
@@ -216,16 +253,16 @@ def test_the_reference_has_every_public_name():
     assert public - listed == {"recipes.Round"}  # which is pt_dance.Round
 
 
-@pytest.mark.parametrize("name", ["benchmarks", "scaling"])
+@pytest.mark.parametrize("name", ["README", "benchmarks", "scaling"])
 def test_the_tables_of_measurements_are_those_of_the_committed_results(name, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "experiments" / "benchmarks"))
     pages = importlib.import_module("pages")
-    page = text_of(name)
-    assert set(pages.BLOCKS) == {"benchmarks", "scaling"} and pages.render(page, name) == page
-    other = pages.MEASURED.sub(lambda part: re.sub(r"^(    . - \D*)\d", r"\g<1>7", part[0], flags=re.M), page)
+    page = pages.file_of(name).read_text(encoding="utf-8")
+    assert set(pages.BLOCKS) == {"README", "benchmarks", "scaling"} and pages.render(page, name) == page
+    other = pages.MEASURED.sub(lambda part: re.sub(r"\d", "7", part[0]), page)
     assert other != page and pages.render(other, name) == page
     with pytest.raises(ValueError, match="measured parts"):
-        pages.render(re.sub("(measured: |end of )(memory|on-paper)", r"\1other", page), name)
+        pages.render(re.sub("(measured: |end of )(memory|on-paper|medquad)", r"\1other", page), name)
 
 
 def test_the_measures_of_the_space_are_the_committed_ones_and_every_picture_is_there(monkeypatch):

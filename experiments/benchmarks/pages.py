@@ -1,7 +1,8 @@
-"""Write the committed measurements into pt_dance/pt_docs/benchmarks.rst and scaling.rst.
+"""Write the committed measurements into README.md, pt_dance/pt_docs/benchmarks.rst and scaling.rst.
 
-What stands on these pages between ".. measured: NAME" and ".. end of NAME" is made here, from the JSON files in
-experiments/results and by the functions that print the tables of the scripts themselves. A test compares.
+What stands on these pages between ".. measured: NAME" and ".. end of NAME" (in README between comments of the same
+words) is made here, from the JSON files in experiments/results and by the functions that print the tables of the
+scripts themselves. A test compares.
 
     python experiments/benchmarks/pages.py            # after a benchmark has written new results with --out
     python experiments/benchmarks/pages.py --check    # only say whether the pages are what they would be
@@ -34,7 +35,10 @@ import refresh_beside  # noqa: E402
 
 PAGES = ROOT / "pt_dance" / "pt_docs"
 RESULTS = ROOT / "experiments" / "results"
-MEASURED = re.compile(r"^\.\. measured: (?P<name>[\w-]+)\n.*?^\.\. end of (?P=name)$", re.M | re.S)
+MEASURED = re.compile(
+    r"^(?P<open>\.\.|<!--) measured: (?P<name>[\w-]+)(?P<close>| -->)\n.*?^(?P=open) end of (?P=name)(?P=close)$",
+    re.M | re.S,
+)
 
 
 def load(name: str) -> dict:
@@ -182,7 +186,72 @@ def scale_of(name: str) -> str:
     )  # fmt: skip
 
 
+def short(value: float) -> str:
+    """Return a measure as tables have it, without the leading zero."""
+    return f"{value:.3f}".replace("0.", ".", 1)
+
+
+def quickstart_table(name: str) -> str:
+    found = load(name)
+    measures = ("nDCG@10", "RR@10", "R@100")
+    best = {measure: max(row[measure] for row in found["table"]) for measure in measures}
+    lines = ["| | " + " | ".join(measures) + " |", "|---|" + "--:|" * len(measures)]
+    for row in found["table"]:
+        cells = (f"**{short(row[m])}**" if row[m] == best[m] else short(row[m]) for m in measures)
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + (
+        f"\n\n(`make quickstart`: `{found['dataset']}`, {found['documents']:,} docstrings, a static tower trained from "
+        f"nothing on {found['training queries']:,} queries, {found['test queries']:,} test queries, seed "
+        f"{found['seed']}. RRF is reciprocal rank fusion. For real collections see [Results](#results).)"
+    )
+
+
+def quickstart_differences(name: str) -> str:
+    """Return each system's difference from BM25 in nDCG@10 and R@100, in one sentence."""
+    baseline, *others = load(name)["table"]
+    told = [
+        f"{row['name']} {_signed(row['nDCG@10'] - baseline['nDCG@10'])} "
+        f"(p = {row['nDCG@10 p-value corrected']:.1g}) and {_signed(row['R@100'] - baseline['R@100'])}"
+        for row in others
+        if row["name"] != "dense, untrained"
+    ]
+    return (
+        "Compared with BM25, in nDCG@10 (p of a paired t-test, Holm-corrected) and R@100: "
+        + "; ".join(told).replace("BM25 % 100 >> dense", "`BM25 % 100 >> dense`")
+        + "."
+    )
+
+
+def _signed(difference: float) -> str:
+    return ("+" if difference >= 0 else "−") + short(abs(difference))
+
+
+def quickstart_example(name: str, number: int) -> str:
+    query, lines = list(load(name)["examples"].items())[number]
+    return "\n".join(["```", query, *lines, "```"])
+
+
+def quickstart_printed(name: str) -> str:
+    """Return the table as experiments/quickstart.py prints it, and what it was of."""
+    import pandas as pd
+
+    found = load(name)
+    table = pd.DataFrame(found["table"])
+    table["p (Holm)"] = table.pop("nDCG@10 p-value corrected").map(lambda p: "" if pd.isna(p) else f"{p:.1g}")
+    printed = table[["name", "nDCG@10", "p (Holm)", "RR@10", "R@100"]].to_string(index=False)
+    return (
+        f"```\n{printed}\n```\n\n({found['documents']:,} documents, {found['training queries']:,} training and "
+        f"{found['test queries']:,} {found['split']} queries, seed {found['seed']}.)"
+    )
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "README": {
+        "quickstart": lambda: quickstart_table("quickstart-pydocs"),
+        "quickstart-example": lambda: quickstart_example("quickstart-pydocs", 1),
+        "quickstart-differences": lambda: quickstart_differences("quickstart-pydocs"),
+        "medquad": lambda: quickstart_printed("quickstart-medquad"),
+    },
     "benchmarks": {
         "encoding": encoding_medquad,
         "retrieval": lambda: retrieval_of("retrieval"),
@@ -217,12 +286,18 @@ def render(page: str, name: str = "benchmarks") -> str:
         raise ValueError(
             f"the page has the measured parts {sorted(named)}, those that can be made are {sorted(BLOCKS[name])}"
         )
-    return MEASURED.sub(lambda part: made(part["name"], name), page)
+    return MEASURED.sub(lambda part: made(part, name), page)
 
 
-def made(part: str, name: str) -> str:
+def made(part: re.Match, name: str) -> str:
     """Return a measured part of a page with the lines around it."""
-    return f".. measured: {part}\n\n{BLOCKS[name][part]()}\n\n.. end of {part}"
+    first, last = (f"{part['open']} {words} {part['name']}{part['close']}" for words in ("measured:", "end of"))
+    return f"{first}\n\n{BLOCKS[name][part['name']]()}\n\n{last}"
+
+
+def file_of(name: str) -> Path:
+    """Return where a page is."""
+    return ROOT / "README.md" if name == "README" else PAGES / f"{name}.rst"
 
 
 def main() -> int:
@@ -231,7 +306,7 @@ def main() -> int:
     options = parser.parse_args()
     changed = False
     for name in BLOCKS:
-        page = PAGES / f"{name}.rst"
+        page = file_of(name)
         before = page.read_text(encoding="utf-8")
         after = render(before, name)
         changed |= before != after
