@@ -182,16 +182,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         begin = time.perf_counter()
         rng = random.Random(options.seed)
         at_random = partial(start, counts=stages)
-        kills = sum(1 for _ in kill_driver.kill_at_random("kill_fit", at_random, work, options.kills, rng))
-        summary: dict[str, Any] = {"kills": kills, "killed while": in_order(stages)}
-        if options.boundaries:
-            between = partial(start, counts=at_operations)
-            operations = range(options.first, whole.operations + 1, options.boundaries)
-            kills = kill_driver.kill_at_operations("kill_fit", between, work, operations)
-            summary["at operations on the disk"] = {
-                "kills": sum(1 for _ in kills),
-                "killed while": in_order(at_operations),
-            }
+        with kill_driver.Children("kill_fit") as children:
+            kills = sum(1 for _ in kill_driver.kill_at_random(children, at_random, work, options.kills, rng))
+            summary: dict[str, Any] = {"kills": kills, "killed while": in_order(stages)}
+            if options.boundaries:
+                between = partial(start, counts=at_operations)
+                operations = range(options.first, whole.operations + 1, options.boundaries)
+                kills = sum(1 for _ in kill_driver.kill_at_operations(children, between, work, operations))
+                summary["at operations on the disk"] = {"kills": kills, "killed while": in_order(at_operations)}
     summary = {
         "encoder": options.encoder,
         "rounds": len(whole.recipe),

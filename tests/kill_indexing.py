@@ -148,21 +148,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
         begin = time.perf_counter()
         rng = random.Random(options.seed)
-        at_random = kill_driver.kill_at_random(
-            "kill_indexing", lambda number: start(MODES[number % len(MODES)]), work, options.kills, rng
-        )
-        summary: dict[str, Any] = {"kills": sum(1 for _ in at_random)}
-        if options.boundaries:
-            at_operations = {
-                mode: kill_driver.kill_at_operations(
-                    "kill_indexing",
-                    lambda _, mode=mode: start(mode),
-                    work,
-                    range(options.first, whole.operations + 1, options.boundaries),
-                )
-                for mode, whole in wholes.items()
-            }
-            summary["kills at operations"] = {mode: sum(1 for _ in kills) for mode, kills in at_operations.items()}
+        with kill_driver.Children("kill_indexing") as children:
+            at_random = kill_driver.kill_at_random(
+                children, lambda number: start(MODES[number % len(MODES)]), work, options.kills, rng
+            )
+            summary: dict[str, Any] = {"kills": sum(1 for _ in at_random)}
+            if options.boundaries:
+                at_operations = {
+                    mode: kill_driver.kill_at_operations(
+                        children,
+                        lambda _, mode=mode: start(mode),
+                        work,
+                        range(options.first, whole.operations + 1, options.boundaries),
+                    )
+                    for mode, whole in wholes.items()
+                }
+                summary["kills at operations"] = {mode: sum(1 for _ in kills) for mode, kills in at_operations.items()}
         documents = json.loads(wholes["create"].expected[META])["doc_count"]
     return {
         "encoder": options.encoder,

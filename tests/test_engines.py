@@ -23,6 +23,7 @@ import pyterrier as pt
 import pytest
 from pandas.testing import assert_frame_equal
 
+from forked import forked_refreshers
 from pt_dance import Corpus, DanceRetriever, DenseIndex, DualEncoder, recipes
 from pt_dance.engines import LazyPipeline
 from pt_dance.engines.reaper import processes_of, status_of
@@ -402,7 +403,8 @@ def test_a_refresher_beside_the_training_is_placed_by_ray(engine, encoder, corpu
     assert live.history.iloc[-1]["refreshes"] >= 1
     assert len(placed) == 1 and placed[0].poll() == -signal.SIGKILL
     options |= dict(refresh="replay", replay_of=tmp_path / "live")
-    again = DanceRetriever(encoder, corpus, tmp_path / "again", **options).fit(some, qrels)
+    with forked_refreshers():
+        again = DanceRetriever(encoder, corpus, tmp_path / "again", **options).fit(some, qrels)
     assert again.encoder.fingerprint == live.encoder.fingerprint
 
 

@@ -15,6 +15,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 import kill_refresh
+from forked import forked_refreshers
 from pt_dance import Corpus, DualEncoder, Round, recipes
 from pt_dance.losses.rows import TrainingRows
 from pt_dance.mining import positive_pairs
@@ -64,7 +65,8 @@ def test_a_transformers_fit_and_its_replay_have_the_same_weights_and_no_row_has_
         "beside", 6, 12,
     )  # fmt: skip
     options = dict(encoder="transformer", refresh="replay", replay_of=tmp_path / "live")
-    again = kill_refresh.fit(given, tmp_path / "again", STEPS, **options)
+    with forked_refreshers():
+        again = kill_refresh.fit(given, tmp_path / "again", STEPS, **options)
     assert again.encoder.fingerprint == live.encoder.fingerprint
     assert repr(Journal(tmp_path / "again" / "rounds" / "01" / "refreshes.jsonl")) == repr(journal)
     assert again.history.iloc[-1][["training_loss", "staleness"]].equals(row[["training_loss", "staleness"]])
@@ -112,18 +114,22 @@ def test_a_refresher_that_fails_ends_the_fit_with_one_sentence_and_the_same_call
     assert "\n" not in str(caught.value) and not kill_refresh.refreshers(psutil.Process())
     log = tmp_path / "run" / "rounds" / "01" / "refresh" / "refresher.log"
     assert "no such model" in log.read_text() and "Traceback" in log.read_text()
-    with pytest.raises(RuntimeError, match="the refresher beside round 1 failed: it was ended by signal 9"):
+    with forked_refreshers(), pytest.raises(RuntimeError, match="beside round 1 failed: it was ended by signal 9"):
         fit()
-    assert fit().history.iloc[-1]["refreshes"] >= 1
+    with forked_refreshers():
+        done = fit()
+    assert done.history.iloc[-1]["refreshes"] >= 1
     assert_nothing_left(tmp_path / "run")
 
 
 def test_a_killed_fit_goes_on_and_its_refresher_ends_with_it(given, tmp_path):
     """The script that does it at length, in short: it also compares what was learnt, and replays it."""
-    trial, rng = kill_refresh.Trial(given, tmp_path / "run", STEPS, seconds=2), random.Random(2)
-    assert trial.killed("trainer", rng) and trial.killed(None, rng) is None
+    trial = kill_refresh.Trial(given, tmp_path / "run", STEPS, seconds=2)
+    assert trial.killed("trainer", random.Random(2))
+    with kill_refresh.rows_seen(Corpus(given / "corpus")) as rows, forked_refreshers():
+        kill_refresh.fit(given, trial.path, STEPS)
     trial.check_finished()
-    assert trial.rows()["mixed"] == 0 < trial.rows()["whole"]
+    assert rows["mixed"] == 0 < rows["whole"]
 
 
 def test_between_rounds_is_one_round_a_refresh(given, tmp_path):

@@ -6,6 +6,7 @@ It is told with what by a JSON object on the command line, and writes what came 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -129,6 +130,7 @@ def die(step: int | None, round_: int | None) -> None:
 
 
 def main(job: dict) -> None:
+    gc.freeze()  # half a million objects are imported, among which each round would look for garbage
     rank, given, out = int(os.environ["RANK"]), Path(job["given"]), Path(job["out"])
     corpus = Corpus.build(pd.read_parquet(given / "documents.parquet"), out / "corpus", verbose=False)
     if rank == job.get("dying"):
