@@ -28,7 +28,7 @@ from evidence.evaluate import (
 )
 from evidence.methods import BASELINES, METHODS, ROWS, Method, Setting, first_encoder, grid, with_start
 from evidence.protocol import Protocol
-from evidence.teacher import cross_fitted
+from evidence.teacher import scored
 from pt_dance import DanceRetriever, DualEncoder, Round
 from pt_dance.recipes import current_model
 from pt_dance.storage.folders import lock_folder
@@ -95,7 +95,7 @@ class Study:
         key = collection.folder.name
         if key not in self._teachers:
             with self.alone(collection.folder / "teacher"):
-                self._teachers[key] = cross_fitted(collection)
+                self._teachers[key] = scored(collection)
         return self._teachers[key]
 
     def first_encoder(self, name: str, start: str, collection: Collection, seed: int) -> DualEncoder:

@@ -86,6 +86,20 @@ def sizes(results: Path, encoder: str) -> list[list[str]]:
     return rows
 
 
+def teachers(results: Path, encoder: str) -> list[str]:
+    """The margins of each collection's teacher on queries it did not learn from; nothing where there is none."""
+    rows = [["collection", "teacher's margin", "margins above 0", "queries"]]
+    for name, file in files_of(results, encoder, ".json").items():
+        if told := json.loads(file.read_text())["sizes"].get("teacher"):
+            margin = f"{told['margin_mean']:.2f} ± {told['margin_sd']:.2f}"
+            rows.append([name, margin, f"{told['margins_above_0']:.0%}", f"{told['queries']:,}"])
+    if len(rows) == 1:
+        return []
+    return ["The teacher is two cross-encoders, and none scores a query of the half of the clusters that it learnt "
+            "from; its margin is a query's mean score of relevant documents less that of BM25's negatives.", "",
+            rst_table(rows)]  # fmt: skip
+
+
 def measured(results: Path) -> dict[str, str]:
     """The encoders that have cells, and what they are called."""
     return {encoder: words for encoder, words in ENCODERS.items() if len(load(results, encoder))}
@@ -125,6 +139,7 @@ def results_page(protocol: Protocol, results: Path) -> str:
             f"encoders read the first {protocol.words} words of a document"
             + (f", {budget.max_length} tokens at most" if budget.max_length else "")
             + f", BM25 all. {seeds(cells)}.", "", rst_table(sizes(results, encoder)),
+            *teachers(results, encoder),
         ]  # fmt: skip
         for measure, title in (
             (MAIN, "nDCG@10 by training collection, reported queries"),

@@ -57,6 +57,10 @@ def collect(protocol: Protocol, runs: Path, results: Path) -> None:
             for file in sorted((runs / "tuned" / folder.parent.name / folder.name).glob("*.json"))
         }
         sizes = json.loads((runs / "sizes" / f"{name}.json").read_text())
+        queries = protocol.budgets[folder.name].queries
+        spread = runs / "data" / f"{folder.parent.name}-{queries or 'all'}" / "teacher" / "spread.json"
+        if spread.exists():
+            sizes["teacher"] = json.loads(spread.read_text())
         told = {"protocol": name_of(protocol, folder.name), "sizes": sizes, "cells": abouts, "tuning": tuned}
         (results / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
 

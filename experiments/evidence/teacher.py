@@ -15,6 +15,7 @@ from pt_dance import CrossEncoderScorer, mining
 from train_teacher import train, training_pairs
 
 FOLDS = 2
+_BLOCK = 8192
 _OPTIONS = dict(
     layers=3, max_length=64, negatives=1, epochs=1, batch_size=32, learning_rate=7e-5, bf16=True, seed=0,
 )  # fmt: skip
@@ -55,6 +56,48 @@ class CrossFitted(pt.Transformer):
         return {}
 
 
+class Scored(pt.Transformer):
+    """Look up what a teacher said of every pair that a fit of the study asks for; some hundred fits ask.
+
+    Args:
+        scores: ``query``, ``docno``, ``score``.
+        fingerprint: identity of the teacher.
+    """
+
+    schematic = {"label": "Scored", "help_url": None}
+
+    def __init__(self, scores: pd.DataFrame, fingerprint: str) -> None:
+        super().__init__()
+        self.scores, self.fingerprint = scores.set_index(["query", "docno"])["score"], fingerprint
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """Score each row; a pair that is not known is an error."""
+        found = self.scores.loc[pd.MultiIndex.from_frame(inp[["query", "docno"]])]
+        return pt.model.add_ranks(inp.assign(score=found.to_numpy()))
+
+    def subtransformers(self) -> dict[str, pt.Transformer]:
+        """Return no transformers."""
+        return {}
+
+
+def scored(collection: Collection) -> Scored:
+    """The teacher of a collection, asked once for all relevant pairs and all pairs of the two pools."""
+    teacher, file = cross_fitted(collection), collection.folder / "teacher" / "scores.parquet"
+    if not file.exists():
+        text_of = collection.train[0].set_index("qid")["query"]
+        pairs = [mining.positive_pairs(*collection.train), collection.document_pool, collection.query_pool]
+        asked = pd.concat([frame[["qid", "docno"]] for frame in pairs])
+        asked = asked.assign(query=asked["qid"].map(text_of)).drop_duplicates(["query", "docno"])
+        parts = [asked.iloc[first : first + _BLOCK] for first in range(0, len(asked), _BLOCK)]
+        answers = [teacher(part.assign(text=collection.corpus.texts(part["docno"].tolist()))) for part in parts]
+        answered = pd.concat(answers)
+        own = answered.merge(pd.concat(pairs[:2])[["qid", "docno"]])
+        (file.parent / "spread.json").write_text(json.dumps(spread(own, pairs[0])))
+        answered[["query", "docno", "score"]].to_parquet(file.with_suffix(".new"), index=False)
+        file.with_suffix(".new").rename(file)
+    return Scored(pd.read_parquet(file), teacher.fingerprint)
+
+
 def cross_fitted(collection: Collection) -> CrossFitted:
     """The teacher of a collection; trained on the first use, and how it did is kept beside it."""
     topics, qrels = collection.train
@@ -89,26 +132,20 @@ def _train(collection: Collection, topics: pd.DataFrame, folder: Path) -> None:
     model.save_pretrained(str(folder / "model"))
 
 
-def spread(collection: Collection, teacher: CrossFitted, *, queries: int = 500) -> dict[str, float]:
-    """How the teacher did on queries it did not learn from: its margins, and nDCG@10 beside BM25's."""
-    file = collection.folder / "teacher" / "spread.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    topics, qrels = collection.train
-    qids = some_of(pd.Index(topics["qid"]), queries)
-    pool = collection.document_pool[collection.document_pool["qid"].isin(qids)]
-    pairs = mining.positive_pairs(topics, qrels)
-    pairs = pairs[pairs["qid"].isin(qids)].merge(topics[["qid", "query"]], on="qid")
-    scored = [
-        teacher(frame.assign(text=collection.corpus.texts(frame["docno"].tolist()))).groupby("qid")["score"]
-        for frame in (pairs[["qid", "query", "docno"]], pool[["qid", "query", "docno"]])
-    ]
-    margins = (scored[0].mean() - scored[1].mean()).dropna()
-    about = {
+def spread(asked: pd.DataFrame, relevant: pd.DataFrame) -> dict[str, float]:
+    """How the teacher did on pairs that it did not learn from: the margins that a student is to learn.
+
+    Args:
+        asked: ``qid``, ``docno``, ``score`` of the relevant pairs and of the queries' negatives.
+        relevant: ``qid``, ``docno`` of the relevant pairs.
+    """
+    pairs = pd.MultiIndex.from_frame(asked[["qid", "docno"]])
+    positive = pairs.isin(pd.MultiIndex.from_frame(relevant[["qid", "docno"]]))
+    means = [part.groupby("qid")["score"].mean() for part in (asked[positive], asked[~positive])]
+    margins = (means[0] - means[1]).dropna()
+    return {
         "margin_mean": float(margins.mean()),
         "margin_sd": float(margins.std()),
         "margins_above_0": float((margins > 0).mean()),
         "queries": len(margins),
     }
-    file.write_text(json.dumps(about))
-    return about
