@@ -11,8 +11,8 @@ the last fit beside is repeated from its journal; the weights must be equal.
 
     python experiments/refresh_beside.py --encoder static --steps 1500 --every 300 --replay \
         --out experiments/results/refresh-beside-medquad-static.json
-    python experiments/refresh_beside.py --encoder minilm --documents 1200 --topics 240 --test-topics 200 --steps 80 \
-        --every 20 --batch-size 16 --max-length 64 --seeds 1 --replay \
+    python experiments/refresh_beside.py --encoder minilm --test dev --documents 2400 --topics 480 --test-topics 400 \
+        --steps 240 --every 60 --batch-size 16 --max-length 64 --replay \
         --out experiments/results/refresh-beside-medquad-minilm.json
 """
 

@@ -165,10 +165,11 @@ def beside_of(name: str) -> str:
     low, high = found["its 95 % interval over queries"]
     replayed = found.get("replay has the same weights")
     length = f", texts of at most {found['max_length']} tokens" if found["max_length"] else ""
+    gpu = f" and one {found['device']} for both" if found.get("device", "cpu") != "cpu" else ""
     return (
         f"{found['documents']:,} documents, {found['training topics']:,} training topics{length}; {found['steps']:,} "
         f"steps, a refresh after every {found['refresh_every']}, batches of {found['batch_size']}, {seeds} "
-        f"seed{'s' * (seeds != 1)}, {found['cores']} cores:\n\n"
+        f"seed{'s' * (seeds != 1)}, {found['cores']} cores{gpu}:\n\n"
         + list_table(refresh_beside.table(found))
         + f"\n\nBeside less between: {found['beside - between']:+.4f} nDCG@10, 95 % interval over "
         f"{found['test topics']:,} test queries {low:+.4f} to {high:+.4f}. {found['hidden']:.0%} of the time of the "
