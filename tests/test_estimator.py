@@ -25,6 +25,7 @@ from pt_dance.training.inputs import TrainingInput, check_fit
 from pt_dance.training.run_folder import RunFolder
 from pt_dance.training.validation import documents_to_queries, validate
 from small_collection import standard_library
+from small_models import small_bert
 
 FAST = dict(batch_size=32, learning_rate=0.02)
 
@@ -252,10 +253,12 @@ def test_silent_without_verbose(collection, tmp_path, capfd):
     assert printed.out == "" and printed.err == ""
 
 
-def test_a_transformer_is_trained_in_silence_too(collection, minilm_path, tmp_path, capfd):
-    encoder = DualEncoder(minilm_path, device="cpu", max_length=16)
-    recipe = recipes.dance(ance_rounds=0, batch_size=4, checkpoint_steps=2)
+def test_a_transformer_is_trained_in_silence_too(collection, tmp_path, capfd):
     corpus = Corpus.build(standard_library().documents.head(40), tmp_path / "corpus", verbose=False)
+    path = small_bert(corpus.texts_at(range(40)), tmp_path)
+    capfd.readouterr()  # transformers has bars of its own where the tests write a model
+    encoder = DualEncoder(path, device="cpu", max_length=16)
+    recipe = recipes.dance(ance_rounds=0, batch_size=4, checkpoint_steps=2)
     qrels = collection.qrels[collection.qrels["docno"].isin(corpus.docno(range(40)))]
     topics = standard_library().topics[standard_library().topics["qid"].isin(qrels["qid"])].head(12)
     DanceRetriever(encoder, corpus, tmp_path / "run", recipe=recipe, verbose=False).fit(topics, qrels, topics, qrels)

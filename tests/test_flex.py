@@ -13,7 +13,8 @@ import pytest
 import torch
 from pyterrier_dr import FlexIndex
 
-from pt_dance import DenseIndex, DualEncoder
+from pt_dance import Corpus, DenseIndex, DenseRetriever, DualEncoder
+from pt_dance.retriever.search.arrays import ArrayBlock
 
 WORDS = ["apple", "river", "stone", "cloud", "piano", "tiger", "lemon", "bridge", "candle", "forest"]
 DOCUMENTS = [
@@ -144,6 +145,29 @@ def test_options_of_their_retrievers_are_taken(index, queries, options):
     pd.testing.assert_frame_equal(found, expected)
     with pytest.raises(ValueError, match="batch_size=0 must be a whole number of at least 1"):
         index.retriever(batch_size=0)
+
+
+@pytest.mark.parametrize("passages", [False, True])
+def test_batch_size_is_how_many_documents_are_multiplied_at_a_time(
+    index, encoder, queries, tmp_path, monkeypatch, passages
+):
+    """Given to the retriever or set later; without one, the index is small enough to be one block."""
+    if passages:
+        corpus = Corpus.build(DOCUMENTS, tmp_path / "corpus", fields=["text"], verbose=False)
+        corpus = corpus.to_passages(tmp_path / "passages", length=3, stride=2, verbose=False)
+        index = DenseIndex(tmp_path / "index", encoder, device="cpu", verbose=False).index(corpus)
+    else:
+        index = DenseIndex(index.index_path, encoder, device="cpu", verbose=False)
+    blocks, add = set(), ArrayBlock.add
+    monkeypatch.setattr(ArrayBlock, "add", lambda self, first, end: blocks.add((first, end)) or add(self, first, end))
+    later = index.retriever(5)
+    expected = later(queries)
+    assert blocks == {(0, len(index))}
+    later.batch_size = 50
+    for dense in (index.retriever(5, batch_size=50), DenseRetriever(index, num_results=5, batch_size=50), later):
+        blocks.clear()
+        pd.testing.assert_frame_equal(dense(queries), expected)
+        assert blocks == {(first, min(first + 50, len(index))) for first in range(0, len(index), 50)}
 
 
 def test_other_retrievers_over_the_same_vectors(index, queries):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pt_dance import Corpus, DenseIndex, DualEncoder, mining
 from pt_dance.training.examples import build_examples
 from small_models import small_bert
+from test_losses_rule1 import build, influence
 
 WORDS = ["apple", "river", "stone", "cloud", "piano", "tiger", "lemon", "bridge"]
 DOCUMENTS = [f"{a} {b}" for a in WORDS for b in WORDS if a != b]
@@ -171,6 +172,113 @@ def test_masks_of_training_know_copies_and_queries_that_read_the_same(tmp_path, 
     assert {int(n) for n in rows.negatives[~own & (rows.negatives >= 0)]} == {20}
     dual = rows.mirrored.relevant_to_own(rows.positive, rows.query_negatives)
     assert {int(n) for n in rows.query_negatives[~dual & (rows.query_negatives >= 0)]} == {0}
+
+
+# --- whatever the texts are ------------------------------------------------------------------------------------------
+
+TEXTS = DOCUMENTS[:3]
+SPELLINGS = [str, str.upper, str.title, lambda text: f" {text}\n", lambda text: text.replace(" ", "  \t")]
+SPELT = [spelling(text) for text in TEXTS for spelling in SPELLINGS]
+numbers_of_texts = st.integers(0, len(SPELT) - 1)
+
+
+def words(text):
+    """What the encoders here read of a text."""
+    return " ".join(text.lower().split())
+
+
+@pytest.fixture(scope="module")
+def spelt(tmp_path_factory):
+    """Every text in every spelling, twice, each under a docno of its own."""
+    documents = [{"docno": f"d{i}", "text": text} for i, text in enumerate(SPELT * 2)]
+    return Corpus.build(documents, tmp_path_factory.mktemp("spelt") / "corpus", fields=["text"], verbose=False)
+
+
+@st.composite
+def judged(draw):
+    """Topics, of which many read the same, and a few judgements."""
+    queries = draw(st.lists(numbers_of_texts, min_size=1, max_size=5))
+    pairs = st.tuples(st.integers(0, len(queries) - 1), st.integers(0, 2 * len(SPELT) - 1))
+    found = sorted(draw(st.sets(pairs, min_size=1, max_size=4)))
+    topics = pd.DataFrame({"qid": [f"q{i}" for i in range(len(queries))], "query": [SPELT[i] for i in queries]})
+    return topics, pd.DataFrame([{"qid": f"q{q}", "docno": f"d{d}", "label": 1} for q, d in found])
+
+
+def relevant_texts(topics, qrels, corpus):
+    """What is read of the two texts of each judged pair."""
+    queries = topics.set_index("qid")["query"].loc[qrels["qid"]]
+    return {(words(q), words(d)) for q, d in zip(queries, corpus.texts(qrels["docno"].tolist()), strict=True)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(drawn=judged(), name=st.sampled_from(["static", "bert"]))
+def test_texts_decide_what_is_mined(spelt, encoders, drawn, name):
+    """All is ranked, and exactly what does not read as a judged pair is mined, of documents and of queries."""
+    topics, qrels = drawn
+    docnos, encoder = spelt.docno(range(len(spelt))).tolist(), encoders[name]
+    relevant = relevant_texts(topics, qrels, spelt)
+    text, query = dict(zip(docnos, spelt.texts(docnos), strict=True)), topics.set_index("qid")["query"]
+    options = dict(depth=99, negatives=99, sampling="top", reads=encoder)
+    ranked = pd.DataFrame([(q, d, rank) for q in topics["qid"] for rank, d in enumerate(docnos)])
+    ranked = ranked.set_axis(["qid", "docno", "rank"], axis=1).assign(score=lambda rows: -rows["rank"])
+    mined = mining.mine_documents(ranked, topics, qrels, spelt, **options)
+    assert set(zip(mined["qid"], mined["docno"], strict=True)) == {
+        (q, d) for q in topics["qid"] for d in docnos if (words(query[q]), words(text[d])) not in relevant
+    }
+    ranked = pd.DataFrame([(d, q, rank) for d in docnos for rank, q in enumerate(topics["qid"])])
+    ranked = ranked.set_axis(["qid", "docno", "rank"], axis=1).assign(score=lambda rows: -rows["rank"])
+    mined = mining.mine_queries(pt.Transformer.from_df(ranked), topics, qrels, spelt, **options)
+    first = topics.assign(read=topics["query"].map(words)).drop_duplicates("read")["qid"]
+    assert set(zip(mined["docno"], mined["qid"], strict=True)) == {
+        (d, q) for d in qrels["docno"] for q in first if (words(query[q]), words(text[d])) not in relevant
+    }
+
+
+def share(pairs, firsts):
+    """Whether two texts read the same, or have a text in common that is relevant to both."""
+    others = {first: {second for one, second in pairs if one == first} for first in firsts}
+    return np.array([[a == b or bool(others[a] & others[b]) for b in firsts] for a in firsts])
+
+
+@settings(max_examples=40, deadline=None)
+@given(drawn=judged(), name=st.sampled_from(["static", "bert"]), seed=st.integers(0, 99))
+def test_texts_decide_what_a_loss_pushes_apart(spelt, encoders, drawn, name, seed):
+    """In the batch, in the same tower and in the dual direction, whatever was given as mined."""
+    topics, qrels = drawn
+    docnos, encoder = spelt.docno(range(len(spelt))).tolist(), encoders[name]
+    every = pd.DataFrame([(q, d) for q in topics["qid"] for d in docnos], columns=["qid", "docno"])
+    pairs = mining.positive_pairs(topics, qrels, encoder)
+    options = dict(negatives=every, query_negatives=every, negatives_per_row=4, query_negatives_per_row=2, seed=seed)
+    made = build_examples(topics, pairs, spelt, reads=encoder, **options)
+    numbers = np.arange(len(made.rows))
+    batch = made.dataset[numbers.tolist()]
+    texts = {
+        kind: [words(text) for name in ("", *map(str, range(1, 5))) for text in batch.get(column.format(name), [])]
+        for kind, column in (("query", "negative_query_{}"), ("document", "negative_{}"))
+    }
+    queries = [words(text) for text in batch["query"]] + texts["query"]
+    documents = [words(text) for text in batch["positive"]] + texts["document"]
+    known = relevant_texts(topics, qrels, spelt)
+    relevant = np.array([[(q, d) in known for d in documents] for q in queries])
+    own = np.zeros_like(relevant)
+    own[numbers, numbers] = True
+    there = np.array([bool(q) for q in queries])[:, None] & np.array([bool(d) for d in documents])
+    related = {"query": share(known, queries), "document": share({(d, q) for q, d in known}, documents)}
+    size = len(numbers)
+    for name, dual in (("contrastive", False), ("contrastive", True), ("samtone-both", False), ("samtone-query", True)):
+        across, same_query, same_document, *_ = influence(
+            build(name, made.rows, dual), made.rows, numbers, np.random.default_rng(seed)
+        )
+        assert (np.abs(across[(relevant | ~there) & ~own]) < 1e-12).all(), (name, dual)
+        assert (across[:size][(there & ~relevant)[:size]] > 1e-12).all(), (name, dual)
+        if dual:
+            assert (across[:, :size][(there & ~relevant)[:, :size]] > 1e-12).all(), (name, dual)
+        for products, texts_of in ((same_query, "query"), (same_document, "document")):
+            others = related[texts_of] & ~np.eye(len(products), dtype=bool)
+            assert (np.abs(products[others]) < 1e-12).all(), (name, dual, texts_of)
+        if name.startswith("samtone"):
+            apart = ~related["query"][:size, :size]
+            assert (same_query[:size, :size][apart] > 1e-12).all(), (name, dual)
 
 
 def test_without_the_encoder_only_equal_texts_are_the_same(tmp_path):
