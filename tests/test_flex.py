@@ -201,19 +201,31 @@ def test_caches_hold_what_the_retriever_and_the_scorer_gave(index, queries, tmp_
 
 
 def test_drawings(index, encoder):
-    dense = index.retriever(10)
-    feedback = pyterrier_dr.VectorPrf()
-    for pipeline, names in (
-        (encoder.query_encoder() >> dense, ["DenseRetriever"]),
-        (dense >> index.vec_loader() >> feedback >> dense, ["DenseRetriever", "VecLoader"]),
-        (dense >> index.scorer(), ["DenseScorer"]),
-        (index.ann_retriever(10), ["AnnRetriever"]),
-        (encoder >> index, ["DenseIndex"]),
-        (encoder >> index.indexer(mode="overwrite"), ["DenseIndexer"]),
-        (dense >> index.ladr(4), ["LadrPreemptive"]),
+    """Each stage is in the picture under its name, with the columns that it gives, and without what it is made of."""
+    dense, feedback = index.retriever(10), pyterrier_dr.VectorPrf()
+    retrieved = ["qid", "query", "query_vec", "docno", "score", "rank"]
+    rescored = ["qid", "docno", "query_vec", "score", "rank"]
+    for pipeline, labels, columns in (
+        (encoder.query_encoder() >> dense, ["Query Encoder", "DenseRetriever"], retrieved),
+        (
+            dense >> index.vec_loader() >> feedback >> dense,
+            ["DenseRetriever", "DenseRetriever"],
+            ["qid", "query_vec", "docno", "score", "rank"],
+        ),
+        (dense >> index.scorer(), ["DenseRetriever", "DenseScorer"], rescored),
+        (index.ann_retriever(10), ["AnnRetriever"], rescored),
+        (encoder >> index, ["DualEncoder", "DenseIndex"], retrieved),
+        (encoder >> index.indexer(mode="overwrite"), ["DualEncoder", "DenseIndexer"], None),
+        (dense >> index.ladr(4), ["DenseRetriever"], rescored),
     ):
+        schematic = pt.schematic.transformer_schematic(pipeline)
+        stages = schematic.get("transformers", [schematic])
+        ours = [stage for stage in stages if stage["name"].startswith("pt_dance.")]
+        assert [stage["label"] for stage in ours] == labels
+        assert ours[-1]["output_columns"] == columns
+        assert not any("inner_pipelines" in stage for stage in ours)
         drawn = pt.schematic.draw(pipeline)
-        assert all(name in drawn for name in names)
+        assert all(label in drawn for label in labels)
 
 
 def test_joint_product_quantization(index, encoder, queries, tmp_path):

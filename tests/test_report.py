@@ -45,14 +45,13 @@ def finds_nothing(topics: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A trained run over 200 documents that mean no good, some of them a megabyte long."""
+    """A trained run over 200 documents that mean no good, one of them a megabyte long."""
     folder = tmp_path_factory.mktemp("hostile")
     documents = [
         {"docno": f'd{i}"><script>alert(2)</script>', "title": "", "text": f"{HOSTILE[i % len(HOSTILE)]} number {i}"}
         for i in range(200)
     ]
-    for i in range(3):
-        documents[i]["text"] += " word" * 210_000
+    documents[0]["text"] += " word" * 210_000
     corpus = Corpus.build(documents, folder / "corpus", verbose=False)
     topics = pd.DataFrame({"qid": [f"q{i}<i>" for i in range(60)]})
     topics["query"] = [f"{HOSTILE[i % len(HOSTILE)]} which {i}" for i in range(60)]

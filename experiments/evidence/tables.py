@@ -75,8 +75,10 @@ def wide(frame: pd.DataFrame) -> pd.DataFrame:
 def long(table: pd.DataFrame) -> pd.DataFrame:
     """What :func:`wide` made, as a row a value again: ``IN_CELL``, method, seed, value."""
     frame = table.melt(id_vars=IN_CELL, var_name="cell", value_name="value").dropna(subset="value")
-    named = frame.pop("cell").str.rsplit("/", n=1, expand=True)
-    return frame.assign(method=named[0], seed=named[1].astype(int)).reset_index(drop=True)
+    cell, names = pd.factorize(frame.pop("cell"))  # a few dozen names, of a row a value
+    named = pd.Series(names, dtype=str).str.rsplit("/", n=1, expand=True)
+    seed = named[1].to_numpy(dtype=int)
+    return frame.assign(method=named[0].array[cell], seed=seed[cell]).reset_index(drop=True)
 
 
 def unpack(protocol: Protocol, results: Path, runs: Path) -> None:
