@@ -43,7 +43,7 @@ from pt_dance.training.record import read_negatives, write_record
 from pt_dance.training.reporting import Reports
 from pt_dance.training.run_folder import RunFolder, read_meta
 from pt_dance.training.settings import restored, storable
-from pt_dance.training.validation import depth_of, try_measures, validate
+from pt_dance.training.validation import measure_index, try_measures
 
 
 class DanceRetriever(pt.Estimator, pt.Artifact):
@@ -108,7 +108,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
                 last, so that disk use does not grow with the rounds. Encoders are always kept.
             engine: :class:`pt_dance.engines.Ray`, whose workers index, search, mine and ask teachers; None is for none.
             refresh: How rounds that have ``refresh_every`` refresh their negatives: "between" their parts; "beside"
-                the training, by a second process; or by a "replay" of what another run did, which gives its weights.
+                the training, by a second process, which also validates what it mines with; or by a "replay" of what
+                another run did, which gives its weights.
             replay_of: The folder of that run.
             verbose: Shows progress and a line a round.
 
@@ -160,7 +161,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
     def history(self) -> pd.DataFrame:
         """A row a round: loss, validation measures, seconds to mine, train, refresh and validate, negatives.
 
-        Row 0 is the encoder as it came.
+        Row 0 is the encoder as it came. ``measured_beside`` has what a refresher measured within a round, step by step.
         """
         return pd.DataFrame(self._history)
 
@@ -240,7 +241,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             topics_or_res_tr: Training topics (``qid``, ``query``), or results for them (``docno`` too), which then
                 are the first stage's negatives, as in ``(bm25 % 200 >> dance).fit(...)``.
             qrels_tr: ``qid``, ``docno``, ``label``; a label above 0 is relevant.
-            topics_or_res_va: Validation topics; without them the last round is the current one.
+            topics_or_res_va: Validation topics; without them the last round is the current one. The best round is that
+                of the best last weights, which alone decide, also where a refresher measures others on the way.
             qrels_va: Validation qrels.
 
         Returns:
@@ -264,7 +266,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             try_measures(validation, self._measures)
         reports, processes = Reports(self.path, self.recipe), Processes(on_cpu=self._given.device.type == "cpu")
         how = self.recipe, self.seed, processes, self.verbose and processes.is_first, self.refresh, self.replay_of
-        job = Job(self._run, training, validation, self.corpus, *how, self.engine)
+        job = Job(self._run, training, validation, self.corpus, *how, self.engine, self._measures)
         with writing(self.path, "the run", KEPT), contextlib.closing(reports), contextlib.closing(processes):
             self._fit(job, reports)
         return self
@@ -339,8 +341,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             index = self._refreshed(number, job.engine)
             refreshed = time.perf_counter()
             if job.validation is not None:
-                retriever = index.retriever(depth_of(self._measures), engine=job.engine)
-                measured = validate(retriever, job.validation, self._measures)
+                measured = measure_index(index, job.validation, job.measures, engine=job.engine)
         seconds = {"refresh_seconds": refreshed - started, "validate_seconds": time.perf_counter() - refreshed}
         row = {**row, **measured, **seconds}
         self._run.finish(number, row)

@@ -41,6 +41,7 @@ from small_collection import standard_library
 
 HANGS_AFTER = 900  # seconds; a fit needs some twenty on a quiet machine
 FRAMES = ("topics", "qrels")
+MEASURED = {"step", "nDCG@10", "d→q nDCG@10"}
 FILES = {"encoder", "index", "negatives.parquet", "refreshes.jsonl", "round.json", "trained.json"}
 
 
@@ -60,12 +61,15 @@ def make_recipe(steps: int) -> list[Round]:
     )  # fmt: skip
 
 
-def fit(given: Path, path: Path, steps: int, *, encoder: str = "encoder", **options: Any) -> DanceRetriever:
-    """Fit on what is in the folder ``given``."""
+def fit(
+    given: Path, path: Path, steps: int, *, encoder: str = "encoder", validated: bool = False, **options: Any
+) -> DanceRetriever:
+    """Fit on what is in the folder ``given``, and measure that on the same topics if asked."""
     topics, qrels = (pd.read_parquet(given / f"{name}.parquet") for name in FRAMES)
     began, corpus = DualEncoder.load(given / encoder, device="cpu"), Corpus(given / "corpus")
     options = dict(refresh="beside", recipe=make_recipe(steps), seed=7, verbose=False) | options
-    return DanceRetriever(began, corpus, path, **options).fit(topics, qrels)
+    frames = (topics, qrels) * (1 + validated)
+    return DanceRetriever(began, corpus, path, **options).fit(*frames)
 
 
 @contextlib.contextmanager
@@ -104,7 +108,7 @@ def child(given: str, path: str, steps: int) -> None:
     with rows_seen(Corpus(Path(given) / "corpus")) as counts:
         print("ready", flush=True)
         try:
-            fit(Path(given), Path(path), steps)
+            fit(Path(given), Path(path), steps, validated=True)
         except RuntimeError as error:
             sys.exit(str(error))
         finally:
@@ -184,6 +188,7 @@ class Trial:
         dance = DanceRetriever.load(self.path)
         row = dance.history.iloc[-1]
         assert row["refreshes"] >= 1 and row["steps"] == self.steps
+        assert [set(measured) for measured in row["measured_beside"]] == [MEASURED] * int(row["refreshes"])
         return dance
 
     def check_outcome(self, expected: float, noise: float) -> None:
@@ -191,9 +196,10 @@ class Trial:
         dance = self.check_finished()
         assert abs(quality(self.given, dance) - expected) <= noise
         with rows_seen(Corpus(self.given / "corpus")) as counts:
-            options = dict(refresh="replay", replay_of=self.path)
+            options = dict(refresh="replay", replay_of=self.path, validated=True)
             again = fit(self.given, self.path.with_name(f"{self.path.name} again"), self.steps, **options)
         assert again.encoder.fingerprint == dance.encoder.fingerprint
+        assert again.history.iloc[-1]["measured_beside"] == dance.history.iloc[-1]["measured_beside"]
         assert counts["mixed"] == 0 < counts["whole"]
 
     def rows(self) -> Counter:

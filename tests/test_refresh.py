@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
+import pyterrier as pt
 import pytest
+from ir_measures import RR
+from safetensors.torch import load_model, save_model
 from torch.utils.data import DataLoader
 
 import kill_refresh
 from forked import forked_refreshers
-from pt_dance import Corpus, DualEncoder, Round, recipes
+from pt_dance import Corpus, DenseIndex, DualEncoder, Round, recipes
 from pt_dance.losses.rows import TrainingRows
 from pt_dance.mining import positive_pairs
+from pt_dance.training import validation
 from pt_dance.training.batches import RoundBatches
 from pt_dance.training.examples import build_examples
 from pt_dance.training.processes import Processes
@@ -48,11 +55,42 @@ def assert_nothing_left(path):
     assert not kill_refresh.refreshers(psutil.Process())
 
 
+@contextlib.contextmanager
+def trainer_seen(folder):
+    """Keep all weights that are handed over, and give the rounds that this process itself has measured."""
+    hand_over, validate, measured = Exchange.hand_over, validation.validate, []
+
+    def keep(exchange, step, model):
+        hand_over(exchange, step, model)
+        save_model(model, str(folder / f"{step}.safetensors"))
+
+    def measure(dense, *given):
+        measured.append(Path(dense.index.index_path).parent.name)
+        return validate(dense, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exchange, "hand_over", keep)
+        patch.setattr(validation, "validate", measure)
+        yield measured
+
+
+def quality(given, folder, model):
+    """The mean reciprocal rank of an encoder on the topics that are fitted on; any step changes it."""
+    topics, qrels = (pd.read_parquet(given / f"{name}.parquet") for name in kill_refresh.FRAMES)
+    index = DenseIndex(folder, model, verbose=False).index(Corpus(given / "corpus"))
+    return pt.Evaluate(index.retriever()(topics), qrels[qrels["qid"].isin(topics["qid"])], [RR])["RR"]
+
+
 def test_a_transformers_fit_and_its_replay_have_the_same_weights_and_no_row_has_two_tables(given, tmp_path):
-    """A replay gives them although its refresher is as fast as it likes: what is journalled decides."""
+    """A replay gives them although its refresher is as fast as it likes: what is journalled decides.
+
+    The refresher measures what it mines with; the trainer measures the ends of rounds alone.
+    """
     corpus = Corpus(given / "corpus")
-    with kill_refresh.rows_seen(corpus) as rows:
-        live = kill_refresh.fit(given, tmp_path / "live", STEPS, encoder="transformer")
+    options = dict(encoder="transformer", validated=True, measure=RR)
+    with kill_refresh.rows_seen(corpus) as rows, trainer_seen(tmp_path) as measured_here:
+        live = kill_refresh.fit(given, tmp_path / "live", STEPS, **options)
+    assert measured_here == ["00", "01"]
     assert rows["mixed"] == 0 and rows["whole"] >= 6 * STEPS
     assert_nothing_left(tmp_path / "live")
     journal = Journal(tmp_path / "live" / "rounds" / "01" / "refreshes.jsonl")
@@ -60,16 +98,26 @@ def test_a_transformers_fit_and_its_replay_have_the_same_weights_and_no_row_has_
     assert row["refreshes"] == len(journal.switches) >= 1
     assert all(switch.step % 6 == 0 and switch.batch > switch.step for switch in journal.switches)
     assert 0 < row["staleness"] <= row["longest_staleness"] < STEPS and row["beside_seconds"] > 0
+    assert [measured["step"] for measured in row["measured_beside"]] == [switch.step for switch in journal.switches]
+    for measured in row["measured_beside"]:
+        assert set(measured) == {"step", "RR", "d→q RR"}
+        encoder = DualEncoder.load(given / "transformer", device="cpu")
+        load_model(encoder.model, str(tmp_path / f"{measured['step']}.safetensors"))
+        expected = quality(given, tmp_path / f"index {measured['step']}", encoder)
+        assert measured["RR"] == pytest.approx(expected, abs=1e-6) != pytest.approx(row["RR"], abs=1e-6)
+    last = live.retriever(round=1).index
+    assert row["RR"] == pytest.approx(quality(given, tmp_path / "index", last.encoder), abs=1e-6)
     settings = json.loads((tmp_path / "live" / "settings.json").read_text())
     assert (settings["refresh"], settings["round 1 refresh_every"], settings["round 1 max_staleness"]) == (
         "beside", 6, 12,
     )  # fmt: skip
-    options = dict(encoder="transformer", refresh="replay", replay_of=tmp_path / "live")
+    options |= dict(refresh="replay", replay_of=tmp_path / "live")
     with forked_refreshers():
         again = kill_refresh.fit(given, tmp_path / "again", STEPS, **options)
-    assert again.encoder.fingerprint == live.encoder.fingerprint
+    assert again.retriever(round=1).index.encoder.fingerprint == last.encoder.fingerprint
     assert repr(Journal(tmp_path / "again" / "rounds" / "01" / "refreshes.jsonl")) == repr(journal)
-    assert again.history.iloc[-1][["training_loss", "staleness"]].equals(row[["training_loss", "staleness"]])
+    same = ["training_loss", "staleness", "RR", "measured_beside"]
+    assert again.history.iloc[-1][same].equals(row[same])
     assert_nothing_left(tmp_path / "again")
     with pytest.raises(ValueError, match=r"cannot be replayed with other settings than its own \(round 1 steps\)$"):
         kill_refresh.fit(given, tmp_path / "other", STEPS - 1, **options)
@@ -127,7 +175,7 @@ def test_a_killed_fit_goes_on_and_its_refresher_ends_with_it(given, tmp_path):
     trial = kill_refresh.Trial(given, tmp_path / "run", STEPS, seconds=2)
     assert trial.killed("trainer", random.Random(2))
     with kill_refresh.rows_seen(Corpus(given / "corpus")) as rows, forked_refreshers():
-        kill_refresh.fit(given, trial.path, STEPS)
+        kill_refresh.fit(given, trial.path, STEPS, validated=True)
     trial.check_finished()
     assert rows["mixed"] == 0 < rows["whole"]
 
@@ -280,10 +328,15 @@ def test_staleness_is_the_age_of_the_weights_in_steps(tmp_path):
     journal = Journal(tmp_path / "journal")
     journal.add(Switch(6, 2, 1.0, 0.25))  # the fourth step, of two batches each
     journal.add(Switch(10, 4, 2.0, 0.5))
-    assert journal.report(6, 2) == {
+    expected = {
         "refreshes": 2, "staleness": (0 + 1 + 2 + 1 + 2 + 1) / 6, "longest_staleness": 2,
         "beside_seconds": 3.0, "waited_seconds": 0.75,
     }  # fmt: skip
+    assert journal.report(6, 2) == expected
+    journal.add(Switch(12, 6, measured={"nDCG@10": 0.5}))  # without validation topics there are none
+    report = Journal(journal.path).report(6, 2)
+    assert report.pop("measured_beside") == [{"step": 6, "nDCG@10": 0.5}]
+    assert report == {**expected, "refreshes": 3}
 
 
 def test_after_an_interruption_only_what_belongs_to_the_trained_steps_is_used(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pt_dance.training.refresh.journal import Journal
 from pt_dance.training.run_folder import JOURNAL, RunFolder
 from pt_dance.training.schedule import Span, in_turn, plan, without_refreshes
 from pt_dance.training.settings import fit_settings
+from pt_dance.training.validation import measure_index
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Job:
         replay_of: The folder of that run, or None.
         engine: Has workers that index, search, mine and ask the teacher: what was given, or else all of the processes;
             this process does where None.
+        measures: What is computed on the validation topics.
         spans: The part of its schedule that each round trains.
     """
 
@@ -52,6 +55,7 @@ class Job:
     refresh: str = "between"
     replay_of: Path | None = None
     engine: Any = None
+    measures: Sequence = ()
     spans: list[Span] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +111,10 @@ class Job:
         if not round_.is_refreshed:  # in_turn leaves none to be refreshed between rounds
             return None
         how = self.spans[number - 1], self.processes, self._journal(number), getattr(self.engine, "place", None)
-        return Refreshes(self.run.round(number), round_, *how)
+        measure = None
+        if self.validation is not None:
+            measure = partial(measure_index, validation=self.validation, measures=self.measures)
+        return Refreshes(self.run.round(number), round_, *how, measure)
 
     def given(self, number: int) -> dict[str, Any]:
         """Return what both halves of a round, see :mod:`pt_dance.training.one_round`, are given."""

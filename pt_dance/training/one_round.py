@@ -101,7 +101,7 @@ def train_round(
         encoder.model.float()  # the weights that are handed over are
         refreshes.work = Work(
             refreshes.exchange.folder, refreshes.replays, encoder.copy(), round_, span, training, corpus, qids, seed,
-            run.path / TEACHER, float(settled.report.get("teacher_scale", 1.0)),
+            run.path / TEACHER, float(settled.report.get("teacher_scale", 1.0)), refreshes.measure,
         )  # fmt: skip
     with processes.together():
         trained = train(

@@ -18,7 +18,7 @@ _COUNTS = (
     "negatives_per_query", "new_negatives", "queries_short_of_negatives", "query_negatives_per_document",
 )  # fmt: skip
 _PLAIN = ("round", "mine_seconds", "train_seconds", "refresh_seconds", "validate_seconds")
-_NOT_REPORTED = ("name", "loss", "training_loss", "steps")
+_NOT_REPORTED = ("name", "loss", "training_loss", "steps", "measured_beside")
 
 
 class Reports:

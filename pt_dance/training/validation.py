@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,11 @@ def validate(dense, validation: TrainingInput, measures: Sequence) -> dict[str, 
     forwards = (dense % depth).compile()(validation.topics)
     backwards, qrels = documents_to_queries(dense.index, validation.topics, validation.qrels, depth)
     return _values(forwards, validation.qrels, backwards, qrels, measures)
+
+
+def measure_index(index: Any, validation: TrainingInput, measures: Sequence, *, engine: Any = None) -> dict[str, float]:
+    """Measure the encoder of a ``DenseIndex`` by it; see :func:`validate`. An engine's workers search, if given."""
+    return validate(index.retriever(depth_of(measures), engine=engine), validation, measures)
 
 
 def try_measures(validation: TrainingInput, measures: Sequence) -> None:

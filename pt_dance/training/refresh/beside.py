@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from pt_dance.engines.worker import end
+from pt_dance.index.dense_index import DenseIndex
 from pt_dance.storage.texts import first_line
 from pt_dance.training import checkpoints
 from pt_dance.training.processes import Processes
@@ -59,10 +60,13 @@ class Refreshes:
         processes: Those that train together.
         replayed: The journal of the run that is repeated, None where the tables decide.
         place: Starts the refresher elsewhere, as :meth:`pt_dance.engines.Ray.place` does; on this machine where None.
+        measure: Measures the index of the weights that a table is mined with, see
+            :func:`~pt_dance.training.validation.measure_index`; None measures nothing.
 
     Attributes:
         exchange: Where weights and tables are.
         journal: Of this round.
+        measure: As given.
         work: What the refresher does; set before training begins.
     """
 
@@ -71,6 +75,7 @@ class Refreshes:
     def __init__(
         self, folder: Path, round_: Any, span: Span, processes: Processes, replayed: Journal | None = None,
         place: Callable[[str, Path, bytes], Any] | None = None,
+        measure: Callable[[DenseIndex], dict[str, float]] | None = None,
     ):  # fmt: skip
         self.exchange = Exchange(folder / EXCHANGE)
         self.journal = Journal(folder / JOURNAL)
@@ -85,6 +90,7 @@ class Refreshes:
         self._left_out = 0
         self._handed_over = 0
         self._place = place
+        self.measure = measure
         self._process: Any = None
 
     @property
@@ -96,7 +102,7 @@ class Refreshes:
         """Return the arrays of a version, see :meth:`Exchange.read`: it is named by its step in units of ``every``."""
         return self.exchange.read(version * self.every)
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, Any]:
         """Return what the history tells, see :meth:`Journal.report`."""
         return self.journal.report(self._span.steps, self.batches_per_step)
 
@@ -183,7 +189,8 @@ class Refreshes:
                 self._pause()
         if newest != current:
             waited = time.perf_counter() - started
-            self.journal.add(Switch(batch, newest, self.exchange.about(newest)["seconds"], waited))
+            about = self.exchange.about(newest)
+            self.journal.add(Switch(batch, newest, about["seconds"], waited, about.get("measured", {})))
         return newest
 
     def _newest(self, current: int) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +22,14 @@ class Switch:
         step: After how many steps of the round the weights were taken that it was mined with.
         seconds: What taking them, encoding, mining and drawing took.
         waited: Seconds that training waited for the table.
+        measured: Of these weights on the validation topics, by measure; empty where there are none.
     """
 
     batch: int
     step: int
     seconds: float = 0.0
     waited: float = 0.0
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 class Journal:
@@ -89,7 +92,7 @@ class Journal:
         steps = np.array([0, *(switch.step for switch in self.switches)])
         return steps[np.searchsorted([switch.batch for switch in self.switches], batches, side="right")]
 
-    def report(self, steps: int, batches_per_step: int) -> dict[str, float]:
+    def report(self, steps: int, batches_per_step: int) -> dict[str, Any]:
         """Return what the history tells of a round's refreshes.
 
         Args:
@@ -100,16 +103,19 @@ class Journal:
             ``refreshes``, how many tables were used beside the first; ``staleness`` and ``longest_staleness``, the mean
             and the largest number of steps between the weights that negatives were mined with and the step that learns
             from them; ``beside_seconds``, what the refreshes took, and ``waited_seconds``, what training waited for
-            them.
+            them. Where the weights of the tables were measured, ``measured_beside``: a dictionary for each of them,
+            with their ``step`` and the measures.
         """
         step = np.arange(steps)
         stale = step - self.steps_at(step * batches_per_step)
+        measured = [{"step": switch.step, **switch.measured} for switch in self.switches if switch.measured]
         return {
             "refreshes": len(self.switches),
             "staleness": float(stale.mean()),
             "longest_staleness": int(stale.max()),
             "beside_seconds": sum(switch.seconds for switch in self.switches),
             "waited_seconds": sum(switch.waited for switch in self.switches),
+            **({"measured_beside": measured} if measured else {}),
         }
 
     def __repr__(self) -> str:

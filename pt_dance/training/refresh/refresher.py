@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Work:
         seed: Of the round; a table's draw also depends on the step of its weights.
         teacher_path: Where the teacher's scores are kept.
         teacher_scale: What they are divided by.
+        measure: Measures an index on the validation topics; None measures nothing.
     """
 
     folder: Path
@@ -64,9 +66,14 @@ class Work:
     seed: int
     teacher_path: Path
     teacher_scale: float
+    measure: Callable[[DenseIndex], dict[str, float]] | None
 
     def refresh(self, step: int) -> tuple[TrainingRows, dict[str, object]]:
-        """Encode the corpus with the encoder's weights, mine, and draw; return the rows and the reports on mining."""
+        """Encode the corpus with the encoder's weights, mine, and draw; measure the weights by the same index.
+
+        Returns:
+            The rows, and what is to be known of them: the reports on ``mining``, and what was ``measured``.
+        """
         folder = self.folder / "index"
         remove_folder(folder)
         index = DenseIndex(folder, self.encoder, verbose=False).index(self.corpus)
@@ -91,8 +98,10 @@ class Work:
         for name in ("teacher_negatives", "teacher_query_negatives"):
             if (scores := getattr(rows, name)) is not None:
                 setattr(rows, name, scores / self.teacher_scale)
+        measured = {} if self.measure is None else self.measure(index)
         remove_folder(folder)
-        return rows, {what: frame.attrs["mining"] for what, frame in frames.items() if frame is not None}
+        mining = {what: frame.attrs["mining"] for what, frame in frames.items() if frame is not None}
+        return rows, {"mining": mining, "measured": measured}
 
 
 def draws(round_: Any, span: Span) -> dict[str, int]:
@@ -114,8 +123,8 @@ def serve(work: Work) -> None:
         if not step or not exchange.take(step, work.encoder.model):
             time.sleep(_PAUSE)
             continue
-        rows, mining = work.refresh(step)
-        exchange.publish(step, rows, {"seconds": time.perf_counter() - started, "mining": mining})
+        rows, about = work.refresh(step)
+        exchange.publish(step, rows, {"seconds": time.perf_counter() - started, **about})
 
 
 def end_with(parent: int) -> None:
