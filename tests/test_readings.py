@@ -265,13 +265,20 @@ def test_texts_decide_what_a_loss_pushes_apart(spelt, encoders, drawn, name, see
     there = np.array([bool(q) for q in queries])[:, None] & np.array([bool(d) for d in documents])
     related = {"query": share(known, queries), "document": share({(d, q) for q, d in known}, documents)}
     size = len(numbers)
-    for name, dual in (("contrastive", False), ("contrastive", True), ("samtone-both", False), ("samtone-query", True)):
+    mined = np.zeros_like(relevant)
+    for place in range(1, 5):
+        mined[numbers, place * size + numbers] = True
+    for name, dual in (
+        ("contrastive", False), ("contrastive", True), ("samtone-both", False), ("samtone-query", True),
+        ("pairwise", False), ("pairwise", True),
+    ):  # fmt: skip
         across, same_query, same_document, *_ = influence(
             build(name, made.rows, dual), made.rows, numbers, np.random.default_rng(seed)
         )
         assert (np.abs(across[(relevant | ~there) & ~own]) < 1e-12).all(), (name, dual)
-        assert (across[:size][(there & ~relevant)[:size]] > 1e-12).all(), (name, dual)
-        if dual:
+        pushed = (mined if name == "pairwise" else True) & there & ~relevant
+        assert (across[:size][pushed[:size]] > 1e-12).all(), (name, dual)
+        if dual and name != "pairwise":
             assert (across[:, :size][(there & ~relevant)[:, :size]] > 1e-12).all(), (name, dual)
         for products, texts_of in ((same_query, "query"), (same_document, "document")):
             others = related[texts_of] & ~np.eye(len(products), dtype=bool)
