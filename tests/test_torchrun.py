@@ -39,10 +39,17 @@ def given(tmp_path_factory):
 
 
 class Killed(NamedTuple):
-    """A job of which one process was killed: how the processes ended, and the names of the files that were left."""
+    """A job of which one process was killed.
 
-    ends: list
+    The errors and the status of the first one, what it found, the names of the files that were left, and what a fit
+    without a launcher says of them.
+    """
+
+    errors: str
+    status: int
+    found: dict
     left: set
+    refused: str
 
 
 class Jobs(NamedTuple):
@@ -54,21 +61,8 @@ class Jobs(NamedTuple):
     killed: list
 
 
-@pytest.fixture(scope="module")
-def jobs(given, tmp_path_factory):
-    """All that takes two processes, with as few starts of them as it takes: each imports everything.
-
-    A job is killed in a step after a checkpoint, then one that goes on from there while the first process refreshes an
-    index, in which the other has its share. Then one job is whole, started by torchrun.
-    """
-    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
-    killed = []
-    for moment in ({"step": 6}, {"round": len(torchrun_fit.RECIPES["killed"])}):
-        job = kill_torchrun.told(given, two, ["killed"], dying=1, **moment)
-        ended = kill_torchrun.ends(kill_torchrun.start(job), job)
-        killed.append(Killed(ended, {str(file.relative_to(two / "killed")) for file in two.glob("killed/**/*")}))
-    names = (*WHOLE, "killed", "beside", "failing", "refused")
-    job = kill_torchrun.told(given, two, names, differing="refused", may_fail=True)
+def launched(job):
+    """Start a job by torchrun; return the errors of all its processes, of which none is left, and its status."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port"]
     command += [str(kill_torchrun.free_port()), torchrun_fit.__file__, json.dumps(job)]
     surroundings = {**os.environ, **kill_driver.SURROUNDINGS, "HF_HUB_OFFLINE": "1"}
@@ -77,7 +71,34 @@ def jobs(given, tmp_path_factory):
             errors = child.communicate(timeout=kill_torchrun.HANGS_AFTER)[1]
         finally:
             child.terminate()  # it takes its processes with it
-    assert child.returncode == 0, errors
+    return errors, child.returncode
+
+
+@pytest.fixture(scope="module")
+def jobs(given, tmp_path_factory):
+    """All that takes two processes, with as few starts of them as it takes: each imports everything.
+
+    A job that torchrun started is killed in a step after a checkpoint, and torchrun with it; then one that goes on from
+    there, without a launcher, while the first process refreshes an index, in which the other has its share. The script
+    goes on with another fit each time. Then one job is whole, started by torchrun.
+    """
+    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    killed = []
+    for moment in ({"step": 6, "with_launcher": True}, {"round": len(torchrun_fit.RECIPES["killed"])}):
+        job = kill_torchrun.told(given, two, ["killed", "again"], dying=1, **moment)
+        if "with_launcher" in moment:
+            errors, status = launched(job)
+        else:
+            (errors, status), (_, of_other) = kill_torchrun.ends(kill_torchrun.start(job), job)
+            assert of_other == -signal.SIGKILL
+        left = {str(file.relative_to(two)) for name in ("killed", "again") for file in two.glob(f"{name}/**/*")}
+        with pytest.raises(ValueError) as refused:
+            torchrun_fit.fit("killed", two / "killed", given, Corpus(two / "corpus"))
+        killed.append(Killed(errors, status, kill_torchrun.found(two)[0], left, str(refused.value)))
+    names = (*WHOLE, "killed", "beside", "failing", "refused")
+    job = kill_torchrun.told(given, two, names, differing="refused", may_fail=True)
+    errors, status = launched(job)
+    assert status == 0, errors
     corpus = Corpus.build(torchrun_fit.pd.read_parquet(given / "documents.parquet"), one / "corpus", verbose=False)
     sizes = {name: set() for name in WHOLE}
     whole = RoundBatches._whole
@@ -178,18 +199,23 @@ def _first_work(path):
 
 
 def test_a_killed_process_ends_the_job_and_the_next_call_gives_the_same_weights(given, jobs):
-    """One dies in a step after a checkpoint, then one that waits; a call with another number of them is refused."""
-    for ended, _ in jobs.killed:
-        assert ended[1][1] == -signal.SIGKILL and ended[0][1] == 1
-        assert ended[0][0].splitlines()[-1].startswith(kill_torchrun.SENTENCE)  # sys.exit's sentence
+    """One dies in a step after a checkpoint, then one that waits. Nobody waits for it.
+
+    What follows in the other process says so, too, at once, and a call with another number of processes is refused.
+    """
+    assert [status for _, status, *_ in jobs.killed] == [-signal.SIGKILL, 1]  # torchrun's, and the process's own
+    for killed in jobs.killed:
+        assert killed.errors.splitlines()[-1].startswith(kill_torchrun.SENTENCE)  # sys.exit's sentence
+        for name in ("killed", "again"):
+            assert killed.found[name]["error"] == "RuntimeError"
+            assert killed.found[name]["message"].startswith(kill_torchrun.SENTENCE)
+        assert "with other settings (processes was 2, is 1);" in killed.refused and "\n" not in killed.refused
     last = len(torchrun_fit.RECIPES["killed"])
-    first, second = (left for _, left in jobs.killed)
-    assert any(name.startswith("rounds/01/checkpoints/checkpoint-4") for name in first)
-    assert f"rounds/{last:02d}/trained.json" in second
-    assert "pt_meta.json" not in first | second
+    first, second = (killed.left for killed in jobs.killed)
+    assert any(name.startswith("killed/rounds/01/checkpoints/checkpoint-4") for name in first)
+    assert f"killed/rounds/{last:02d}/trained.json" in second
+    assert not any(name.startswith("again") for name in first | second) and "killed/pt_meta.json" not in first | second
     path = jobs.two / "killed"
-    with pytest.raises(ValueError, match=r"other settings \(processes was 2, is 1\)"):
-        torchrun_fit.fit("killed", path, given, Corpus(jobs.two / "corpus"))
     for process in jobs.found:
         assert process["killed"] == jobs.found[0]["dance"]  # the losses of all rounds
     for number in range(1, last + 1):

@@ -70,7 +70,7 @@ RECIPES = {
     ),
     "failing": recipes.mnrl(1, negatives=pt.apply.generic(failing), **FAST),
 }
-RECIPES |= {"killed": RECIPES["dance"], "refused": RECIPES["mnrl"]}
+RECIPES |= {"killed": RECIPES["dance"], "refused": RECIPES["mnrl"], "again": RECIPES["mnrl"]}
 
 
 def fit(name: str, path: Path, given: Path, corpus: Corpus, seed: int = 3, **options) -> DanceRetriever:
@@ -112,18 +112,23 @@ def outcome(dance: DanceRetriever) -> dict:
     }
 
 
-def die(step: int | None, round_: int | None) -> None:
+def die(step: int | None, round_: int | None, *, with_launcher: bool) -> None:
     """Be killed in the middle of a step, or while the first process refreshes the index after a round and validates."""
+
+    def killed():
+        for process in [os.getppid()] * with_launcher + [os.getpid()]:
+            os.kill(process, signal.SIGKILL)
+
     training_step, from_first = RoundTrainer.training_step, Processes.from_first
 
     def step_or_die(self, *args, **kwargs):
         if self.state.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            killed()
         return training_step(self, *args, **kwargs)
 
     def wait_or_die(self, work):
         if getattr(work, "func", work).__name__ == "_finish_round" and work.args[0] == round_:
-            os.kill(os.getpid(), signal.SIGKILL)
+            killed()
         return from_first(self, work)
 
     RoundTrainer.training_step, Processes.from_first = step_or_die, wait_or_die
@@ -134,7 +139,7 @@ def main(job: dict) -> None:
     rank, given, out = int(os.environ["RANK"]), Path(job["given"]), Path(job["out"])
     corpus = Corpus.build(pd.read_parquet(given / "documents.parquet"), out / "corpus", verbose=False)
     if rank == job.get("dying"):
-        die(job.get("step"), job.get("round"))
+        die(job.get("step"), job.get("round"), with_launcher=job.get("with_launcher", False))
     found = {}
     with small_parts() as did:
         for name in job["fits"]:
@@ -143,8 +148,6 @@ def main(job: dict) -> None:
                 found[name] = outcome(fit(name, out / name, given, corpus, seed))
             except Exception as error:
                 found[name] = {"error": type(error).__name__, "message": str(error)}
-                if not job.get("may_fail"):  # with a process that is gone no other fit can begin
-                    break
     (out / f"parts {rank}.json").write_text(json.dumps(did))
     (out / f"process {rank}.json").write_text(json.dumps(found))
     if any("error" in result for result in found.values()) and not job.get("may_fail"):

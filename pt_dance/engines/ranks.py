@@ -13,6 +13,7 @@ from typing import Any
 
 import dill
 
+from pt_dance.engines.sending import dumps
 from pt_dance.engines.worker import Failure, Workplace
 
 
@@ -33,7 +34,7 @@ class _Work:
     sent: bytes = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sent = dill.dumps(self.make, recurse=True)
+        self.sent = dumps(self.make)
 
 
 class _Asked:
@@ -58,7 +59,7 @@ class Ranks:
 
     Args:
         workers: How many processes there are, this one among them.
-        device: Where they encode; a GPU where they have one, if None.
+        device: Where they encode; each on its own GPU if there are any, where None.
         tell: Sends bytes to all others.
         collect: Waits for bytes from each of the others, in their order.
     """

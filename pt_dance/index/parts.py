@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pt_dance.corpus.corpus import Corpus
 from pt_dance.index.files import row_bytes
 from pt_dance.index.shards import SHARD_CHARACTERS, ShardReader, digest_of_shard
 from pt_dance.index.writer import IndexWriter
+from pt_dance.storage.devices import own_device
 from pt_dance.storage.digests import text_id
 from pt_dance.storage.engine import Engine, WorkerDiedError
 from pt_dance.storage.folders import remove_folder
@@ -75,7 +75,7 @@ class PartWriter:
         key: Of the corpus and the settings.
         corpus: The documents.
         encoder: Encodes them.
-        device: Where; a GPU where the worker has one, if None.
+        device: Where; the worker's own GPU, if it has one, where None.
         settings: ``text_field``, ``precision``, ``vec_size`` and ``vec_dtype`` of the index.
     """
 
@@ -87,8 +87,8 @@ class PartWriter:
 
     def __call__(self) -> Any:
         """Get ready, in the worker; return what writes a part."""
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.encoder.device.type != device:
+        device = self.device or own_device()
+        if str(self.encoder.device) != device:
             self.encoder = self.encoder.copy()  # the worker may be the process that has the encoder
             self.encoder.model.to(device)
         return self.write

@@ -23,6 +23,37 @@ _LONGEST_WAIT = timedelta(days=30)
 _SAID = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
+class _Roll:
+    """Tells whether the processes of the job are there, by connections that each keeps as long as it lives.
+
+    New connections to one that is gone would be waited for, as it may only be late.
+    """
+
+    def __init__(self) -> None:
+        self._world: Any = None
+        self._group: Any = None
+
+    def call(self) -> None:
+        """Wait until all are here.
+
+        Raises:
+            RuntimeError: If one of them is gone, now or at an earlier call.
+        """
+        if self._world is not dist.group.WORLD:
+            self._world, self._group = dist.group.WORLD, dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        if self._group is None:
+            raise dist.DistError("a process was gone already")
+        try:
+            dist.barrier(group=self._group)
+        except RuntimeError:
+            group, self._group = self._group, None
+            dist.destroy_process_group(group)  # so that those hear of it who wait for this one
+            raise
+
+
+_roll = _Roll()
+
+
 class Processes:
     """The processes of a job; with one, nothing is sent and nobody waits.
 
@@ -47,6 +78,7 @@ class Processes:
         if self.count > 1:
             PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
             with self.together():
+                _roll.call()
                 # the default group may be one of GPUs, which waiting would keep busy, or made by the user's script
                 self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
             self.is_first = dist.get_rank() == 0

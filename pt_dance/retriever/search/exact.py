@@ -24,6 +24,7 @@ from pt_dance.retriever.search.prefilter import LEAST_QUERIES, pays
 from pt_dance.retriever.search.tensors import TensorBlock, TensorVectors
 from pt_dance.retriever.search.threads import one_threaded_products, product_threads, use_one_thread
 from pt_dance.retriever.search.vectors import MAX_NORM, Vectors
+from pt_dance.storage.devices import own_device
 
 QUERY_BLOCK = 256
 DOC_BLOCK = 4096
@@ -31,10 +32,10 @@ _LEAST_PAIRS = 1 << 12  # for a thread of its own
 
 
 def open_vectors(docs: np.ndarray | Vectors, device: str | None = None) -> Vectors:
-    """Return an array's vectors where they are searched, a GPU if there is one by default; open ones stay so."""
+    """Return an array's vectors where they are searched, by default on this process's own GPU; open ones stay so."""
     if isinstance(docs, Vectors):
         return docs
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = torch.device(device or own_device())
     return Vectors(docs) if chosen.type == "cpu" else TensorVectors(docs, chosen)
 
 

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import dill
 import torch
 from transformers import TrainerCallback
 
+from pt_dance.engines.sending import dump
 from pt_dance.engines.worker import end
 from pt_dance.index.dense_index import DenseIndex
 from pt_dance.storage.texts import first_line
@@ -268,7 +268,7 @@ def _written(work: Work, name: str) -> Iterator[Any]:
     """Give a file without a name with what a refresher is to do."""
     with tempfile.TemporaryFile() as file:
         try:
-            dill.dump(work, file, recurse=True)
+            dump(work, file)
         except Exception as error:  # whatever an object of the user's says
             raise ValueError(
                 f"the sources, filters or teacher of {name} cannot be handed to the refresher, a process of its own "
@@ -299,7 +299,7 @@ def surroundings() -> dict[str, str]:
     threads = str(max(1, cores - here * torch.get_num_threads()))
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     if (gpus := torch.cuda.device_count()) > here:
-        # the first that it sees, which is where an encoder goes that was on a GPU
+        # the only one that it sees, which is where an encoder goes that was on a GPU
         environment["CUDA_VISIBLE_DEVICES"] = (os.environ.get("CUDA_VISIBLE_DEVICES") or str(gpus - 1)).split(",")[-1]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     return environment
