@@ -23,10 +23,10 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # pytest-timeout fails a test that hangs and shows where, once Python runs its signal handler. What hangs in C without
 # returning to Python is ended by this, so many seconds later, with the same report; pytest-xdist goes on with the rest.
 HANGS_IN_C = 60
-# Files of a minute and more, the longest first.
+# Files of ten seconds and more of the processor, the longest first.
 LONG = (
-    "test_torchrun", "test_recipes", "test_fit_kill", "test_refresh", "test_engines", "test_estimator", "test_schedule",
-    "test_notebooks", "test_report", "test_index_kill", "test_evidence",
+    "test_recipes", "test_torchrun", "test_estimator", "test_engines", "test_refresh", "test_schedule",
+    "test_notebooks", "test_library_options", "test_evidence", "test_fit_kill", "test_report", "test_encoding",
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -26,7 +27,7 @@ def test_rounds_are_shown_with_their_worth_and_near_copies_of_positives_are_coun
     copies = pd.DataFrame({"docno": "copy of " + positive, "text": [f"{copied[docno]} once" for docno in positive]})
     documents = pd.concat([collection.documents[["docno", "text"]], copies]).reset_index(drop=True)
     corpus = Corpus.build(documents, tmp_path / "corpus", fields=["text"], verbose=False)
-    encoder = DualEncoder.static(corpus, dim=8, vocab_size=300)
+    encoder = DualEncoder.static(corpus, dim=32, vocab_size=1000)
     others = positive.sort_index().to_numpy()[::-1]
     first_stage = pd.concat(
         [
@@ -35,14 +36,18 @@ def test_rounds_are_shown_with_their_worth_and_near_copies_of_positives_are_coun
         ]
     ).merge(collection.topics, on="qid")
     dance = DanceRetriever(encoder, corpus, tmp_path / "run", recipe=[Round(name="ance")], verbose=False)
-    dance.fit(first_stage, collection.qrels, collection.topics.head(9), collection.qrels)
+    dance.fit(first_stage, collection.qrels, collection.topics.head(60), collection.qrels)
     mined = dance.negatives(1, texts=False)
     expected = mined["docno"].str.startswith("copy of ").mean()
     assert 0.3 < expected < 0.9
     assert quickstart.copies_among(dance, collection.qrels, 1, least=0.95) == pytest.approx(expected, abs=0.02)
     quickstart.show_rounds(dance, collection.qrels, "nDCG@10")
-    shown = capsys.readouterr().out
-    assert f"{dance.history['nDCG@10'].iloc[1]:.4f}".rstrip("0") in shown and "copies of a positive" in shown
+    header, untrained, trained = capsys.readouterr().out.strip().splitlines()[-3:]
+    columns = ["dev nDCG@10", "loss", "new negatives", "copies of a positive"]
+    assert re.split(r"\s{2,}", header.strip()) == ["round", *columns]
+    worth = dance.history["nDCG@10"].round(4).tolist()
+    assert [float(line.split()[2]) for line in (untrained, trained)] == worth and worth[0] != worth[1]
+    assert float(trained.split()[-1]) == round(quickstart.copies_among(dance, collection.qrels, 1), 4)
     quickstart.draw(dance, "nDCG@10", {"BM25": 0.5}, tmp_path)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("history.png", "time.png"))
 
