@@ -27,6 +27,7 @@ from ir_measures import nDCG
 from evidence.cells import Cell, Study
 from evidence.data import some_of
 from evidence.protocol import FULL
+from evidence.teacher import cross_fitted
 from pt_dance import CrossEncoderScorer, DenseIndex
 
 DEPTHS = (10, 30, 100, 300, 1000)
@@ -54,7 +55,7 @@ def systems(study: Study, args: argparse.Namespace) -> dict[str, pt.Transformer]
     if not dense.built():
         dense.index(collection.corpus)
     # Either of the two teachers: the reported queries were learnt from by neither.
-    teacher = study.teacher(collection).models[0]
+    teacher = cross_fitted(collection).models[0]
     cross = CrossEncoderScorer(teacher.model, max_length=teacher.max_length, batch_size=64)
     bm25 = collection.bm25
     text = pt.text.get_text(collection.documents, "text")

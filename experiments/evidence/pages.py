@@ -334,9 +334,12 @@ def readme_table(results: Path) -> str:
                 rows.setdefault(method, {})[columns[-1]] = short(value)
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
     order = [method for method in ROWS if method in rows]
-    return "\n".join(
-        lines + [f"| {NAMES[m]} | " + " | ".join(rows[m].get(column, "") for column in columns) + " |" for m in order]
-    )
+    lines += [f"| {NAMES[m]} | " + " | ".join(rows[m].get(column, "") for column in columns) + " |" for m in order]
+    for encoder in measured(results):
+        trained_on = files_of(results, encoder, ".json")
+        if len(trained_on) < len(REPORTED):
+            lines += ["", f"({encoder}: trained on {' and '.join(trained_on)} so far.)"]
+    return "\n".join(lines)
 
 
 def found_of(page_name: str, protocol: Protocol, results: Path) -> str:
