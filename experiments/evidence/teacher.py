@@ -57,26 +57,37 @@ class CrossFitted(pt.Transformer):
 
 
 class Scored(pt.Transformer):
-    """Look up what a teacher said of every pair that a fit of the study asks for; some hundred fits ask.
+    """Look up what a teacher said of the pairs that some hundred fits ask for, and ask it for the few others.
+
+    Others are there because queries that an encoder cannot tell apart are one to a fit, by the text of the first.
 
     Args:
         scores: ``query``, ``docno``, ``score``.
-        fingerprint: identity of the teacher.
+        teacher: who said so.
     """
 
     schematic = {"label": "Scored", "help_url": None}
 
-    def __init__(self, scores: pd.DataFrame, fingerprint: str) -> None:
+    def __init__(self, scores: pd.DataFrame, teacher: CrossFitted) -> None:
         super().__init__()
-        self.scores, self.fingerprint = scores.set_index(["query", "docno"])["score"], fingerprint
+        self.scores, self.teacher = scores.set_index(["query", "docno"])["score"], teacher
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the teacher."""
+        return self.teacher.fingerprint
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Score each row; a pair that is not known is an error."""
-        found = self.scores.loc[pd.MultiIndex.from_frame(inp[["query", "docno"]])]
-        return pt.model.add_ranks(inp.assign(score=found.to_numpy()))
+        """Score (query, docno, text) rows."""
+        known = self.scores.reindex(pd.MultiIndex.from_frame(inp[["query", "docno"]])).to_numpy()
+        scored = inp.assign(score=known)
+        if (missing := np.isnan(known)).any():
+            parts = [scored[~missing], self.teacher(inp[missing])]
+            scored = pd.concat([part for part in parts if len(part)])
+        return pt.model.add_ranks(scored)
 
     def subtransformers(self) -> dict[str, pt.Transformer]:
-        """Return no transformers."""
+        """Return no transformers: the teacher is a part of this one."""
         return {}
 
 
@@ -95,7 +106,7 @@ def scored(collection: Collection) -> Scored:
         (file.parent / "spread.json").write_text(json.dumps(spread(own, pairs[0])))
         answered[["query", "docno", "score"]].to_parquet(file.with_suffix(".new"), index=False)
         file.with_suffix(".new").rename(file)
-    return Scored(pd.read_parquet(file), teacher.fingerprint)
+    return Scored(pd.read_parquet(file), teacher)
 
 
 def cross_fitted(collection: Collection) -> CrossFitted:
