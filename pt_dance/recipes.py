@@ -278,11 +278,11 @@ def samtone(
 ) -> list[Round]:  # fmt: skip
     """SamToNe (Moiseev et al., Findings of ACL 2023, arXiv 2306.02516): the batch's other queries as negatives too.
 
-    From the paper: the loss, one softmax without a weight, on cosines. Ours: the temperature that follows from the
-    encoder, and the first stage's hard negatives. ``published=True`` has in-batch negatives only and temperature .01;
-    the paper's optimiser settings (T5, Adafactor, large batches) are for another model family, no code was released,
-    and its learning rate and batch size are yours to give. Its towers are ``DualEncoder.two_towers`` without (ADE) or
-    with ``shared_projection`` (ADE-SPL).
+    From the paper: the loss, one softmax without a weight. Ours: similarity and temperature, which follow from the
+    encoder, and the first stage's hard negatives. ``published=True`` has cosines, temperature .01 and in-batch
+    negatives only; the paper's optimiser settings (T5, Adafactor, large batches) are for another model family, no code
+    was released, and its learning rate and batch size are yours to give. Its towers are ``DualEncoder.two_towers``
+    without (ADE) or with ``shared_projection`` (ADE-SPL).
 
     Args:
         epochs: Passes over the training pairs.
@@ -294,8 +294,9 @@ def samtone(
         **options: Any other attribute of :class:`Round`.
     """
     loss = {"sides": sides} | ({"temperature": 0.01} if published else {})
-    given = dict(name=f"samtone {sides}", loss="samtone", loss_options=loss, similarity="cosine", epochs=epochs)
-    return [_round(given | dict(negatives=None if published else negatives), options, temperature)]
+    given = dict(name=f"samtone {sides}", loss="samtone", loss_options=loss, epochs=epochs)
+    given |= dict(negatives=None, similarity="cosine") if published else dict(negatives=negatives)
+    return [_round(given, options, temperature)]
 
 
 def mnrl_dual(
