@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ import torch
 import transformers.trainer
 from sentence_transformers import SentenceTransformer
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, losses, recipes
 from pt_dance.recipes import current_model
+from pt_dance.training.reporting import Reports
 from pt_dance.training.run_folder import RunFolder
 from small_collection import standard_library
 from small_models import small_bert
@@ -268,6 +270,22 @@ def test_a_logger_of_ones_own_is_reached_by_its_name(small, tmp_path, monkeypatc
     file.unlink()
     small.fit(tmp_path / "silent", DualEncoder(small.bert), small.mnrl())
     assert not file.exists()
+
+
+def test_a_logger_hears_of_what_a_refresher_measured_at_its_steps(tmp_path, monkeypatch):
+    heard = []
+
+    class Listener(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            heard.append((state.global_step, logs))
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "listener", Listener)
+    round_ = Round(training_arguments={"report_to": "listener"})
+    reports = Reports(tmp_path, [round_])
+    reports.of_round(round_, 0)[0].on_train_begin(SimpleNamespace(), TrainerState(), TrainerControl())
+    measured = [{"step": 6, "RR": 0.25}, {"step": 12, "RR": 0.5}]
+    reports.add_round({"round": 2, "steps": 20, "RR": 0.75, "measured_beside": measured}, 50)
+    assert heard == [(36, {"eval_RR": 0.25}), (42, {"eval_RR": 0.5}), (50, {"round": 2, "eval_RR": 0.75})]
 
 
 def events(folder):

@@ -55,7 +55,13 @@ class Reports:
         return relays
 
     def add_round(self, row: dict, step: int) -> None:
-        """Report measures and counts of a round's row of the history, at the step of the fit that it ended with."""
+        """Report measures and counts of a round's row of the history, at the step of the fit that it ended with.
+
+        What a refresher measured before has steps of its own.
+        """
+        for measured in row.get("measured_beside", []):
+            values = {f"eval_{name}": value for name, value in measured.items() if name != "step"}
+            self._waiting.append((step - row["steps"] + measured["step"], values))
         logs: dict[str, float] = {}
         for name, value in row.items():
             if name in _COUNTS:
