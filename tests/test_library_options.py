@@ -20,6 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from pt_dance import Corpus, DanceRetriever, DualEncoder, Round, losses, recipes
 from pt_dance.recipes import current_model
+from pt_dance.training.history import training_row
 from pt_dance.training.reporting import Reports
 from pt_dance.training.run_folder import RunFolder
 from small_collection import standard_library
@@ -284,8 +285,13 @@ def test_a_logger_hears_of_what_a_refresher_measured_at_its_steps(tmp_path, monk
     reports = Reports(tmp_path, [round_])
     reports.of_round(round_, 0)[0].on_train_begin(SimpleNamespace(), TrainerState(), TrainerControl())
     measured = [{"step": 6, "RR": 0.25}, {"step": 12, "RR": 0.5}]
-    reports.add_round({"round": 2, "steps": 20, "RR": 0.75, "measured_beside": measured}, 50)
-    assert heard == [(36, {"eval_RR": 0.25}), (42, {"eval_RR": 0.5}), (50, {"round": 2, "eval_RR": 0.75})]
+    settled = {"learning_rate": 0.01, "similarity": "cosine", "temperature of contrastive": 0.05, "teacher_scale": 2.0}
+    trained = {"loss": 1.0, "steps": 20, "settled": settled, "refreshed": {"staleness": 7, "measured_beside": measured}}
+    row = training_row(2, round_, trained, {"per_source": 3.0}, {}, {"train": 4.0}) | {"RR": 0.75}
+    reports.add_round(row, 50)
+    of_round = {"round": 2, "staleness": 7, "train_seconds": 4.0, "eval_RR": 0.75, "mining/negatives_per_query": 3.0}
+    of_round |= {"mining/queries_short_of_negatives": 0, "mining/query_negatives_per_document": 0.0}
+    assert heard == [(36, {"eval_RR": 0.25}), (42, {"eval_RR": 0.5}), (50, of_round)]
 
 
 def events(folder):

@@ -271,6 +271,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "engines-static": lambda: engines_of("engines-static"),
         "beside-static": lambda: beside_of("refresh-beside-medquad-static"),
         "beside-minilm": lambda: beside_of("refresh-beside-medquad-minilm"),
+        "beside-minilm-gpu": lambda: beside_of("refresh-beside-medquad-minilm-gpu"),
         "scale": lambda: scale_of("scale"),
         "on-paper": lambda: list_table(on_paper.table(*map(load, ("scale", "encoding-medquad", "retrieval-by-size")))),
     },

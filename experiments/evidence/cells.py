@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyterrier as pt
+import torch
 
 from common import minilm_path
 from evidence.data import Collection
@@ -222,7 +223,10 @@ class Study:
         about: dict = asdict(cell)
         if cell.method == "bm25":
             measured = measure_bm25(target, collection.folder, MEASURES)
-            others = [measure_bm25(t, t.folder, MEASURES[:1]) for t in self.targets(cell.collection)]
+            others = []
+            for other in self.targets(cell.collection):
+                with self.alone(other.folder):
+                    others.append(measure_bm25(other, other.folder, MEASURES[:1]))
         else:
             encoder, cost = self.trained(cell)
             about |= cost
@@ -253,6 +257,7 @@ def _fit(
     }
     about = {name: value + before.get(name, 0) for name, value in about.items()}
     about["last_loss"] = float(trained["training_loss"].iloc[-1])
+    about["device"] = torch.cuda.get_device_name() if start.device.type == "cuda" else start.device.type
     folder.mkdir(parents=True, exist_ok=True)
     encoder = dance.encoder
     if not (folder / "encoder").exists():

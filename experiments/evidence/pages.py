@@ -149,7 +149,7 @@ def results_page(protocol: Protocol, results: Path) -> str:
             text += [rst_table(table(scores(results, encoder), measure), title)]
         text += [rst_table(zero_shot(cells), "nDCG@10 zero-shot by collection, mean over training collections")]
         text += [rst_table(costs(results, encoder), "What the methods took")]
-        text += ["Seconds are of one core that had other work beside it: they compare roughly.", ""]
+        text += [f"Seconds are of {devices(results, encoder)} that had other work beside: they compare roughly.", ""]
         text += [rst_table(verdicts(decided_of(encoder, protocol.resamples, results)), "The sources' claims")]
         text += [
             "Differences are means over the training collections that have both rows; intervals of 95 % allow for "
@@ -247,6 +247,21 @@ def ranked(found: pd.Series, measure: str) -> pd.Series:
     return pd.Series(whole).sort_values(ascending=False)
 
 
+def devices(results: Path, encoder: str) -> str:
+    """What an encoder's cells were trained on."""
+    told = [json.loads(file.read_text())["cells"] for file in files_of(results, encoder, ".json").values()]
+    names = sorted({cell.get("device", "cpu") for cells in told for cell in cells if "seconds" in cell})
+    return " and ".join("one core" if name == "cpu" else f"one {name} (products in TF32)" for name in names)
+
+
+def so_far(results: Path, encoder: str) -> list[str]:
+    """What to know of an encoder that was not trained on all collections yet; nothing of one that was."""
+    trained_on = files_of(results, encoder, ".json")
+    if len(trained_on) == len(REPORTED):
+        return []
+    return ["", f"({ENCODERS[encoder]}: trained on {' and '.join(trained_on)} so far.)"]
+
+
 def costs(results: Path, encoder: str) -> list[list[str]]:
     """What each method took, mean over collections and seeds."""
     names = ["steps", "texts_for_mining", "mine_seconds", "seconds"]
@@ -279,7 +294,7 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
             name = f":doc:`{RECIPES[method][0]} <{RECIPES[method][1]}>`" if method in RECIPES else NAMES[method]
             rows.append([name, *(short(s[method]) if method in s else "" for s in (own, away, back))])
         text += [heading(f"With {words}"), rst_table(rows)]
-        text += [f"- {line}" for line in advice(own, away)] + [""]
+        text += [f"- {line}" for line in advice(own, away)] + [*so_far(results, encoder), ""]
     text += [
         heading("Whatever you choose"),
         "- Start from an encoder that already ranks well; an untrained static tower is the weakest start and the "
@@ -307,10 +322,13 @@ def advice(own: pd.Series, away: pd.Series) -> list[str]:
         lines.append(f"Queries and judgements of your own collection, no teacher: {told(plain[0], own)}{more}.")
         abroad = [m for m in away.index if m in plain]
         if abroad:
-            line = f"To search collections that it was not trained on: {told(abroad[0], away)}"
-            if away[abroad[0]] <= (start := away.get("untrained", 0)):
-                line += f", which is no better than the untrained encoder ({short(start)})"
-            lines.append(f"{line}; BM25 has {short(away['bm25'])} there.")
+            best, start = told(abroad[0], away), away.get("untrained", 0)
+            if away[abroad[0]] > start:
+                line = f"{best}, untrained {short(start)}"
+            else:
+                line = f"leave the encoder as it is ({short(start)}); the best of the recipes is {best}"
+            line = f"To search collections that it was not trained on: {line}."
+            lines.append(f"{line} BM25 has {short(away['bm25'])} there.")
     if taught:
         best = taught[0]
         better = own[best] > own[plain[0]] if plain else True
@@ -336,9 +354,7 @@ def readme_table(results: Path) -> str:
     order = [method for method in ROWS if method in rows]
     lines += [f"| {NAMES[m]} | " + " | ".join(rows[m].get(column, "") for column in columns) + " |" for m in order]
     for encoder in measured(results):
-        trained_on = files_of(results, encoder, ".json")
-        if len(trained_on) < len(REPORTED):
-            lines += ["", f"({encoder}: trained on {' and '.join(trained_on)} so far.)"]
+        lines += so_far(results, encoder)
     return "\n".join(lines)
 
 

@@ -12,13 +12,18 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from pt_dance.storage.texts import first_line
 
-# The entries of a round's row that count negatives, that are reported by their names, and that are not; the others are
-# validation measures.
+# The entries of a round's row that count negatives, that are reported by their names, and that are not, as settings are
+# not; the others are validation measures.
 _COUNTS = (
     "negatives_per_query", "new_negatives", "queries_short_of_negatives", "query_negatives_per_document",
 )  # fmt: skip
-_PLAIN = ("round", "mine_seconds", "train_seconds", "refresh_seconds", "validate_seconds")
-_NOT_REPORTED = ("name", "loss", "training_loss", "steps", "measured_beside")
+_PLAIN = (
+    "round", "mine_seconds", "train_seconds", "refresh_seconds", "validate_seconds", "beside_seconds", "waited_seconds",
+    "refreshes", "staleness", "longest_staleness",
+)  # fmt: skip
+_NOT_REPORTED = (
+    "name", "loss", "training_loss", "steps", "measured_beside", "learning_rate", "similarity", "teacher_scale",
+)  # fmt: skip
 
 
 class Reports:
@@ -66,7 +71,7 @@ class Reports:
         for name, value in row.items():
             if name in _COUNTS:
                 logs[f"mining/{name}"] = value
-            elif name not in _NOT_REPORTED:
+            elif name not in _NOT_REPORTED and not name.startswith("temperature"):
                 logs[name if name in _PLAIN else f"eval_{name}"] = value
         self._waiting.append((step, {name: value for name, value in logs.items() if value is not None}))
         begun = [relay for relay in self._loggers.values() if relay.begun]

@@ -271,9 +271,9 @@ def _written(work: Work, name: str) -> Iterator[Any]:
             dump(work, file)
         except Exception as error:  # whatever an object of the user's says
             raise ValueError(
-                f"the sources, filters or teacher of {name} cannot be handed to the refresher, a process of its own "
-                f"({first_line(error)}); make what cannot inside a function of the dense retriever, or refresh between "
-                "rounds"
+                f"the sources, filters, teacher or measures of {name} cannot be handed to the refresher, a process of "
+                f"its own ({first_line(error)}); make what cannot inside a function of the dense retriever, or refresh "
+                "between rounds"
             ) from None
         file.seek(0)
         yield file

@@ -20,7 +20,7 @@ class Switch:
     Attributes:
         batch: Of the round, from 0.
         step: After how many steps of the round the weights were taken that it was mined with.
-        seconds: What taking them, encoding, mining and drawing took.
+        seconds: What taking them, encoding, mining, drawing and measuring took.
         waited: Seconds that training waited for the table.
         measured: Of these weights on the validation topics, by measure; empty where there are none.
     """
