@@ -11,40 +11,18 @@ import numpy as np
 
 
 @contextlib.contextmanager
-def table_writer(path: str | Path, names: Sequence[str]) -> Iterator[Callable[[dict[str, list[str]]], None]]:
-    """Write an Arrow file of string columns through ``datasets``; yields a function that writes a block.
-
-    A block is a dict of equally long lists.
-    """
+def table_writer(path: str | Path, names: Sequence[str]) -> Iterator[Callable[[Any], None]]:
+    """Write an Arrow file of string columns through ``datasets``; yields a function that writes an Arrow batch."""
     import pyarrow as pa
     from datasets import Features, Value
     from datasets.arrow_writer import ArrowWriter
 
-    schema = pa.schema([(name, pa.large_string()) for name in names])
     writer = ArrowWriter(path=str(path), features=Features({name: Value("large_string") for name in names}))
     try:
-        yield lambda block: writer.write_table(_table(block, schema))
+        yield lambda batch: writer.write_table(pa.Table.from_batches([batch]))
         writer.finalize()
     finally:
         writer.close()
-
-
-def _table(block: dict[str, list[str]], schema: Any) -> Any:
-    import pyarrow as pa
-
-    try:
-        return pa.Table.from_pydict(block, schema=schema)
-    except UnicodeEncodeError:
-        for docno, *texts in zip(*block.values(), strict=True):
-            for text in texts:
-                try:
-                    text.encode("utf-8")
-                except UnicodeEncodeError as err:
-                    raise ValueError(
-                        f"document {docno!r} holds a lone surrogate, which no text file can: clean it with "
-                        "text.encode('utf-8', 'replace').decode()"
-                    ) from err
-        raise
 
 
 def open_table(path: str | Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,19 @@ import pyterrier as pt
 
 from pt_dance.corpus.arrow import TextColumn, open_table
 from pt_dance.corpus.docnos import DocnoRows
-from pt_dance.corpus.records import HASHES, TABLE, checked_fields, columns_of, first_difference, rows_of, write_rows
+from pt_dance.corpus.files import DocumentFiles
+from pt_dance.corpus.records import (
+    HASHES,
+    TABLE,
+    blocks_of,
+    checked_fields,
+    columns_of,
+    cut_anew,
+    first_difference,
+    rows_in,
+    rows_of,
+    write_blocks,
+)
 from pt_dance.corpus.sources import iter_documents
 from pt_dance.corpus.text_loader import CorpusTextLoader
 from pt_dance.storage import options
@@ -97,6 +110,7 @@ class Corpus(pt.Artifact):
         *,
         fields: Sequence[str] = ("title", "text"),
         separator: str = " ",
+        workers: int = 1,
         overwrite: bool = False,
         verbose: bool = True,
     ) -> Corpus:
@@ -109,11 +123,17 @@ class Corpus(pt.Artifact):
             source: An iterable of dicts, a DataFrame, an object with ``get_corpus_iter()`` such as a PyTerrier data
                 set, or a Terrier index (an object, or its folder) that stores its documents' text, as
                 ``pt.IterDictIndexer(path, meta={"docno": 20, "text": 131072})`` does up to so many bytes. Each document
-                has a ``docno`` and the fields. Another corpus of the same fields is copied as it is.
+                has a ``docno`` and the fields. Another corpus of the same fields is copied as it is. Or a list of
+                paths of Parquet or JSONL files (``.parquet``, ``.jsonl``, ``.jsonl.gz``), such as
+                ``sorted(pathlib.Path(folder).glob("*.parquet"))``, read in this order; there, ``_id`` may stand for
+                ``docno``, and whole numbers are taken as strings.
             path: Folder to make; written beside and renamed, so that it is whole or not there.
             fields: Fields that make up a document's text, in this order. The last one must be a string in every
                 document; the others may be missing, None or NaN, which counts as empty.
             separator: What stands between two non-empty fields.
+            workers: Processes that parse and check the documents of files, with the same result. They are started anew
+                (a script needs ``if __name__ == "__main__":``), which takes seconds, so one is quicker for small
+                collections.
             overwrite: Whether a corpus at ``path`` is replaced, once the new one is whole.
             verbose: Whether to show a progress bar.
 
@@ -125,22 +145,32 @@ class Corpus(pt.Artifact):
                 it, or something else.
             TypeError: If a document, docno or field has the wrong type.
             ValueError: If a docno is invalid or occurs twice, if the last field of a document is missing or None, if
-                there are no documents, or the fields make no sense. The message names the docno.
+                there are no documents, a file is broken, or an option makes no sense. The message names the docno; of
+                files also which, and the line or row.
+            RuntimeError: If a worker was killed or could not start.
             OSError: If the disk is full or cannot be written to.
         """
         path, fields = options.path_of(path), checked_fields(fields)
-        if isinstance(source, Corpus) and (list(source.fields), source.separator) == (fields, separator):
-            rows = source._iter_rows(range(len(source)))
+        files, workers = DocumentFiles.of(source), options.whole("workers", workers)
+        if workers > 1 and files is None:
+            raise ValueError(f"workers={workers} are for a list of Parquet or JSONL files; leave it out for others")
+        names, desc = columns_of(fields), f"{path.name} corpus"
+        if files is not None:
+            blocks = cut_anew(files.blocks(fields, separator, workers=workers, verbose=verbose, desc=desc))
+        elif isinstance(source, Corpus) and (list(source.fields), source.separator) == (fields, separator):
+            blocks = blocks_of(source._iter_rows(range(len(source))), names)
         else:
-            rows = rows_of(iter_documents(source, verbose=verbose, desc=f"{path.name} corpus"), fields, separator)
-        with in_turn(path):
+            documents = iter_documents(source, verbose=verbose, desc=desc)
+            blocks = blocks_of(rows_of(documents, fields, separator), names)
+        with in_turn(path), contextlib.closing(blocks):
             recover_folder(path)
             if path.exists() and not overwrite:
-                return _same(path, rows, fields, separator)
+                return _same(path, blocks, fields, separator)
             if path.exists() and not holds(path, Corpus):
                 raise FileExistsError(f"{path} exists and is no corpus, so it is not replaced: choose another path")
             with new_folder(path, "the corpus", replace=overwrite) as building:
-                write_json(building / META, write_rows(building, rows, fields, separator))
+                meta = write_blocks(building, blocks, fields, separator, files.file_of if files else None)
+                write_json(building / META, meta)
             return Corpus(path)
 
     def _iter_rows(self, rows: range) -> Iterator[tuple[str, ...]]:
@@ -320,15 +350,15 @@ def holds(path: Path, kind: type[Corpus]) -> bool:
     return (meta.get("type"), meta.get("format")) == (kind.ARTIFACT_TYPE, kind.ARTIFACT_FORMAT)
 
 
-def _same(path: Path, rows: Iterator[tuple[str, ...]], fields: list[str], separator: str) -> Corpus:
-    """Open the corpus at a path, which is to be the one that would be built of some rows."""
+def _same(path: Path, blocks: Iterator[Any], fields: list[str], separator: str) -> Corpus:
+    """Open the corpus at a path, which is to be the one that would be built of some blocks of rows."""
     if not holds(path, Corpus):
         raise FileExistsError(f"{path} exists and is no corpus: choose another path")
     corpus = Corpus(path)
     if (list(corpus.fields), corpus.separator) != (fields, separator):
         difference: str | None = f"its fields are {corpus.fields}, joined by {corpus.separator!r}"
     else:
-        difference = first_difference(rows, corpus._iter_rows, len(corpus))
+        difference = first_difference(rows_in(blocks), corpus._iter_rows, len(corpus))
     if difference is not None:
         raise FileExistsError(
             f"{path} holds another corpus ({difference}): overwrite=True replaces it, or choose another path"

@@ -26,8 +26,12 @@ _BAD_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _NPIDS_BLOCK = 1 << 16
 
 
-def check_docno(value: object, position: int) -> str:
-    """Return what a document gives as its docno as a plain ``str``; ``position`` is its number in the source, from 0.
+def check_docno(value: object, position: int | None) -> str:
+    """Return what a document gives as its docno as a plain ``str``.
+
+    Args:
+        value: What the document gives.
+        position: Its number in the source, from 0; None where the caller says which document it is.
 
     Raises:
         TypeError: If it is no string.
@@ -35,27 +39,39 @@ def check_docno(value: object, position: int) -> str:
     """
     if not isinstance(value, str):
         raise TypeError(
-            f"document number {position} has the docno {value!r}, a {type(value).__name__}: docnos must be strings, "
+            f"{_named(position)} has the docno {value!r}, a {type(value).__name__}: docnos must be strings, "
             "e.g. str(docno)"
         )
     if not value:
-        raise ValueError(f"document number {position} has an empty docno: every document needs its own")
+        raise ValueError(f"{_named(position)} has an empty docno: every document needs its own")
     if len(value) > MAX_DOCNO_LENGTH:
         raise ValueError(
-            f"document number {position} has a docno of {len(value):,} characters ({value[:40]!r}...): at most "
+            f"{_named(position)} has a docno of {len(value):,} characters ({value[:40]!r}...): at most "
             f"{MAX_DOCNO_LENGTH:,} are allowed"
         )
     if _BAD_CHARACTERS.search(value):
         raise ValueError(
-            f"document number {position} has the docno {value!r}, which holds control characters, line breaks or lone "
+            f"{_named(position)} has the docno {value!r}, which holds control characters, line breaks or lone "
             "surrogates: run files could not hold it; replace them"
         )
     return value if type(value) is str else str(value)
 
 
-def duplicate_error(docno: str) -> ValueError:
-    """Return the error that says that a docno occurs twice."""
-    return ValueError(f"docno {docno!r} occurs more than once: every document needs its own; remove the duplicates")
+def _named(position: int | None) -> str:
+    return "the document" if position is None else f"document number {position}"
+
+
+def duplicate_error(docno: str, files: Sequence[Path] = ()) -> ValueError:
+    """Return the error that says that a docno occurs twice, and in which files."""
+    where = f" in {' and '.join(map(str, dict.fromkeys(files)))}" if files else ""
+    return ValueError(
+        f"docno {docno!r} occurs more than once{where}: every document needs its own; remove the duplicates"
+    )
+
+
+def docno_hashes(docnos: Sequence[str]) -> np.ndarray:
+    """Return the hash of each docno, ``uint64``."""
+    return np.fromiter((short_text_digest(d) for d in docnos), dtype=np.uint64, count=len(docnos))
 
 
 class DuplicateDocnos:
@@ -82,8 +98,11 @@ class DuplicateDocnos:
         They occur already, in an earlier block or in this one, or once in about 2**64 pairs another docno has the same
         hash: the caller compares the strings.
         """
-        block = np.fromiter((short_text_digest(d) for d in docnos), dtype=np.uint64, count=len(docnos))
-        return np.flatnonzero(self._seen.add(block)).tolist()
+        return self.add_hashes(docno_hashes(docnos))
+
+    def add_hashes(self, hashes: np.ndarray) -> list[int]:
+        """Add a block of docnos, like :meth:`add_block`, by their :func:`docno_hashes`."""
+        return np.flatnonzero(self._seen.add(hashes)).tolist()
 
 
 class DocnoRows:

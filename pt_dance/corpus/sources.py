@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,10 @@ def iter_documents(source: Any, *, verbose: bool = False, desc: str = "documents
         with progress_bar(verbose, desc, total) as bar:
             for position, document in enumerate(documents):
                 if not isinstance(document, dict):
+                    files = isinstance(document, (str, os.PathLike))
                     raise TypeError(
                         f"document number {position} is a {type(document).__name__}: each document must be a dict "
-                        "with a docno and its fields"
+                        "with a docno and its fields" + "; Corpus.build() takes a list of paths, too" * files
                     )
                 yield document
                 bar.update()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +11,7 @@ import pandas as pd
 import pyterrier as pt
 
 from pt_dance.corpus.corpus import Corpus
+from pt_dance.corpus.json_lines import BROKEN, broken_file, json_object, open_lines
 from pt_dance.corpus.text_loader import CorpusTextLoader
 from pt_dance.storage import options
 from pt_dance.storage.digests import file_digest
@@ -194,7 +192,7 @@ def _documents(path: Path, start: int = 0, end: int | None = None) -> Iterator[d
 
 def _json_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of the lines that are not blank, without the first ``start`` of them."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+    with open_lines(path) as file:
         number = 0
         try:
             for number, line in enumerate(file, start=1):
@@ -203,18 +201,9 @@ def _json_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any
                 if start > 0:
                     start -= 1
                     continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:  # UnicodeDecodeError is one too
-                    raise ValueError(f"{path}, line {number}: not valid JSON ({error}); correct this line") from error
-                if not isinstance(record, dict):
-                    raise ValueError(
-                        f'{path}, line {number}: expected an object such as {{"_id": ..., "text": ...}}, found '
-                        f"{type(record).__name__}"
-                    )
-                yield number, record
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: broken after line {number} ({error}); fetch the file again") from error
+                yield number, json_object(line, path, number)
+        except BROKEN as error:
+            raise broken_file(path, number, error) from error
 
 
 def _identifier(record: dict[str, Any], path: Path, number: int) -> str:

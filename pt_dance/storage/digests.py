@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xxhash
 
@@ -23,6 +24,27 @@ def add_texts(digest: xxhash.xxh3_128, texts: Iterable[str]) -> None:
     for text in texts:
         raw = text.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(8, "little") + raw)
+
+
+def add_columns(digest: xxhash.xxh3_128, columns: Sequence[Any]) -> None:
+    """Feed Arrow columns of strings to a running digest: for each row what :func:`add_texts` feeds of its values."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    parts = []
+    for column in columns:
+        raw = pc.cast(column, pa.large_binary())
+        lengths = pc.binary_length(raw).to_numpy(zero_copy_only=False).astype("<i8")
+        offsets = np.arange(0, 8 * len(raw) + 1, 8, dtype=np.int64)
+        parts += [
+            pa.Array.from_buffers(pa.large_binary(), len(raw), [None, pa.py_buffer(offsets), pa.py_buffer(lengths)]),
+            raw,
+        ]
+    joined = pc.binary_join_element_wise(*parts, pa.scalar(b"", pa.large_binary()))
+    if len(joined):
+        _, offsets, data = joined.buffers()
+        first, *_, last = np.frombuffer(offsets, dtype=np.int64, count=joined.offset + len(joined) + 1)[joined.offset :]
+        digest.update(memoryview(data)[first:last])
 
 
 def texts_digest(*texts: str, start: bytes = b"") -> bytes:
