@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -196,6 +198,66 @@ def test_a_graph_finds_the_lists_where_there_are_many(tmp_path, monkeypatch):
     index.index({"docno": str(i), "doc_vec": v} for i, v in enumerate(VECTORS))
     graph = index.ann_retriever(20, "ivfpq", candidates=200, search_options={"probes": 20})
     assert "HNSW" in type(faiss.downcast_index(graph._ann().quantizer)).__name__ and graph.recall(QUERIES, k=10) > 0.8
+
+
+class Gpu:
+    """What pt_dance asks of FAISS's GPU functions, done on the CPU and written down."""
+
+    def __init__(self, monkeypatch, refuses=False):
+        self.calls, self.refuses = [], refuses
+        for name in ("index_cpu_to_all_gpus", "index_cpu_to_gpu", "index_gpu_to_cpu"):
+            monkeypatch.setattr(faiss, name, getattr(self, name), raising=False)
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+        monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
+        monkeypatch.setattr(faiss, "GpuClonerOptions", lambda: SimpleNamespace(useFloat16=False), raising=False)
+
+    def index_cpu_to_all_gpus(self, index):
+        self.calls.append(("centres", type(index).__name__, index.metric_type))
+        self.centres = index
+        return index
+
+    def index_cpu_to_gpu(self, resources, device, index, options):
+        self.calls.append(("fill", resources, device, index.is_trained, index.ntotal, options.useFloat16))
+        if self.refuses:
+            raise RuntimeError("Error: not implemented on GPU")
+        return faiss.clone_index(index)
+
+    def index_gpu_to_cpu(self, index):
+        self.calls.append(("back", index.ntotal))
+        return index
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_gpus_train_and_fill_an_ivfpq_where_faiss_has_them(tmp_path, monkeypatch, refuses):
+    index = DenseIndex(tmp_path / "i", verbose=False)
+    index.index({"docno": f"d{i}", "doc_vec": v} for i, v in enumerate(VECTORS[:1000]))
+
+    def build():
+        shutil.rmtree(index.index_path / "ann", ignore_errors=True)
+        whole = index.ann_retriever(20, "ivfpq", build_options={"lists": 20}).build()
+        with monkeypatch.context() as patch:
+            patch.setattr("pt_dance.retriever.ann._ROWS_IN_MEMORY", 400)
+            merged = index.ann_retriever(20, "ivfpq", build_options={"lists": 21}).build()
+        graph = index.ann_retriever(20, "hnsw").build()
+        return {
+            file.relative_to(index.index_path): file.read_bytes()
+            for retriever in (whole, merged, graph)
+            for file in retriever._folder().iterdir()
+            if file.name != "pt_meta.json"
+        }
+
+    on_cpu = build()
+    gpu = Gpu(monkeypatch, refuses)
+    assert build() == on_cpu and len(on_cpu) == 4
+    centres = ("centres", "IndexFlat", faiss.METRIC_INNER_PRODUCT)
+    empty, back = ("fill", "resources", 0, True, 0, True), [] if refuses else ["back"]
+    assert [call if call[0] != "back" else call[0] for call in gpu.calls] == [
+        *(centres, empty, *back),
+        *(centres, *(empty, *back), *(empty, *back), *(empty, *back)),
+    ]
+    assert [call[1] for call in gpu.calls if call[0] == "back"] == ([] if refuses else [1000, 400, 400, 200])
+    # The centres were sought there: the last ones of a search are left in the index of that search.
+    assert gpu.centres.ntotal == 21
 
 
 def names(retriever):

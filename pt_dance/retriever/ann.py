@@ -206,12 +206,12 @@ class AnnRetriever(DenseRetriever):
                 # A row of each of as many equal stretches: no array is as long as the collection.
                 at = np.arange(min(wanted, count)) + np.random.default_rng(0).random(min(wanted, count))
                 chosen = np.minimum((at * (count / len(at))).astype(np.int64), count - 1)
-                ann.train(np.ascontiguousarray(vectors[chosen], dtype=np.float32))
+                _train(ann, np.ascontiguousarray(vectors[chosen], dtype=np.float32))
             with progress_bar(self.verbose, repr(self), count) as bar:
                 if self._on_disk():
                     self._merge(folder, ann, vectors, bar)
                 else:
-                    _add(ann, vectors, 0, count, bar)
+                    ann = _filled(ann, vectors, 0, count, bar)
         faiss.write_index(ann, str(folder / _FILE))
         meta = {
             "type": "ann_index",
@@ -237,8 +237,7 @@ class AnnRetriever(DenseRetriever):
 
         parts: list[Path] = []
         for start in range(0, len(vectors), _ROWS_IN_MEMORY):
-            part = faiss.clone_index(ann)
-            _add(part, vectors, start, min(start + _ROWS_IN_MEMORY, len(vectors)), bar)
+            part = _filled(faiss.clone_index(ann), vectors, start, min(start + _ROWS_IN_MEMORY, len(vectors)), bar)
             parts.append(folder / f"part-{len(parts):05}.faiss")
             faiss.write_index(part, str(parts[-1]))
             del part
@@ -295,16 +294,46 @@ class AnnRetriever(DenseRetriever):
         return {**self.__dict__, "_loaded": None}
 
 
-def _add(ann: Any, vectors: Any, start: int, end: int, bar: Any) -> None:
-    """Add rows of an index to what FAISS searches, under their numbers."""
+def _train(ann: Any, vectors: np.ndarray) -> None:
+    """Train what FAISS searches; the search for centres, which takes most of the time, is the GPUs' where there are."""
+    import faiss
+
+    if faiss.get_num_gpus():
+        centres = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(ann.d, ann.quantizer.metric_type))
+        ann.clustering_index = centres
+    ann.train(vectors)
+    ann.clustering_index = None
+
+
+def _filled(ann: Any, vectors: Any, start: int, end: int, bar: Any) -> Any:
+    """Return what FAISS searches with rows of an index added under their numbers, by a GPU where one can."""
+    import faiss
+
+    on_gpu = _on_gpu(ann)
+    filling = ann if on_gpu is None else on_gpu
     for first in range(start, end, _ADD_BLOCK):
         last = min(first + _ADD_BLOCK, end)
         block = np.ascontiguousarray(vectors[first:last], dtype=np.float32)
         if start:
-            ann.add_with_ids(block, np.arange(first, last))
+            filling.add_with_ids(block, np.arange(first, last))
         else:
-            ann.add(block)
+            filling.add(block)
         bar.update(len(block))
+    return ann if on_gpu is None else faiss.index_gpu_to_cpu(on_gpu)
+
+
+def _on_gpu(ann: Any) -> Any:
+    """Return a copy of an empty "ivfpq" on the first GPU; None where there is none or FAISS has no such index on it."""
+    import faiss
+
+    if not faiss.get_num_gpus() or not isinstance(ann, faiss.IndexIVFPQ):
+        return None
+    options = faiss.GpuClonerOptions()
+    options.useFloat16 = True  # of the tables that a search looks distances up in: only so do those of long codes fit
+    try:
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, ann, options)
+    except RuntimeError:  # a graph over the centres, or codes of a length that no GPU's kernel was made for
+        return None
 
 
 def _checked(method: str, known: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
