@@ -73,7 +73,8 @@ def correlations(measured: pd.DataFrame, *, number: int = 2000, seed: int = 0) -
         by_collection = []
         for parts in groups.values():
             chosen = pd.concat([parts[method] for method in drawn if method in parts])
-            by_collection.append(chosen[names].corrwith(chosen[MAIN], method="spearman"))
+            ranks = chosen[[*names, MAIN]].rank()
+            by_collection.append(ranks[names].corrwith(ranks[MAIN]))
         return pd.concat(by_collection, axis=1).mean(axis=1)
 
     samples = pd.concat([spearman(rng.choice(methods, len(methods))) for _ in range(number)], axis=1)

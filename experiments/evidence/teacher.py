@@ -11,11 +11,13 @@ import pandas as pd
 import pyterrier as pt
 
 from evidence.data import Collection, clusters, some_of, stable_hash
+from evidence.protocol import SMALL
 from pt_dance import CrossEncoderScorer, mining
 from train_teacher import train, training_pairs
 
 FOLDS = 2
 _BLOCK = 8192
+_LEAST_MARGIN = 0.1  # of raw scores; a cross-encoder for MS MARCO has some ten
 _OPTIONS = dict(
     layers=3, max_length=64, negatives=1, epochs=1, batch_size=32, learning_rate=7e-5, bf16=True, seed=0,
 )  # fmt: skip
@@ -103,7 +105,13 @@ def scored(collection: Collection) -> Scored:
         answers = [teacher(part.assign(text=collection.corpus.texts(part["docno"].tolist()))) for part in parts]
         answered = pd.concat(answers)
         own = answered.merge(pd.concat(pairs[:2])[["qid", "docno"]])
-        (file.parent / "spread.json").write_text(json.dumps(spread(own, pairs[0])))
+        about = spread(own, pairs[0])
+        (file.parent / "spread.json").write_text(json.dumps(about))
+        if about["margin_mean"] < _LEAST_MARGIN and collection.protocol.name != SMALL.name:
+            raise ValueError(
+                f"the teacher of {collection.name} has learnt nothing that a student could learn from it: its margins "
+                f"are {about['margin_mean']:.5f} ± {about['margin_sd']:.5f}"
+            )
         answered[["query", "docno", "score"]].to_parquet(file.with_suffix(".new"), index=False)
         file.with_suffix(".new").rename(file)
     return Scored(pd.read_parquet(file), teacher)
