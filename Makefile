@@ -20,10 +20,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)  ## train on a small real collection and print the table
 	$(BIN)/python experiments/quickstart.py
 
-# A process a core, each with one thread; a file's tests stay together, as they share what they build. Where a process
-# dies, all ends: what it had left to do would be waited for without end.
+# A process a core, each with one thread, and one for the time in which others wait for processes that they started; a
+# file's tests stay together, as they share what they build. Where a process dies, all ends: what it had left to do would
+# be waited for without end.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 3 ? cores + 1 : 4)))
 test: $(INSTALLED)  ## run all tests that need nothing but this repository
-	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		--max-worker-restart 0
 
 test-collections: $(INSTALLED)  ## run the tests that need ../shared/data, or minutes
