@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -119,6 +120,27 @@ def test_advice_says_where_training_did_not_help():
         lines = advice(own, pd.Series({"bm25": 0.5, "mnrl": 0.2, "untrained": start}))
         assert f"not trained on: {told}. BM25 has .500 there." in lines[1]
         assert "BM25 (.600) is better" in lines[2]
+
+
+def test_the_study_goes_on_without_a_teacher_that_knows_nothing(tmp_path, monkeypatch, capsys):
+    from evidence.cells import Study
+    from evidence.protocol import SMALL
+    from evidence.run import work
+    from evidence.teacher import TeacherError
+
+    def run(study, cell):
+        if cell.method == "margin-mse":
+            raise TeacherError("it knows nothing")
+        cell.file(study.runs).parent.mkdir(parents=True, exist_ok=True)
+        cell.file(study.runs).touch()
+
+    monkeypatch.setattr(Study, "run", run)
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    methods = ["mnrl", "margin-mse", "distill-kl"]
+    work(SimpleNamespace(data=tmp_path, runs=tmp_path, methods=methods, minutes=None), SMALL)
+    made = {file.stem for file in tmp_path.rglob("*.parquet")}
+    assert made == {"mnrl-1", "mnrl-2", "distill-kl-1", "distill-kl-2"}
+    assert capsys.readouterr().out.count("it knows nothing") == 1
 
 
 def test_cells_come_back_from_what_is_committed(tmp_path):

@@ -61,13 +61,19 @@ def work(args: argparse.Namespace, protocol: Protocol) -> None:
     import torch
 
     from evidence.cells import Study
+    from evidence.teacher import TeacherError
 
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing on a CPU
 
     study = Study(protocol, args.data, args.runs)
     ends = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     gc.freeze()  # the trainer collects garbage after every round, and what was imported is none
-    while left := [cell for cell in study.cells(args.methods) if not cell.file(args.runs).exists()]:
+    without: set[tuple[str, str, str]] = set()  # what has a teacher that knows nothing
+    while left := [
+        cell
+        for cell in study.cells(args.methods)
+        if not cell.file(args.runs).exists() and (cell.collection, cell.encoder, cell.method) not in without
+    ]:
         if ends is not None and time.monotonic() > ends:
             print(f"no time is left for {len(left)} cells: the same command goes on with them", flush=True)
             return
@@ -82,7 +88,12 @@ def work(args: argparse.Namespace, protocol: Protocol) -> None:
                     continue
                 if not cell.file(args.runs).exists():
                     began = time.monotonic()
-                    study.run(cell)
+                    try:
+                        study.run(cell)
+                    except TeacherError as error:
+                        print(f"{cell}: {error}", flush=True)
+                        without.add((cell.collection, cell.encoder, cell.method))
+                        break
                     print(f"{cell}: {time.monotonic() - began:.0f} s", flush=True)
                 break
         else:

@@ -58,6 +58,10 @@ class CrossFitted(pt.Transformer):
         return {}
 
 
+class TeacherError(ValueError):
+    """A teacher that has nothing to teach: the rest of the study goes on without its methods."""
+
+
 class Scored(pt.Transformer):
     """Look up what a teacher said of the pairs that some hundred fits ask for, and ask it for the few others.
 
@@ -94,8 +98,13 @@ class Scored(pt.Transformer):
 
 
 def scored(collection: Collection) -> Scored:
-    """The teacher of a collection, asked once for all relevant pairs and all pairs of the two pools."""
+    """The teacher of a collection, asked once for all relevant pairs and all pairs of the two pools.
+
+    Raises:
+        TeacherError: If the teacher has no margins.
+    """
     teacher, file = cross_fitted(collection), collection.folder / "teacher" / "scores.parquet"
+    told = file.with_name("spread.json")
     if not file.exists():
         text_of = collection.train[0].set_index("qid")["query"]
         pairs = [mining.positive_pairs(*collection.train), collection.document_pool, collection.query_pool]
@@ -105,15 +114,15 @@ def scored(collection: Collection) -> Scored:
         answers = [teacher(part.assign(text=collection.corpus.texts(part["docno"].tolist()))) for part in parts]
         answered = pd.concat(answers)
         own = answered.merge(pd.concat(pairs[:2])[["qid", "docno"]])
-        about = spread(own, pairs[0])
-        (file.parent / "spread.json").write_text(json.dumps(about))
-        if about["margin_mean"] < _LEAST_MARGIN and collection.protocol.name != SMALL.name:
-            raise ValueError(
-                f"the teacher of {collection.name} has learnt nothing that a student could learn from it: its margins "
-                f"are {about['margin_mean']:.5f} ± {about['margin_sd']:.5f}"
-            )
+        told.write_text(json.dumps(spread(own, pairs[0])))
         answered[["query", "docno", "score"]].to_parquet(file.with_suffix(".new"), index=False)
         file.with_suffix(".new").rename(file)
+    about = json.loads(told.read_text())
+    if about["margin_mean"] < _LEAST_MARGIN and collection.protocol.name != SMALL.name:
+        raise TeacherError(
+            f"the teacher of {collection.name} has learnt nothing that a student could learn from it: its margins are "
+            f"{about['margin_mean']:.5f} ± {about['margin_sd']:.5f}"
+        )
     return Scored(pd.read_parquet(file), teacher)
 
 
