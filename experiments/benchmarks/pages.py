@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import refresh_beside  # noqa: E402
+from evidence.tables import short  # noqa: E402
 
 PAGES = ROOT / "pt_dance" / "pt_docs"
 RESULTS = ROOT / "experiments" / "results"
@@ -185,11 +186,6 @@ def scale_of(name: str) -> str:
         + f"\n\nShare of the exact best documents that ivfpq found, of {found['depth']} candidates: "
         + f"{scale.recalls(found)}."
     )  # fmt: skip
-
-
-def short(value: float) -> str:
-    """Return a measure as tables have it, without the leading zero."""
-    return f"{value:.3f}".replace("0.", ".", 1)
 
 
 def quickstart_table(name: str) -> str:
