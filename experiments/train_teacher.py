@@ -37,6 +37,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=7e-5)
     parser.add_argument("--topics", type=int, help="train on a random part of the topics")
     parser.add_argument("--documents", type=int, help="keep about so many documents, all relevant ones among them")
+    parser.add_argument("--freeze-embeddings", action="store_true", help="leave the token embeddings as they are")
     parser.add_argument("--bf16", action="store_true", help="train and score with bfloat16 autocast")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
@@ -74,6 +75,8 @@ def train(pairs: Dataset, args: argparse.Namespace):
     AutoModelForSequenceClassification.from_pretrained(minilm_path(), config=config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(minilm_path()).save_pretrained(folder)
     model = CrossEncoder(str(folder), num_labels=1, max_length=args.max_length)
+    if args.freeze_embeddings:
+        model.model.get_input_embeddings().requires_grad_(False)
     arguments = CrossEncoderTrainingArguments(
         output_dir=str(args.out / "checkpoints"),
         num_train_epochs=args.epochs,

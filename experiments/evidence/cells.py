@@ -91,12 +91,13 @@ class Study:
             sizes.write_text(json.dumps(self._collections[key].describe()))
         return self._collections[key]
 
-    def teacher(self, collection: Collection) -> pt.Transformer:
+    def teacher(self, collection: Collection, encoder: str) -> pt.Transformer:
         """The cross-fitted teacher of a collection."""
         key = collection.folder.name
         if key not in self._teachers:
-            with self.alone(collection.folder / "teacher"):
-                self._teachers[key] = scored(collection)
+            with self.alone(self.runs / "data" / f"teacher-{collection.budget.queries or 'all'}"):
+                everything = [self.collection(name, encoder) for name in self.protocol.taught_on]
+                self._teachers[key] = scored(collection, everything)
         return self._teachers[key]
 
     def first_encoder(self, name: str, start: str, collection: Collection, seed: int) -> DualEncoder:
@@ -155,7 +156,7 @@ class Study:
         with self.alone(folder):
             if (folder / "about.json").exists():
                 return DualEncoder.load(folder / "encoder"), json.loads((folder / "about.json").read_text())
-            teacher = self.teacher(collection) if method.teacher else None
+            teacher = self.teacher(collection, encoder) if method.teacher else None
             recipe = method.rounds(setting, unit, collection, teacher)
             recipe = [replace(one, batch_size=collection.budget.batch_size) for one in recipe]
             return _fit(start, collection, recipe, seed, folder, before)

@@ -204,7 +204,7 @@ def efficiency_section(results: Path) -> list[str]:
         f"ANCE's paper calls dense retrieval almost 100 times faster than BM25 with BERT re-ranking. {told['queries']} "
         f"queries of {told['collection']}, one thread, one query at a time, all systems in turns; "
         "``python experiments/evidence/efficiency.py``. The dense retriever is the study's static tower, the "
-        "cross-encoder its teacher of three layers.", "", rst_table(rows),
+        "cross-encoder one of the two that are its teacher.", "", rst_table(rows),
     ]  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class Protocol:
         vocab_size: its tokens.
         zero_shot: collections that no encoder of a cell was trained on.
         zero_shot_queries: queries measured of each of them at most, drawn once.
-        teacher_queries: training queries the teacher learns from at most.
+        teacher_queries: training queries of each collection the teacher learns from at most.
         documents: documents kept of a training collection at most; None keeps all.
         words: words of a document that encoders read; BM25 reads all.
         resamples: bootstrap samples.
@@ -92,6 +92,11 @@ class Protocol:
     documents: int | None = None
     words: int = 100
     resamples: int = 2000
+
+    @property
+    def taught_on(self) -> tuple[str, ...]:
+        """Collections that the teacher learns from, whichever of them are studied."""
+        return TRAINING if self.name == "full" else self.training
 
 
 FULL = Protocol()

@@ -1,26 +1,36 @@
-"""A cross-encoder that never scores a pair of a query it learnt from: two, each trained on one half of the clusters."""
+"""A cross-encoder that never scores a pair of a query it learnt from.
+
+It is two, each trained on one half of the clusters of all training collections: of one collection alone, a few hundred
+or thousand queries are too few for a cross-encoder that starts from a bi-encoder.
+"""
 
 from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
+from datasets import concatenate_datasets
 
 from evidence.data import Collection, clusters, some_of, stable_hash
-from evidence.protocol import SMALL
+from evidence.protocol import SMALL, Protocol
 from pt_dance import CrossEncoderScorer, mining
 from train_teacher import train, training_pairs
 
 FOLDS = 2
 _BLOCK = 8192
 _LEAST_MARGIN = 0.1  # of raw scores; a cross-encoder for MS MARCO has some ten
+_POSITIVES, _NEGATIVES = 3, 4  # of a query at most
 _OPTIONS = dict(
-    layers=3, max_length=64, negatives=1, epochs=1, batch_size=32, learning_rate=7e-5, bf16=True, seed=0,
+    layers=6, max_length=128, negatives=2, epochs=2, batch_size=32, learning_rate=7e-5, freeze_embeddings=True,
+    bf16=True, seed=0,
 )  # fmt: skip
+
+_SMALL = dict(_OPTIONS, layers=1, max_length=64)
 
 
 class CrossFitted(pt.Transformer):
@@ -97,15 +107,20 @@ class Scored(pt.Transformer):
         return {}
 
 
-def scored(collection: Collection) -> Scored:
+def scored(collection: Collection, all_collections: Sequence[Collection]) -> Scored:
     """The teacher of a collection, asked once for all relevant pairs and all pairs of the two pools.
+
+    Args:
+        collection: whose pairs are scored.
+        all_collections: what the teacher is trained on, this one among them.
 
     Raises:
         TeacherError: If the teacher has no margins.
     """
-    teacher, file = cross_fitted(collection), collection.folder / "teacher" / "scores.parquet"
+    teacher, file = cross_fitted(collection, all_collections), collection.folder / "teacher" / "scores.parquet"
     told = file.with_name("spread.json")
     if not file.exists():
+        file.parent.mkdir(exist_ok=True)
         text_of = collection.train[0].set_index("qid")["query"]
         pairs = [mining.positive_pairs(*collection.train), collection.document_pool, collection.query_pool]
         asked = pd.concat([frame[["qid", "docno"]] for frame in pairs])
@@ -126,37 +141,44 @@ def scored(collection: Collection) -> Scored:
     return Scored(pd.read_parquet(file), teacher)
 
 
-def cross_fitted(collection: Collection) -> CrossFitted:
-    """The teacher of a collection; trained on the first use, and how it did is kept beside it."""
+def cross_fitted(collection: Collection, all_collections: Sequence[Collection]) -> CrossFitted:
+    """The teacher of all collections, for the queries of one; trained on the first use, in a folder beside theirs."""
+    base = collection.folder.parent / f"teacher-{collection.budget.queries or 'all'}"
+    folders = [base / str(number) for number in range(FOLDS)]
+    for number, folder in enumerate(folders):
+        if not (folder / "model" / "config.json").exists():
+            _train(all_collections, number, folder)
+    length = _options(collection.protocol)["max_length"]
+    models = [
+        CrossEncoderScorer(str(folder / "model"), max_length=length, batch_size=64, dtype="bfloat16")
+        for folder in folders
+    ]
+    return CrossFitted(models, dict(zip(collection.train[0]["query"], folds(collection), strict=True)))
+
+
+def _options(protocol: Protocol) -> dict:
+    return _SMALL if protocol.name == SMALL.name else _OPTIONS
+
+
+def folds(collection: Collection) -> pd.Series:
+    """The fold of each training query, by its cluster."""
     topics, qrels = collection.train
     cluster = clusters(collection.name, topics, qrels)
-    fold = cluster.map(lambda name: stable_hash(f"fold {name}") % FOLDS)
-    models = []
-    for number in range(FOLDS):
-        folder = collection.folder / "teacher" / str(number)
-        if not (folder / "model" / "config.json").exists():
-            learnt = some_of(fold[fold != number].index, collection.protocol.teacher_queries)
-            _train(collection, topics[topics["qid"].isin(learnt)], folder)
-        models.append(
-            CrossEncoderScorer(
-                str(folder / "model"), max_length=_OPTIONS["max_length"], batch_size=64, dtype="bfloat16"
-            )
-        )
-    of_text = dict(zip(topics["query"], topics["qid"].map(fold), strict=True))
-    return CrossFitted(models, of_text)
+    return topics["qid"].map(cluster.map(lambda name: stable_hash(f"fold {name}") % FOLDS))
 
 
-def _train(collection: Collection, topics: pd.DataFrame, folder: Path) -> None:
-    qrels = collection.train[1]
-    mined = mining.mine_documents(
-        collection.bm25, topics, qrels, collection.corpus, depth=50, rank_range=(2, 50), negatives=1, seed=0
-    )
-    own = qrels[qrels["qid"].isin(topics["qid"])]
-    # One relevant document a query is enough to learn from, and keeps collections of many affordable.
-    own = own[own["label"] > 0].drop_duplicates("qid")
-    pairs = training_pairs(topics, own, mined, collection.corpus)
+def _train(collections: Sequence[Collection], number: int, folder: Path) -> None:
+    """Train the model that scores a fold, on all others: relevant documents against BM25's from the shared pools."""
+    parts = []
+    for collection in collections:
+        topics, qrels = collection.train
+        learnt = some_of(pd.Index(topics["qid"][folds(collection) != number]), collection.protocol.teacher_queries)
+        # Some of both, so that collections with many relevant documents a query are affordable.
+        own = qrels[qrels["qid"].isin(learnt) & (qrels["label"] > 0)].groupby("qid").head(_POSITIVES)
+        pool = collection.document_pool.sample(frac=1, random_state=0).groupby("qid").head(_NEGATIVES)
+        parts.append(training_pairs(topics, own, pool[pool["qid"].isin(own["qid"])], collection.corpus))
     folder.mkdir(parents=True, exist_ok=True)
-    model = train(pairs, Namespace(out=folder, **_OPTIONS))
+    model = train(concatenate_datasets(parts), Namespace(out=folder, **_options(collections[0].protocol)))
     model.save_pretrained(str(folder / "model"))
 
 
