@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_SMALL = 1 << 30  # bytes of a file that may stay mapped as a whole
+_ROWS = 8192  # rows between two releases; up to 64 KiB are mapped around a row that lies apart
 
 
 @contextlib.contextmanager
@@ -25,17 +29,44 @@ def table_writer(path: str | Path, names: Sequence[str]) -> Iterator[Callable[[A
         writer.close()
 
 
-def open_table(path: str | Path) -> Any:
-    """Open an Arrow file as a ``datasets.Dataset``, memory-mapped.
+class Pages:
+    """The mapped pages of a large file, given back after so many rows.
+
+    The system keeps what was read as long as it has room, but counts it as this process's memory: one that reads a
+    corpus of 100 GB would seem to hold 100 GB, and job schedulers stop such processes.
+
+    Args:
+        mapped: The file.
+    """
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._advice = getattr(mmap, "MADV_DONTNEED", None) if len(mapped) > _SMALL else None
+        self._mapped, self._rows = mapped, 0
+
+    def read(self, rows: int) -> None:
+        """Count rows that were read and copied."""
+        if self._advice is not None:
+            self._rows += rows
+            if self._rows >= _ROWS:
+                self._rows = 0
+                self._mapped.madvise(self._advice)
+
+
+def open_table(path: str | Path) -> tuple[Any, Pages]:
+    """Open an Arrow file as a ``datasets.Dataset``, memory-mapped; its pages are for :class:`TextColumn`.
 
     Raises:
         ValueError: If the file is damaged.
     """
     import pyarrow as pa
     from datasets import Dataset
+    from datasets.table import MemoryMappedTable
 
     try:
-        return Dataset.from_file(str(path))
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+        return Dataset(MemoryMappedTable(table, str(path))), Pages(mapped)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as err:
         raise ValueError(f"{path} is no Arrow file of ours, or damaged ({type(err).__name__})") from err
 
@@ -47,8 +78,8 @@ class TextColumn:
     chunk are read directly.
     """
 
-    def __init__(self, dataset: Any, name: str) -> None:
-        self._chunks = dataset.data.column(name).chunks
+    def __init__(self, dataset: Any, pages: Pages, name: str) -> None:
+        self._chunks, self._pages = dataset.data.column(name).chunks, pages
         lengths = np.fromiter((len(chunk) for chunk in self._chunks), dtype=np.int64, count=len(self._chunks))
         self._ends = np.cumsum(lengths)
         self._starts = self._ends - lengths
@@ -84,6 +115,7 @@ class TextColumn:
         for number, at in zip(chunks.tolist(), local.tolist(), strict=True):
             positions, data = self._view(number)
             texts.append(str(data[positions[at] : positions[at + 1]], "utf-8"))
+        self._pages.read(len(texts))
         return texts
 
     def bytes(self, rows: range) -> int:

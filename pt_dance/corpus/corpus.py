@@ -90,7 +90,7 @@ class Corpus(pt.Artifact):
         count, fields = meta["doc_count"], meta["fields"]
         sizes = {name: meta["files"].get(name, 0) for name in (TABLE, HASHES)}
         check_sizes(self.path, sizes, "corpus", "build it again with overwrite=True")
-        self.dataset = open_table(self.path / TABLE)
+        self.dataset, pages = open_table(self.path / TABLE)
         columns = list(self.dataset.column_names)
         if len(self.dataset) != count or columns != columns_of(fields):
             raise ValueError(
@@ -99,7 +99,7 @@ class Corpus(pt.Artifact):
         self.fields = tuple(fields)
         self.separator = " " if meta.get("separator") is None else meta["separator"]
         self.fingerprint = meta["fingerprint"]
-        self._columns = {name: TextColumn(self.dataset, name) for name in columns}
+        self._columns = {name: TextColumn(self.dataset, pages, name) for name in columns}
         self._rows = DocnoRows.open(self.path / HASHES, count, self._columns["docno"].take)
 
     @classmethod

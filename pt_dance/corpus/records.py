@@ -168,7 +168,7 @@ def write_blocks(
     if not len(seen):
         raise ValueError("the source has no documents: a corpus needs at least one")
     DocnoRows.write(folder / HASHES, seen.hashes)
-    column = TextColumn(open_table(folder / TABLE), "docno")
+    column = TextColumn(*open_table(folder / TABLE), "docno")
     first_rows = DocnoRows.open(folder / HASHES, len(seen), column.take)(list(suspects.values()))
     for (suspect, docno), first_row in zip(suspects.items(), first_rows.tolist(), strict=True):
         if suspect != first_row:
