@@ -312,6 +312,15 @@ def test_this_machine_is_measured_and_its_home_left_alone(bert_path, monkeypatch
     assert not any(tmp_path.iterdir())
 
 
+def test_another_device_is_measured_by_the_thread_that_asks(monkeypatch):
+    """A new thread has no CUDA context, of which cuBLAS warns; a device without numbers stands in for a GPU."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append((device, threading.current_thread())))
+    seconds = _precision._seconds.__wrapped__("meta", 64, 32)
+    assert set(asked) == {("meta", threading.current_thread())}
+    assert 0 < seconds["float32"] < 1 and 0 < seconds["bfloat16"] < 1
+
+
 def test_static_towers_have_no_products_to_measure(static, measured):
     asked = measured(10, 5, 1)
     for dtype, precision in (("float32", "float32"), ("auto", "float32"), ("bfloat16", "bfloat16")):

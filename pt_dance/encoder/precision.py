@@ -94,8 +94,6 @@ def _seconds(device: str, width: int, height: int) -> dict[str, float]:
     least = dict.fromkeys(PRECISIONS, float("inf"))
 
     def measure() -> None:
-        if on_cpu:
-            torch.set_num_threads(1)  # the setting is this thread's own
         clock = time.thread_time if on_cpu else time.perf_counter
         with torch.no_grad():
             for turn in range(_ROUNDS):  # in turn, so that whatever else the machine does hits all of them alike
@@ -107,8 +105,16 @@ def _seconds(device: str, width: int, height: int) -> dict[str, float]:
                     if turn:  # the first one warms up
                         least[name] = min(least[name], (clock() - start) / rows)
 
+    if not on_cpu:
+        measure()  # another thread has no CUDA context yet, of which cuBLAS would warn
+        return least
+
+    def alone() -> None:
+        torch.set_num_threads(1)  # the setting is this thread's own
+        measure()
+
     threads = torch.get_num_threads()
-    thread = threading.Thread(target=measure, name="pt_dance-precision")
+    thread = threading.Thread(target=alone, name="pt_dance-precision")
     thread.start()
     thread.join()
     torch.set_num_threads(threads)  # new threads begin with the setting that was made last
