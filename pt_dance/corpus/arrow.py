@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 _SMALL = 1 << 30  # bytes of a file that may stay mapped as a whole
-_ROWS = 8192  # rows between two releases; up to 64 KiB are mapped around a row that lies apart
+_ROWS = 8192  # rows between two releases; the system maps 64 KiB or more around a row that lies apart
 
 
 @contextlib.contextmanager
@@ -48,8 +48,13 @@ class Pages:
         if self._advice is not None:
             self._rows += rows
             if self._rows >= _ROWS:
-                self._rows = 0
-                self._mapped.madvise(self._advice)
+                self.release()
+
+    def release(self) -> None:
+        """Give back what is mapped now."""
+        if self._advice is not None:
+            self._rows = 0
+            self._mapped.madvise(self._advice)
 
 
 def open_table(path: str | Path) -> tuple[Any, Pages]:
@@ -66,7 +71,9 @@ def open_table(path: str | Path) -> tuple[Any, Pages]:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
-        return Dataset(MemoryMappedTable(table, str(path))), Pages(mapped)
+        pages = Pages(mapped)
+        pages.release()  # opening visits every block
+        return Dataset(MemoryMappedTable(table, str(path))), pages
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as err:
         raise ValueError(f"{path} is no Arrow file of ours, or damaged ({type(err).__name__})") from err
 
