@@ -98,8 +98,10 @@ class Scored(pt.Transformer):
         known = self.scores.reindex(pd.MultiIndex.from_frame(inp[["query", "docno"]])).to_numpy()
         scored = inp.assign(score=known)
         if (missing := np.isnan(known)).any():
-            parts = [scored[~missing], self.teacher(inp[missing])]
-            scored = pd.concat([part for part in parts if len(part)])
+            answered = self.teacher(inp[missing])
+            answers = answered.drop_duplicates(["query", "docno"]).set_index(["query", "docno"])["score"]
+            self.scores = pd.concat([self.scores, answers])
+            scored = pd.concat([part for part in (scored[~missing], answered) if len(part)])
         return pt.model.add_ranks(scored)
 
     def subtransformers(self) -> dict[str, pt.Transformer]:
