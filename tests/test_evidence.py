@@ -202,7 +202,7 @@ def test_intervals_cover_the_truth_and_no_effect_is_no_effect():
 
     rng = np.random.default_rng(0)
     covered = 0
-    for _ in range(60):
+    for trial in range(60):
         seeds, groups, each = 5, 30, 4
         effect = 0.02 + rng.normal(0, 0.01, (1, seeds)) + np.repeat(rng.normal(0, 0.05, (groups, 1)), each, axis=0)
         noise = rng.normal(0, 0.1, (groups * each, seeds))
@@ -210,7 +210,7 @@ def test_intervals_cover_the_truth_and_no_effect_is_no_effect():
             [np.repeat(np.arange(groups), each), np.arange(groups * each)], names=["cluster", "qid"]
         )
         than = pd.DataFrame(0.5, index=index, columns=range(1, seeds + 1))
-        mean, sample = resampled(than + effect + noise, than, 500, np.random.default_rng(1))
+        mean, sample = resampled(than + effect + noise, than, 500, f"trained {trial}", f"measured {trial}")
         assert mean == pytest.approx((effect + noise).mean())
         covered += np.quantile(sample, 0.025) < 0.02 < np.quantile(sample, 0.975)
     assert covered >= 52

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 
+from evidence.data import stable_hash
 from evidence.methods import BASELINES, SAME
 
 if sys.version_info >= (3, 11):
@@ -71,30 +73,39 @@ def select(cells: Cells, method: str, trained_on: str, measure: str) -> dict[str
     }
 
 
+@lru_cache(maxsize=64)
+def drawn(what: str, count: int, number: int) -> np.ndarray:
+    """How often each seed or cluster is drawn in each bootstrap sample, the same for all who ask: number x count."""
+    rng = np.random.default_rng([stable_hash(what), count])
+    return rng.multinomial(count, np.full(count, 1 / count), size=number).astype(np.float32)
+
+
 def resampled(
-    better: pd.DataFrame, than: pd.DataFrame, number: int, rng: np.random.Generator
+    better: pd.DataFrame, than: pd.DataFrame, number: int, trained_on: str, measured_on: str
 ) -> tuple[float, np.ndarray]:
     """The mean difference of two methods on one collection, and its bootstrap distribution.
 
     Seeds and clusters of queries are drawn with replacement, each on its own (Owen 2007, the pigeonhole bootstrap), so
-    the interval holds for other seeds and other queries. Only seeds that both have count.
+    the interval holds for other seeds and other queries. Only seeds that both have count. What is drawn is drawn alike
+    wherever it counts: a collection's queries for all encoders, an encoder's seeds for all collections.
 
     Args:
         better: queries × seeds.
         than: the same of the other.
         number: bootstrap samples.
-        rng: source of chance.
+        trained_on: the collection that the encoders were trained on.
+        measured_on: the collection of the queries.
     """
     seeds = [s for s in better.columns if s in than.columns]
     common = better.index.intersection(than.index)
     values = better.loc[common, seeds].to_numpy(float) - than.loc[common, seeds].to_numpy(float)
     cluster, names = pd.factorize(common.get_level_values("cluster"))
-    sums = np.zeros((len(names), len(seeds)))
+    sums = np.zeros((len(names), len(seeds)), dtype=np.float32)
     np.add.at(sums, cluster, values)
-    counts = np.bincount(cluster, minlength=len(names)).astype(float)
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=number)
-    of_seeds = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=number)
-    means = (draws @ sums * of_seeds).sum(1) / (draws @ counts * len(seeds))
+    counts = np.bincount(cluster, minlength=len(names)).astype(np.float32)
+    clusters = drawn(f"clusters {measured_on}", len(names), number)
+    of_seeds = drawn(f"seeds {trained_on}", len(seeds), number)
+    means = (clusters @ sums * of_seeds).sum(1) / (clusters @ counts * len(seeds))
     return float(values.mean()), means
 
 
@@ -111,13 +122,12 @@ def as_many_seeds(*methods: dict[str, pd.DataFrame]) -> list[dict[str, pd.DataFr
 
 
 def difference(
-    cells: Cells, better: str, than: str, measure: str, *, confidence: float, number: int, seed: int = 0
+    cells: Cells, better: str, than: str, measure: str, *, confidence: float, number: int
 ) -> Difference | None:
     """The difference of two methods, averaged over the training collections that have both; None where none has.
 
     Zero-shot differences are first averaged over the collections that are measured.
     """
-    rng = np.random.default_rng(seed)
     means, samples, seeds = [], [], []
     for trained_on in dict.fromkeys(name for name, _ in cells):
         first, second = (select(cells, method, trained_on, measure) for method in (better, than))
@@ -126,7 +136,7 @@ def difference(
             continue
         if better in BASELINES or than in BASELINES:
             first, second = as_many_seeds(first, second)
-        parts = [resampled(first[name], second[name], number, rng) for name in both]
+        parts = [resampled(first[name], second[name], number, trained_on, name) for name in both]
         means.append(np.mean([mean for mean, _ in parts]))
         samples.append(np.mean([sample for _, sample in parts], axis=0))
         seeds.append(len(first[both[0]].columns.intersection(second[both[0]].columns)))

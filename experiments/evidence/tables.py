@@ -117,7 +117,8 @@ def load(results: Path, encoder: str) -> pd.DataFrame:
         long(pq.read_table(file, partitioning=None).to_pandas()).assign(trained_on=name)
         for name, file in files_of(results, encoder, ".parquet").items()
     ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    # Hundreds of pieces are cut out of a million rows, and Arrow's strings would be copied for each.
+    return pd.concat(parts, ignore_index=True).astype({"qid": object, "cluster": object}) if parts else pd.DataFrame()
 
 
 @lru_cache
