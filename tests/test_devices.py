@@ -119,7 +119,7 @@ class OnGpu:
 def test_parts_of_an_index_are_encoded_on_the_workers_own_gpu(four_gpus, monkeypatch, tmp_path):
     for asked, there, went in (
         (None, "cpu", ["cuda:2"]), (None, "cuda:0", ["cuda:2"]), (None, "cuda:2", []), ("cpu", "cuda:2", ["cpu"]),
-        ("cpu", "cpu", []),
+        ("cpu", "cpu", []), ("cuda", "cuda:1", []), ("cuda:0", "cuda:1", ["cuda:0"]), ("cuda", "cpu", ["cuda"]),
     ):  # fmt: skip
         writer = parts.PartWriter(tmp_path, "key", None, OnGpu(there), asked, {})
         writer()

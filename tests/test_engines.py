@@ -21,11 +21,12 @@ import pandas as pd
 import psutil
 import pyterrier as pt
 import pytest
+import torch
 from pandas.testing import assert_frame_equal
 
 from forked import forked_refreshers
 from pt_dance import Corpus, DanceRetriever, DenseIndex, DualEncoder, recipes
-from pt_dance.engines import LazyPipeline
+from pt_dance.engines import LazyPipeline, sending
 from pt_dance.engines.reaper import processes_of, status_of
 from pt_dance.index import parts, shards
 from pt_dance.index.parts import Part, plan
@@ -98,6 +99,28 @@ def test_an_index_by_two_workers_has_the_bytes_of_one_process(engine, encoder, c
     make(tmp_path / "two", encoder, corpus, engine)
     assert content(tmp_path / "two") == content(tmp_path / "one")
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]
+
+
+def test_an_encoder_on_a_gpu_goes_to_workers_without_one(engine, encoder, corpus, tmp_path, monkeypatch):
+    """Ray's own way would ask there for the GPU that it came from; a CPU's tensors stand in for a GPU's."""
+    import ray
+
+    encoder, sent = encoder.copy(), []
+    on_gpu = {parameter.data_ptr() for parameter in encoder.model.parameters()}
+
+    def is_on_gpu(tensor) -> bool:
+        sent.append(tensor.data_ptr())
+        return tensor.data_ptr() in on_gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sending, "_is_on_gpu", is_on_gpu)
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+    make(tmp_path / "two", encoder, corpus, engine)
+    assert on_gpu <= set(sent)
+    monkeypatch.undo()
+    make(tmp_path / "one", encoder, corpus)
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+    assert torch.Tensor not in ray.cloudpickle.CloudPickler.dispatch
 
 
 def test_a_killed_worker_is_replaced(engine, encoder, corpus, tmp_path, monkeypatch):

@@ -12,7 +12,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import dill
+import torch
+
 from pt_dance.engines.private_cluster import PrivateCluster
+from pt_dance.engines.sending import dumps
 from pt_dance.engines.worker import Placed, Worker
 from pt_dance.storage import options
 from pt_dance.storage.engine import WorkerDiedError
@@ -296,7 +300,8 @@ def _send(make: Any, what: str) -> tuple[str, Any]:
     import ray
 
     try:
-        sent = ray.put(make)
+        with _for_any_device():
+            sent = ray.put(make)
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise TypeError(
@@ -304,6 +309,21 @@ def _send(make: Any, what: str) -> tuple[str, Any]:
             "pt_dance.engines.LazyPipeline(lambda: ...), whose function makes it there"
         ) from None
     return sent.hex(), sent
+
+
+@contextlib.contextmanager
+def _for_any_device() -> Iterator[None]:
+    """Let models on a GPU go to the worker's own device: Ray's workers number their GPUs anew, and may have none."""
+    import ray
+
+    if not torch.cuda.is_available():
+        yield
+        return
+    ray.util.register_serializer(torch.Tensor, serializer=dumps, deserializer=dill.loads)
+    try:
+        yield
+    finally:
+        ray.util.deregister_serializer(torch.Tensor)
 
 
 def _this_process() -> None:

@@ -25,7 +25,7 @@ from pt_dance.corpus.corpus import Corpus
 from pt_dance.index.files import row_bytes
 from pt_dance.index.shards import SHARD_CHARACTERS, ShardReader, digest_of_shard
 from pt_dance.index.writer import IndexWriter
-from pt_dance.storage.devices import own_device
+from pt_dance.storage.devices import is_on, own_device
 from pt_dance.storage.digests import text_id
 from pt_dance.storage.engine import Engine, WorkerDiedError
 from pt_dance.storage.folders import remove_folder
@@ -88,7 +88,7 @@ class PartWriter:
     def __call__(self) -> Any:
         """Get ready, in the worker; return what writes a part."""
         device = self.device or own_device()
-        if str(self.encoder.device) != device:
+        if not is_on(str(self.encoder.device), device):
             self.encoder = self.encoder.copy()  # the worker may be the process that has the encoder
             self.encoder.model.to(device)
         return self.write

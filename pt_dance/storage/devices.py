@@ -20,3 +20,8 @@ def own_device() -> str:
     here = os.environ.get("LOCAL_RANK") if number_of_processes() > 1 else None
     number = torch.cuda.current_device() if here is None else int(here) % torch.cuda.device_count()
     return f"cuda:{number}"
+
+
+def is_on(device: str, wanted: str) -> bool:
+    """Return whether a device is the wanted one; ``"cuda"`` wants any GPU."""
+    return device == wanted or device.partition(":")[0] == wanted
