@@ -153,7 +153,7 @@ class Trial:
             assert found(self.out)[1 - rank] is not None
             assert all((self.out / name / "pt_meta.json").exists() for name in self.fits)
         else:
-            assert status == 1 and errors.splitlines()[-1].startswith(SENTENCE), errors
+            assert status == 1 and any(line.startswith(SENTENCE) for line in errors.splitlines()), errors
         return where
 
     def where(self) -> tuple[str, str]:

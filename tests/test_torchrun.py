@@ -205,7 +205,8 @@ def test_a_killed_process_ends_the_job_and_the_next_call_gives_the_same_weights(
     """
     assert [status for _, status, *_ in jobs.killed] == [-signal.SIGKILL, 1]  # torchrun's, and the process's own
     for killed in jobs.killed:
-        assert killed.errors.splitlines()[-1].startswith(kill_torchrun.SENTENCE)  # sys.exit's sentence
+        # sys.exit's sentence, after which newer versions of torch report what is left of their bindings
+        assert any(line.startswith(kill_torchrun.SENTENCE) for line in killed.errors.splitlines())
         for name in ("killed", "again"):
             assert killed.found[name]["error"] == "RuntimeError"
             assert killed.found[name]["message"].startswith(kill_torchrun.SENTENCE)
