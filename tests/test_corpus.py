@@ -420,7 +420,7 @@ def test_reading_a_large_corpus_does_not_hold_it(tmp_path, monkeypatch):
 
     if not Path("/proc/self/smaps").exists():
         pytest.skip("no /proc/self/smaps to see it by")
-    monkeypatch.setattr(arrow, "_ROWS", 500)
+    monkeypatch.setattr(arrow, "_KEPT", 500 * arrow._AROUND)
     corpus = Corpus(built.path)
     read(corpus)
     assert mapped() > 60_000  # kB: small files stay as they are
@@ -430,3 +430,6 @@ def test_reading_a_large_corpus_does_not_hold_it(tmp_path, monkeypatch):
     corpus = Corpus(built.path)
     read(corpus)
     assert mapped() < 20_000
+    scattered = np.random.default_rng(1).permutation(len(documents))  # in one call
+    assert corpus.texts_at(scattered)[9] == documents[scattered[9]]["text"]
+    assert mapped() < 50_000

@@ -192,7 +192,8 @@ def verdicts(decided: pd.DataFrame) -> list[list[str]]:
         rows.append(
             [
                 f"{c.text} ({c.better} against {c.than}, {c.measure})", c.source, f"{c.mean:+.4f}",
-                f"{c.low:+.4f} to {c.high:+.4f}", str(c.seeds), f"{c.p:.3g}", f"{c.could_see:.4f}", c.verdict,
+                f"{c.low:+.4f} to {c.high:+.4f}", str(c.seeds), "" if pd.isna(c.p) else f"{c.p:.3g}",
+                f"{c.could_see:.4f}", c.verdict,
             ]
         )  # fmt: skip
     return rows

@@ -121,7 +121,7 @@ def scored(collection: Collection, all_collections: Sequence[Collection]) -> Sco
     """
     teacher, file = cross_fitted(collection, all_collections), collection.folder / "teacher" / "scores.parquet"
     told = file.with_name("spread.json")
-    if not file.exists():
+    if not file.exists() or json.loads(told.read_text()).get("teacher") != teacher.fingerprint:
         file.parent.mkdir(exist_ok=True)
         text_of = collection.train[0].set_index("qid")["query"]
         pairs = [mining.positive_pairs(*collection.train), collection.document_pool, collection.query_pool]
@@ -131,8 +131,8 @@ def scored(collection: Collection, all_collections: Sequence[Collection]) -> Sco
         answers = [teacher(part.assign(text=collection.corpus.texts(part["docno"].tolist()))) for part in parts]
         answered = pd.concat(answers)
         own = answered.merge(pd.concat(pairs[:2])[["qid", "docno"]])
-        told.write_text(json.dumps(spread(own, pairs[0])))
         answered[["query", "docno", "score"]].to_parquet(file.with_suffix(".new"), index=False)
+        told.write_text(json.dumps({"teacher": teacher.fingerprint, **spread(own, pairs[0])}))
         file.with_suffix(".new").rename(file)
     about = json.loads(told.read_text())
     if about["margin_mean"] < _LEAST_MARGIN and collection.protocol.name != SMALL.name:

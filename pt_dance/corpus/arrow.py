@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 _SMALL = 1 << 30  # bytes of a file that may stay mapped as a whole
-_ROWS = 8192  # rows between two releases; the system maps 64 KiB or more around a row that lies apart
+_KEPT = 512 << 20  # bytes that may be mapped between two releases
+_AROUND = 64 << 10  # bytes that the system maps around a row that lies apart, or more
 
 
 @contextlib.contextmanager
@@ -30,7 +31,7 @@ def table_writer(path: str | Path, names: Sequence[str]) -> Iterator[Callable[[A
 
 
 class Pages:
-    """The mapped pages of a large file, given back after so many rows.
+    """The mapped pages of a large file, given back after so many bytes.
 
     The system keeps what was read as long as it has room, but counts it as this process's memory: one that reads a
     corpus of 100 GB would seem to hold 100 GB, and job schedulers stop such processes.
@@ -41,19 +42,19 @@ class Pages:
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self._advice = getattr(mmap, "MADV_DONTNEED", None) if len(mapped) > _SMALL else None
-        self._mapped, self._rows = mapped, 0
+        self._mapped, self._read = mapped, 0
 
-    def read(self, rows: int) -> None:
-        """Count rows that were read and copied."""
+    def read(self, size: int) -> None:
+        """Count a row of so many bytes that was read and copied."""
         if self._advice is not None:
-            self._rows += rows
-            if self._rows >= _ROWS:
+            self._read += max(size, _AROUND)
+            if self._read >= _KEPT:
                 self.release()
 
     def release(self) -> None:
         """Give back what is mapped now."""
         if self._advice is not None:
-            self._rows = 0
+            self._read = 0
             self._mapped.madvise(self._advice)
 
 
@@ -121,8 +122,9 @@ class TextColumn:
         texts = []
         for number, at in zip(chunks.tolist(), local.tolist(), strict=True):
             positions, data = self._view(number)
-            texts.append(str(data[positions[at] : positions[at + 1]], "utf-8"))
-        self._pages.read(len(texts))
+            start, end = positions[at], positions[at + 1]
+            texts.append(str(data[start:end], "utf-8"))
+            self._pages.read(int(end - start))
         return texts
 
     def bytes(self, rows: range) -> int:

@@ -95,7 +95,7 @@ def _seconds(device: str, width: int, height: int) -> dict[str, float]:
 
     def measure() -> None:
         clock = time.thread_time if on_cpu else time.perf_counter
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu" if on_cpu else "cuda", enabled=False):
             for turn in range(_ROUNDS):  # in turn, so that whatever else the machine does hits all of them alike
                 for name, product in products.items():
                     start = clock()

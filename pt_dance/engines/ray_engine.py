@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import signal
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -27,6 +28,7 @@ _AHEAD = 4  # tasks that may be begun for each worker while an earlier one is no
 _LOOK = 5.0  # seconds between two looks at whether the cluster lives
 _SETTLED = 10.0  # seconds in which it is seen to be gone after its workers
 
+_sending = threading.Lock()
 _open: weakref.WeakSet[Ray] = weakref.WeakSet()
 
 
@@ -319,11 +321,15 @@ def _for_any_device() -> Iterator[None]:
     if not torch.cuda.is_available():
         yield
         return
-    ray.util.register_serializer(torch.Tensor, serializer=dumps, deserializer=dill.loads)
-    try:
-        yield
-    finally:
-        ray.util.deregister_serializer(torch.Tensor)
+    with _sending:  # for the whole process
+        others = ray.cloudpickle.CloudPickler.dispatch.get(torch.Tensor)
+        ray.util.register_serializer(torch.Tensor, serializer=dumps, deserializer=dill.loads)
+        try:
+            yield
+        finally:
+            ray.util.deregister_serializer(torch.Tensor)
+            if others is not None:
+                ray.cloudpickle.CloudPickler.dispatch[torch.Tensor] = others
 
 
 def _this_process() -> None:
