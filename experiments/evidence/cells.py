@@ -29,7 +29,7 @@ from evidence.evaluate import (
 )
 from evidence.methods import BASELINES, METHODS, ROWS, Method, Setting, first_encoder, grid, with_start
 from evidence.protocol import Protocol
-from evidence.teacher import scored
+from evidence.teacher import folder_of, scored
 from pt_dance import DanceRetriever, DualEncoder, Round
 from pt_dance.recipes import current_model
 from pt_dance.storage.folders import lock_folder
@@ -91,13 +91,16 @@ class Study:
             sizes.write_text(json.dumps(self._collections[key].describe()))
         return self._collections[key]
 
+    def taught_on(self, encoder: str) -> list[Collection]:
+        """What the teacher learns from."""
+        return [self.collection(name, encoder) for name in self.protocol.taught_on]
+
     def teacher(self, collection: Collection, encoder: str) -> pt.Transformer:
         """The cross-fitted teacher of a collection."""
         key = collection.folder.name
         if key not in self._teachers:
-            with self.alone(self.runs / "data" / f"teacher-{collection.budget.queries or 'all'}"):
-                everything = [self.collection(name, encoder) for name in self.protocol.taught_on]
-                self._teachers[key] = scored(collection, everything)
+            with self.alone(folder_of(collection)):
+                self._teachers[key] = scored(collection, self.taught_on(encoder))
         return self._teachers[key]
 
     def first_encoder(self, name: str, start: str, collection: Collection, seed: int) -> DualEncoder:

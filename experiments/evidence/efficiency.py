@@ -55,8 +55,7 @@ def systems(study: Study, args: argparse.Namespace) -> dict[str, pt.Transformer]
     if not dense.built():
         dense.index(collection.corpus)
     # Either of the two teachers: the reported queries were learnt from by neither.
-    everything = [study.collection(name, args.encoder) for name in study.protocol.taught_on]
-    teacher = cross_fitted(collection, everything).models[0]
+    teacher = cross_fitted(collection, study.taught_on(args.encoder)).models[0]
     cross = CrossEncoderScorer(teacher.model, max_length=teacher.max_length, batch_size=64)
     bm25 = collection.bm25
     text = pt.text.get_text(collection.documents, "text")

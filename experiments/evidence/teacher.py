@@ -6,7 +6,6 @@ or thousand queries are too few for a cross-encoder that starts from a bi-encode
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +18,14 @@ from datasets import concatenate_datasets
 from evidence.data import Collection, clusters, some_of, stable_hash
 from evidence.protocol import SMALL, Protocol
 from pt_dance import CrossEncoderScorer, mining
+from pt_dance.storage.folders import read_json, write_json
 from train_teacher import train, training_pairs
 
 FOLDS = 2
 _BLOCK = 8192
 _LEAST_MARGIN = 0.1  # of raw scores; a cross-encoder for MS MARCO has some ten
 _POSITIVES, _NEGATIVES = 3, 4  # of a query at most
-_OPTIONS = dict(
+_OPTIONS = dict(  # of train_teacher.py, where negatives is what a relevant document weighs
     layers=6, max_length=128, negatives=2, epochs=2, batch_size=32, learning_rate=7e-5, freeze_embeddings=True,
     bf16=True, seed=0,
 )  # fmt: skip
@@ -121,7 +121,7 @@ def scored(collection: Collection, all_collections: Sequence[Collection]) -> Sco
     """
     teacher, file = cross_fitted(collection, all_collections), collection.folder / "teacher" / "scores.parquet"
     told = file.with_name("spread.json")
-    if not file.exists() or json.loads(told.read_text()).get("teacher") != teacher.fingerprint:
+    if not told.exists() or read_json(told).get("teacher") != teacher.fingerprint:
         file.parent.mkdir(exist_ok=True)
         text_of = collection.train[0].set_index("qid")["query"]
         pairs = [mining.positive_pairs(*collection.train), collection.document_pool, collection.query_pool]
@@ -131,10 +131,9 @@ def scored(collection: Collection, all_collections: Sequence[Collection]) -> Sco
         answers = [teacher(part.assign(text=collection.corpus.texts(part["docno"].tolist()))) for part in parts]
         answered = pd.concat(answers)
         own = answered.merge(pd.concat(pairs[:2])[["qid", "docno"]])
-        answered[["query", "docno", "score"]].to_parquet(file.with_suffix(".new"), index=False)
-        told.write_text(json.dumps({"teacher": teacher.fingerprint, **spread(own, pairs[0])}))
-        file.with_suffix(".new").rename(file)
-    about = json.loads(told.read_text())
+        answered[["query", "docno", "score"]].to_parquet(file, index=False)
+        write_json(told, {"teacher": teacher.fingerprint, **spread(own, pairs[0])})  # whole or not there: the last
+    about = read_json(told)
     if about["margin_mean"] < _LEAST_MARGIN and collection.protocol.name != SMALL.name:
         raise TeacherError(
             f"the teacher of {collection.name} has learnt nothing that a student could learn from it: its margins are "
@@ -145,8 +144,7 @@ def scored(collection: Collection, all_collections: Sequence[Collection]) -> Sco
 
 def cross_fitted(collection: Collection, all_collections: Sequence[Collection]) -> CrossFitted:
     """The teacher of all collections, for the queries of one; trained on the first use, in a folder beside theirs."""
-    base = collection.folder.parent / f"teacher-{collection.budget.queries or 'all'}"
-    folders = [base / str(number) for number in range(FOLDS)]
+    folders = [folder_of(collection) / str(number) for number in range(FOLDS)]
     for number, folder in enumerate(folders):
         if not (folder / "model" / "config.json").exists():
             _train(all_collections, number, folder)
@@ -156,6 +154,11 @@ def cross_fitted(collection: Collection, all_collections: Sequence[Collection]) 
         for folder in folders
     ]
     return CrossFitted(models, dict(zip(collection.train[0]["query"], folds(collection), strict=True)))
+
+
+def folder_of(collection: Collection) -> Path:
+    """Where the models are: for as many queries of a collection there is one teacher of all."""
+    return collection.folder.parent / f"teacher-{collection.budget.queries or 'all'}"
 
 
 def _options(protocol: Protocol) -> dict:

@@ -41,21 +41,20 @@ class Pages:
     """
 
     def __init__(self, mapped: mmap.mmap) -> None:
-        self._advice = getattr(mmap, "MADV_DONTNEED", None) if len(mapped) > _SMALL else None
+        self.are_given_back = len(mapped) > _SMALL and hasattr(mmap, "MADV_DONTNEED")
         self._mapped, self._read = mapped, 0
 
     def read(self, size: int) -> None:
         """Count a row of so many bytes that was read and copied."""
-        if self._advice is not None:
-            self._read += max(size, _AROUND)
-            if self._read >= _KEPT:
-                self.release()
+        self._read += max(size, _AROUND)
+        if self._read >= _KEPT:
+            self.release()
 
     def release(self) -> None:
         """Give back what is mapped now."""
-        if self._advice is not None:
-            self._read = 0
-            self._mapped.madvise(self._advice)
+        self._read = 0
+        if self.are_given_back:
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def open_table(path: str | Path) -> tuple[Any, Pages]:
@@ -119,12 +118,13 @@ class TextColumn:
             raise IndexError(f"there is no document in row {bad}: rows are 0 to {count - 1}")
         chunks = np.searchsorted(self._ends, wanted, side="right")
         local = wanted - self._starts[chunks]
-        texts = []
+        texts, counted = [], self._pages.are_given_back
         for number, at in zip(chunks.tolist(), local.tolist(), strict=True):
             positions, data = self._view(number)
             start, end = positions[at], positions[at + 1]
             texts.append(str(data[start:end], "utf-8"))
-            self._pages.read(int(end - start))
+            if counted:
+                self._pages.read(int(end - start))
         return texts
 
     def bytes(self, rows: range) -> int:
