@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
 import math
-import mmap
 import pickle
 import subprocess
 import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,7 +20,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pt_dance import Corpus
-from pt_dance.corpus import arrow
 from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, check_docno
 from pt_dance.storage.digests import short_text_digest
 
@@ -401,35 +397,3 @@ def test_a_corpus_tells_docnos_of_equal_hashes_apart(tmp_path, monkeypatch):
 
 def test_docnos_may_be_any_string_class():
     assert type(check_docno(np.str_("x"), 0)) is str
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system has no such advice")
-def test_reading_a_large_corpus_does_not_hold_it(tmp_path, monkeypatch):
-    """The pages of the file count as the process's memory until they are given back."""
-    documents = [{"docno": f"d{i}", "text": f"{i} " + "x" * 20_000} for i in range(4_000)]
-    built = Corpus.build(documents, tmp_path / "corpus", fields=["text"], verbose=False)
-
-    def mapped() -> int:
-        smaps = Path("/proc/self/smaps").read_text().split(str(built.path / "corpus.arrow"))[1:]
-        return sum(int(one.split("Rss:")[1].split()[0]) for one in smaps)
-
-    def read(corpus) -> None:
-        for start in range(0, len(documents), 100):
-            texts = corpus.texts_at(range(start, start + 100))
-            assert texts[7] == documents[start + 7]["text"]
-
-    if not Path("/proc/self/smaps").exists():
-        pytest.skip("no /proc/self/smaps to see it by")
-    monkeypatch.setattr(arrow, "_KEPT", 500 * arrow._AROUND)
-    corpus = Corpus(built.path)
-    read(corpus)
-    assert mapped() > 60_000  # kB: small files stay as they are
-    monkeypatch.setattr(arrow, "_SMALL", 0)
-    del corpus
-    gc.collect()
-    corpus = Corpus(built.path)
-    read(corpus)
-    assert mapped() < 20_000
-    scattered = np.random.default_rng(1).permutation(len(documents))  # in one call
-    assert corpus.texts_at(scattered)[9] == documents[scattered[9]]["text"]
-    assert mapped() < 50_000

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-_SMALL = 1 << 30  # bytes of a file that may stay mapped as a whole
-_KEPT = 512 << 20  # bytes that may be mapped between two releases
-_AROUND = 64 << 10  # bytes that the system maps around a row that lies apart, or more
+from pt_dance.storage.pages import Pages
 
 
 @contextlib.contextmanager
@@ -30,33 +28,6 @@ def table_writer(path: str | Path, names: Sequence[str]) -> Iterator[Callable[[A
         writer.close()
 
 
-class Pages:
-    """The mapped pages of a large file, given back after so many bytes.
-
-    The system keeps what was read as long as it has room, but counts it as this process's memory: one that reads a
-    corpus of 100 GB would seem to hold 100 GB, and job schedulers stop such processes.
-
-    Args:
-        mapped: The file.
-    """
-
-    def __init__(self, mapped: mmap.mmap) -> None:
-        self.are_given_back = len(mapped) > _SMALL and hasattr(mmap, "MADV_DONTNEED")
-        self._mapped, self._read = mapped, 0
-
-    def read(self, size: int) -> None:
-        """Count a row of so many bytes that was read and copied."""
-        self._read += max(size, _AROUND)
-        if self._read >= _KEPT:
-            self.release()
-
-    def release(self) -> None:
-        """Give back what is mapped now."""
-        self._read = 0
-        if self.are_given_back:
-            self._mapped.madvise(mmap.MADV_DONTNEED)
-
-
 def open_table(path: str | Path) -> tuple[Any, Pages]:
     """Open an Arrow file as a ``datasets.Dataset``, memory-mapped; its pages are for :class:`TextColumn`.
 
@@ -71,7 +42,7 @@ def open_table(path: str | Path) -> tuple[Any, Pages]:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
-        pages = Pages(mapped)
+        pages = Pages([mapped])
         pages.release()  # opening visits every block
         return Dataset(MemoryMappedTable(table, str(path))), pages
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as err:
@@ -124,7 +95,7 @@ class TextColumn:
             start, end = positions[at], positions[at + 1]
             texts.append(str(data[start:end], "utf-8"))
             if counted:
-                self._pages.read(int(end - start))
+                self._pages.read(int(end - start), places=1)
         return texts
 
     def bytes(self, rows: range) -> int:

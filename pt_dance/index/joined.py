@@ -41,7 +41,7 @@ class JoinedVectors:
     ndim = 2
 
     def __init__(self, parts: list[np.ndarray]) -> None:
-        self._parts = parts
+        self.parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
         self.dtype = parts[0].dtype
         self.shape = (int(self._ends[-1]), parts[0].shape[1])
@@ -70,15 +70,15 @@ class JoinedVectors:
         number = np.searchsorted(self._ends, flat, side="right")
         for part in np.unique(number):
             here = number == part
-            found[here] = self._parts[part][flat[here] - (self._ends[part] - len(self._parts[part]))]
+            found[here] = self.parts[part][flat[here] - (self._ends[part] - len(self.parts[part]))]
         return found.reshape(*rows.shape, self.shape[1])
 
     def _between(self, first: int, end: int) -> np.ndarray:
         pieces = []
         number = int(np.searchsorted(self._ends, first, side="right"))
         while first < end:
-            start = int(self._ends[number]) - len(self._parts[number])
-            pieces.append(self._parts[number][first - start : end - start].view(np.ndarray))
+            start = int(self._ends[number]) - len(self.parts[number])
+            pieces.append(self.parts[number][first - start : end - start].view(np.ndarray))
             first, number = min(end, int(self._ends[number])), number + 1
         if not pieces:
             return np.empty((0, self.shape[1]), dtype=self.dtype)
@@ -86,8 +86,8 @@ class JoinedVectors:
 
     def part(self, first: int, end: int) -> JoinedVectors:
         """Return some rows without reading them; at least one."""
-        starts = self._ends - [len(part) for part in self._parts]
-        cut = [p[max(first - s, 0) : max(end - s, 0)] for p, s in zip(self._parts, starts.tolist(), strict=True)]
+        starts = self._ends - [len(part) for part in self.parts]
+        cut = [p[max(first - s, 0) : max(end - s, 0)] for p, s in zip(self.parts, starts.tolist(), strict=True)]
         return JoinedVectors([part for part in cut if len(part)])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -99,7 +99,7 @@ class JoinedVectors:
 
     def __getstate__(self) -> list[tuple[str, str, tuple[int, ...]]]:
         # Other processes map the files, too.
-        return [(str(part.filename), part.dtype.str, part.shape) for part in self._parts]  # type: ignore[attr-defined]
+        return [(str(part.filename), part.dtype.str, part.shape) for part in self.parts]  # type: ignore[attr-defined]
 
     def __setstate__(self, state: list[tuple[str, str, tuple[int, ...]]]) -> None:
         self.__init__([np.memmap(name, dtype, "c", shape=shape) for name, dtype, shape in state])  # type: ignore[misc]

@@ -15,6 +15,7 @@ from pt_dance.corpus.quiet import quiet
 from pt_dance.retriever.dense import DenseRetriever
 from pt_dance.retriever.opened import SearchableIndex
 from pt_dance.retriever.search.arrays import best_first
+from pt_dance.retriever.search.vectors import Vectors
 from pt_dance.storage import options
 from pt_dance.storage.attributes import Fixed, Live
 from pt_dance.storage.digests import file_digest, short_text_digest
@@ -197,7 +198,7 @@ class AnnRetriever(DenseRetriever):
     def _write(self, folder: Path) -> None:
         import faiss
 
-        vectors = self.index.open().vectors
+        vectors = Vectors(self.index.open().vectors)
         count, dimension = vectors.shape
         with _threads(self.threads):
             ann = self._empty(count, dimension)
@@ -206,7 +207,7 @@ class AnnRetriever(DenseRetriever):
                 # A row of each of as many equal stretches: no array is as long as the collection.
                 at = np.arange(min(wanted, count)) + np.random.default_rng(0).random(min(wanted, count))
                 chosen = np.minimum((at * (count / len(at))).astype(np.int64), count - 1)
-                _train(ann, np.ascontiguousarray(vectors[chosen], dtype=np.float32))
+                _train(ann, vectors.rows(chosen))
             with progress_bar(self.verbose, repr(self), count) as bar:
                 if self._on_disk():
                     self._merge(folder, ann, vectors, bar)
@@ -230,7 +231,7 @@ class AnnRetriever(DenseRetriever):
         """Return whether the lists stay on disk, where FAISS maps them."""
         return self.method == "ivfpq" and len(self.index) > _ROWS_IN_MEMORY
 
-    def _merge(self, folder: Path, ann: Any, vectors: Any, bar: Any) -> None:
+    def _merge(self, folder: Path, ann: Any, vectors: Vectors, bar: Any) -> None:
         """Fill a trained, empty ``ann`` part by part and merge the parts' lists in a file, in memory for one part."""
         import faiss
         from faiss.contrib.ondisk import merge_ondisk
@@ -305,7 +306,7 @@ def _train(ann: Any, vectors: np.ndarray) -> None:
     ann.clustering_index = None
 
 
-def _filled(ann: Any, vectors: Any, start: int, end: int, bar: Any) -> Any:
+def _filled(ann: Any, vectors: Vectors, start: int, end: int, bar: Any) -> Any:
     """Return what FAISS searches with rows of an index added under their numbers, by a GPU where one can."""
     import faiss
 
@@ -313,7 +314,7 @@ def _filled(ann: Any, vectors: Any, start: int, end: int, bar: Any) -> Any:
     filling = ann if on_gpu is None else on_gpu
     for first in range(start, end, _ADD_BLOCK):
         last = min(first + _ADD_BLOCK, end)
-        block = np.ascontiguousarray(vectors[first:last], dtype=np.float32)
+        block = np.ascontiguousarray(vectors.block(first, last))
         if start:
             filling.add_with_ids(block, np.arange(first, last))
         else:

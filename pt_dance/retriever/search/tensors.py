@@ -21,13 +21,15 @@ class TensorVectors(Vectors):
         if device.type == "cuda" and docs.nbytes < torch.cuda.mem_get_info(device)[0] // 4:
             self.kept = torch.empty(docs.shape, dtype=getattr(torch, docs.dtype.name), device=device)
             for first in range(0, len(docs), 1 << 16):
-                self.kept[first : first + (1 << 16)] = torch.from_numpy(np.array(docs[first : first + (1 << 16)]))
+                rows = np.array(docs[first : first + (1 << 16)])
+                self._pages.read(rows.nbytes)
+                self.kept[first : first + (1 << 16)] = torch.from_numpy(rows)
 
     def block(self, first: int, end: int) -> torch.Tensor:
         """Return rows as float32."""
         if self.kept is not None:
             return self.kept[first:end].float()
-        return torch.from_numpy(np.array(self.docs[first:end], dtype=np.float32)).to(self.device)
+        return torch.from_numpy(np.array(super().block(first, end))).to(self.device)
 
     def _longest(self, block: torch.Tensor) -> float:
         return float((block * block).sum(1).max().sqrt()) * (1 + 2 * block.shape[1] * UNIT)
@@ -41,6 +43,7 @@ class TensorVectors(Vectors):
             if self.kept is not None:
                 sums = self.kept[torch.from_numpy(row_of[part]).to(self.device)].double()
             else:
+                self._pages.read(0, places=len(row_of[part]))
                 sums = torch.from_numpy(self.docs[row_of[part]].astype(np.float64)).to(self.device)
             sums *= on_device[torch.from_numpy(query_of[part]).to(self.device)]
             while sums.shape[1] > 1:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pt_dance.storage.pages import Pages
+
 # Longer vectors could give dot products that float32 does not hold.
 MAX_NORM = 1e18
 UNIT = 2.0**-24  # relative rounding error of float32
@@ -28,7 +30,9 @@ class Vectors:
     def __init__(self, docs: np.ndarray) -> None:
         # A plain view: indexing a memmap object costs more for every block.
         self.docs = docs.view(np.ndarray)
+        self._pages = Pages.of(docs)
         self.shape = docs.shape
+        self._row_bytes = docs.shape[1] * docs.dtype.itemsize
         self._norms: dict[tuple[int, int], float] = {}  # of blocks, by first row and length
         self._roundings: dict[tuple[int, int], float] = {}
 
@@ -37,7 +41,17 @@ class Vectors:
 
     def block(self, first: int, end: int) -> Any:
         """Return rows as float32."""
+        self._pages.read((end - first) * self._row_bytes)
         return np.asarray(self.docs[first:end], dtype=np.float32)
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Return rows that lie apart, in ascending order, as float32."""
+        found = np.empty((len(numbers), self.shape[1]), dtype=np.float32)
+        for start in range(0, len(numbers), _PAIR_BLOCK):
+            part = slice(start, start + _PAIR_BLOCK)
+            self._pages.read(0, places=len(numbers[part]))
+            found[part] = self.docs[numbers[part]]
+        return found
 
     def norm(self, first: int, block: Any) -> float:
         """Return an upper bound of the lengths of a block's vectors, which begins with row ``first``.
@@ -76,6 +90,7 @@ class Vectors:
             query = queries[query_of[first]].astype(np.float64)[:, None] if in_runs else None
             for start in range(first, end, _PAIR_BLOCK):
                 part = slice(start, min(start + _PAIR_BLOCK, end))
+                self._pages.read(0, places=part.stop - part.start)
                 docs = self.docs[row_of[part]].astype(np.float64)
                 mine = queries[query_of[part]].astype(np.float64)[:, :, None] if query is None else query
                 # A matrix of one row each: NumPy takes the dot product of every pair by itself.
