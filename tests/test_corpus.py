@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pt_dance import Corpus
-from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, check_docno
+from pt_dance.corpus.docnos import DocnoRows, check_docno, docno_hashes
+from pt_dance.corpus.sorting import SeenNumbers
 from pt_dance.storage.digests import short_text_digest
 
 DOCUMENTS = [
@@ -366,12 +367,12 @@ def test_duplicate_docnos_in_blocks():
     rng = np.random.default_rng(0)
     for count, size in ((1, 1), (50, 7), (3000, 64)):
         docnos = [f"d{i}" for i in rng.permutation(count)]
-        seen = DuplicateDocnos()
+        seen = SeenNumbers()
         for start in range(0, count, size):
-            assert seen.add_block(docnos[start : start + size]) == []
-        assert seen.add_block(["new", docnos[0], "newer"]) == [1]
-        assert seen.add_block(["x", "y", "x"]) == [2]
-        assert len(seen.hashes) == count + 6
+            assert seen.add(docno_hashes(docnos[start : start + size])) == []
+        assert seen.add(docno_hashes(["new", docnos[0], "newer"])) == [1]
+        assert seen.add(docno_hashes(["x", "y", "x"])) == [2]
+        assert len(seen.all()) == count + 6
 
 
 def test_equal_hashes_of_different_docnos_are_told_apart():

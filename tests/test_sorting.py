@@ -40,11 +40,11 @@ def test_numbers_seen_before_are_told_in_blocks(tmp_path):
     seen, before, expected, found = sorting.SeenNumbers(tmp_path), set(), [], []
     for start in range(0, len(numbers), 37):
         block = numbers[start : start + 37]
-        found += seen.add(block).tolist()
-        for number in block.tolist():
-            expected.append(number in before)
+        found += [start + place for place in seen.add(block)]
+        for position, number in enumerate(block.tolist(), start):
+            expected += [position] * (number in before)
             before.add(number)
-    assert found == expected and any(expected) and len(seen) == 3000
+    assert found == expected and expected and len(seen) == 3000
     assert (seen.all() == numbers).all() and not any(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from more_itertools import chunked
 
-from pt_dance.corpus.sorting import BLOCK, SeenNumbers, ends_of_lines, mapped_file, rank_strings, sort_numbers
+from pt_dance.corpus.sorting import BLOCK, ends_of_lines, mapped_file, rank_strings, sort_numbers
 from pt_dance.storage.digests import short_text_digest
 
 MAX_DOCNO_LENGTH = 1024
@@ -70,39 +70,8 @@ def duplicate_error(docno: str, files: Sequence[Path] = ()) -> ValueError:
 
 
 def docno_hashes(docnos: Sequence[str]) -> np.ndarray:
-    """Return the hash of each docno, ``uint64``."""
+    """Return the hash of each docno, ``uint64``; about one pair in 2**64 has the same: who finds one compares them."""
     return np.fromiter((short_text_digest(d) for d in docnos), dtype=np.uint64, count=len(docnos))
-
-
-class DuplicateDocnos:
-    """Finds docnos that occur twice, in bounded memory, whatever their number and length.
-
-    Args:
-        folder: Where temporary files lie: 16 bytes a docno.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._seen = SeenNumbers(folder)
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    @property
-    def hashes(self) -> np.ndarray:
-        """The hash of every docno added, in order, ``uint64``, memory-mapped."""
-        return self._seen.all()
-
-    def add_block(self, docnos: Sequence[str]) -> list[int]:
-        """Add a block of valid docnos and return the positions of those whose hash has been seen before.
-
-        They occur already, in an earlier block or in this one, or once in about 2**64 pairs another docno has the same
-        hash: the caller compares the strings.
-        """
-        return self.add_hashes(docno_hashes(docnos))
-
-    def add_hashes(self, hashes: np.ndarray) -> list[int]:
-        """Add a block of docnos, like :meth:`add_block`, by their :func:`docno_hashes`."""
-        return np.flatnonzero(self._seen.add(hashes)).tolist()
 
 
 class DocnoRows:

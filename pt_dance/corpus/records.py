@@ -11,7 +11,8 @@ import pandas as pd
 from more_itertools import chunked, constrained_batches
 
 from pt_dance.corpus.arrow import TextColumn, open_table, table_writer
-from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, check_docno, docno_hashes, duplicate_error
+from pt_dance.corpus.docnos import DocnoRows, check_docno, docno_hashes, duplicate_error
+from pt_dance.corpus.sorting import SeenNumbers
 from pt_dance.storage.digests import add_columns, new_digest
 
 TABLE, HASHES = "corpus.arrow", "docnos.hash"
@@ -155,11 +156,11 @@ def write_blocks(
     """
     names = columns_of(fields)
     digest = new_digest("\x1f".join(names).encode())
-    seen, suspects = DuplicateDocnos(folder), dict[int, str]()
+    seen, suspects = SeenNumbers(folder), dict[int, str]()
     with table_writer(folder / TABLE, names) as write:
         for block in blocks:
             first = len(seen)
-            again = seen.add_hashes(block.column(len(names)).to_numpy())
+            again = seen.add(block.column(len(names)).to_numpy())
             if len(suspects) < _BLOCK_DOCUMENTS:  # so many are no accident
                 suspects |= {first + place: block.column(0)[place].as_py() for place in again}
             columns = block.select(names)
@@ -167,7 +168,7 @@ def write_blocks(
             write(columns)
     if not len(seen):
         raise ValueError("the source has no documents: a corpus needs at least one")
-    DocnoRows.write(folder / HASHES, seen.hashes)
+    DocnoRows.write(folder / HASHES, seen.all())
     column = TextColumn(*open_table(folder / TABLE), "docno")
     first_rows = DocnoRows.open(folder / HASHES, len(seen), column.take)(list(suspects.values()))
     for (suspect, docno), first_row in zip(suspects.items(), first_rows.tolist(), strict=True):

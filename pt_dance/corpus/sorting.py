@@ -138,10 +138,10 @@ class SeenNumbers:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, block: np.ndarray) -> np.ndarray:
-        """Add numbers, ``uint64`` (n,), and say which were there before or stand earlier in the block, bool (n,)."""
+    def add(self, block: np.ndarray) -> list[int]:
+        """Add numbers, ``uint64`` (n,), and return the positions of those that came before, also in the same block."""
         if not len(block):
-            return np.zeros(0, dtype=bool)
+            return []
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (as long as this object)
         self._file.write(block.tobytes())
@@ -156,7 +156,7 @@ class SeenNumbers:
         while self._runs and len(self._runs[-1]) <= 2 * len(run) and len(self._runs[-1]) < BLOCK:
             run = np.sort(np.concatenate([self._runs.pop(), run]))
         self._runs.append(run if len(run) < BLOCK else self._on_disk(run))
-        return seen
+        return np.flatnonzero(seen).tolist()
 
     def _on_disk(self, run: np.ndarray) -> np.ndarray:
         with tempfile.TemporaryFile(dir=self._folder) as file:

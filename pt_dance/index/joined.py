@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from more_itertools import chunked
 
-from pt_dance.corpus.docnos import DocnoColumn, DocnoRows, DuplicateDocnos, duplicate_error, write_npids
-from pt_dance.corpus.sorting import mapped_file
+from pt_dance.corpus.docnos import DocnoColumn, DocnoRows, docno_hashes, duplicate_error, write_npids
+from pt_dance.corpus.sorting import SeenNumbers, mapped_file
 from pt_dance.storage.digests import new_digest
 from pt_dance.storage.folders import lock_folder, sync_folder, write_json
 from pt_dance.storage.meta import META
@@ -155,27 +155,17 @@ def join(path: Path, opened: Callable[[Path], Any]) -> None:
         for folder, shard in zip(folders, shards, strict=True):
             _check_same(folder, shard.meta, folders[0], first)
         (path / META).unlink(missing_ok=True)
-        lines = path / DOCNOS
-        seen, suspects = DuplicateDocnos(path), dict[int, str]()
-        with open(lines, "wb") as out:
+        seen, suspects = SeenNumbers(path), dict[int, str]()
+        with open(path / DOCNOS, "wb") as out:
             for block in chunked(chain.from_iterable(shard.docnos for shard in shards), _BLOCK):
                 start = len(seen)
-                suspects |= {start + place: block[place] for place in seen.add_block(block)[:_BLOCK]}
+                suspects |= {start + place: block[place] for place in seen.add(docno_hashes(block))[:_BLOCK]}
                 out.write("".join(f"{docno}\n" for docno in block).encode("utf-8"))
-        count = len(seen)
-        offsets = DocnoColumn.write_offsets(lines, count, path / OFFSETS)
-        docnos = DocnoColumn(np.memmap(lines, dtype=np.uint8, mode="r"), count, lines, offsets)
-        DocnoRows.write(path / HASHES, seen.hashes)
-        first_rows = DocnoRows.open(path / HASHES, count, docnos.at)(list(suspects.values()))
+        docnos = write_lookups(path, seen.all())
+        first_rows = DocnoRows.open(path / HASHES, len(seen), docnos.at)(list(suspects.values()))
         for (row, docno), first_row in zip(suspects.items(), first_rows, strict=True):
             if row != first_row:
                 raise duplicate_error(docno)
-        with open(path / RANKS, "w+b") as file:
-            ranks = mapped_file(file, "<u4", count)
-            docnos.ranks(ranks, path)
-            ranks.flush()
-        (path / NPIDS).unlink(missing_ok=True)
-        write_npids(path / NPIDS, iter(docnos))
         known = [_content(shard) for shard in shards]
         sync_folder(path)
         encoder = {**first["encoder"], "path": None} if first.get("encoder") else None
@@ -185,7 +175,7 @@ def join(path: Path, opened: Callable[[Path], Any]) -> None:
                 "type": "dense_index",
                 "format": FORMAT,
                 "package_hint": "pt_dance",
-                "doc_count": count,
+                "doc_count": len(seen),
                 "content": new_digest(repr(known).encode()).hexdigest(),
                 **{name: first[name] for name in _SAME if name in first},
                 "corpus": None,
@@ -194,6 +184,21 @@ def join(path: Path, opened: Callable[[Path], Any]) -> None:
                 "files": {name: (path / name).stat().st_size for name in (NPIDS, DOCNOS, OFFSETS, HASHES, RANKS)},
             },
         )
+
+
+def write_lookups(folder: Path, hashes: np.ndarray) -> DocnoColumn:
+    """Write all that finds or orders the docnos in :data:`DOCNOS`, of which these are the hashes; return the docnos."""
+    lines, count = folder / DOCNOS, len(hashes)
+    offsets = DocnoColumn.write_offsets(lines, count, folder / OFFSETS)
+    docnos = DocnoColumn(np.memmap(lines, dtype=np.uint8, mode="r"), count, lines, offsets)
+    DocnoRows.write(folder / HASHES, hashes)
+    with open(folder / RANKS, "w+b") as file:
+        ranks = mapped_file(file, "<u4", count)
+        docnos.ranks(ranks, folder)
+        ranks.flush()
+    (folder / NPIDS).unlink(missing_ok=True)
+    write_npids(folder / NPIDS, iter(docnos))
+    return docnos
 
 
 def _check_same(folder: Path, meta: dict[str, Any], first_folder: Path, first: dict[str, Any]) -> None:

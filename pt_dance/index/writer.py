@@ -20,26 +20,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from more_itertools import chunked
 
-from pt_dance.corpus.docnos import DocnoRows, DuplicateDocnos, duplicate_error, write_npids
-from pt_dance.corpus.sorting import mapped_file
-from pt_dance.index.files import (
-    DOCNOS,
-    FORMATS,
-    HASHES,
-    META,
-    NPIDS,
-    OFFSETS,
-    RANKS,
-    SHARDS,
-    VECTORS,
-    DocnoColumn,
-    OpenIndex,
-    can_grow,
-    row_bytes,
-)
+from pt_dance.corpus.docnos import docno_hashes, duplicate_error
+from pt_dance.corpus.sorting import SeenNumbers
+from pt_dance.index.files import FORMATS, SHARDS, VECTORS, OpenIndex, can_grow, row_bytes
+from pt_dance.index.joined import DOCNOS, HASHES, NPIDS, OFFSETS, RANKS, write_lookups
 from pt_dance.retriever.search.vectors import MAX_NORM
 from pt_dance.storage.digests import add_file, new_digest
 from pt_dance.storage.folders import remove_folder, write_json
+from pt_dance.storage.meta import META
 
 
 @dataclass(frozen=True)
@@ -136,7 +124,7 @@ class IndexWriter:
         }
         self._vectors_path = folder / VECTORS[vec_dtype]
         self._row_bytes = row_bytes(vec_dtype, vec_size)
-        self._seen = DuplicateDocnos(folder)
+        self._seen = SeenNumbers(folder)
         self.count = 0
         self._docno_bytes = 0
         self._shards: list[Shard] = []
@@ -151,7 +139,7 @@ class IndexWriter:
             while self.count < base.meta["doc_count"]:
                 self._take(self.recorded.pop(0))
             for block in chunked(base.docnos, 1 << 16):
-                self._seen.add_block(block)
+                self._seen.add(docno_hashes(block))
         # Vectors, docnos and journal, once they are open.
         self._files: tuple[BinaryIO, BinaryIO, BinaryIO] | None = None
 
@@ -213,7 +201,7 @@ class IndexWriter:
     def keep(self, docnos: Sequence[str]) -> None:
         """Confirm the next recorded shard: its documents are still the same."""
         self._take(self.recorded.pop(0))
-        self._seen.add_block(docnos)
+        self._seen.add(docno_hashes(docnos))
 
     def drop(self) -> None:
         """Forget the recorded shards that were not confirmed."""
@@ -222,7 +210,7 @@ class IndexWriter:
     def check_docnos(self, docnos: Sequence[str]) -> None:
         """Raise a ``ValueError`` if one of the next shard's docnos occurs twice, there or in an earlier shard."""
         own: set[str] = set()
-        for docno in (docnos[place] for place in self._seen.add_block(docnos)):
+        for docno in (docnos[place] for place in self._seen.add(docno_hashes(docnos))):
             if docnos.count(docno) > 1 or docno in own or self._contains(docno):
                 raise duplicate_error(docno)
             own.add(docno)
@@ -277,17 +265,8 @@ class IndexWriter:
         """Write what is made from all documents, the metadata last, with entries that the writer does not know."""
         self._open()
         self.close()
-        lines = self.folder / DOCNOS
-        offsets = DocnoColumn.write_offsets(lines, self.count, self.folder / OFFSETS)
-        docnos = DocnoColumn(np.memmap(lines, dtype=np.uint8, mode="r"), self.count, lines, offsets)
-        (self.folder / NPIDS).unlink(missing_ok=True)
-        write_npids(self.folder / NPIDS, iter(docnos))
-        DocnoRows.write(self.folder / HASHES, self._seen.hashes)
-        with open(self.folder / RANKS, "w+b") as file:
-            ranks = mapped_file(file, "<u4", self.count)
-            docnos.ranks(ranks, self.folder)
-            ranks.flush()
-        digest = add_file(add_file(new_digest(), self._vectors_path), lines)
+        write_lookups(self.folder, self._seen.all())
+        digest = add_file(add_file(new_digest(), self._vectors_path), self.folder / DOCNOS)
         names = (self._vectors_path.name, NPIDS, DOCNOS, OFFSETS, HASHES, RANKS, SHARDS)
         write_json(
             self.folder / META,
