@@ -162,12 +162,6 @@ class DenseIndex(FlexIndex):
         """Return the columns that documents need, for PyTerrier's inspection."""
         return [["docno", self.text_field], ["docno", "doc_vec"]]
 
-    def encoder_for_indexing(self) -> DualEncoder | None:
-        """Return the encoder that new documents get: the given one, or that of the index to append to."""
-        if self.given_encoder is not None or not self.built():
-            return self.given_encoder
-        return self.encoder
-
     def forget(self) -> None:
         """Close what is open, so that the next use reads the folder as it is then; frees a GPU's memory."""
         self._opened = self._vectors = self._loaded_encoder = None

@@ -53,7 +53,7 @@ def run(index: DenseIndex, source: Any, mode: str, engine: Engine | None = None)
         base = _base(index, source) if mode == "append" else None
         documents = ShardReader(
             source.passages if isinstance(source, PassageCorpus) else source,
-            index.encoder_for_indexing(),
+            index.encoder,
             index.text_field,
             index.shard_size,
             context=index,
@@ -161,9 +161,10 @@ def _build(
             if not first:
                 raise ValueError("there are no documents to index")
             writer = _writer(index, documents, building, base, first)
-            _write_shards(index, writer, documents, first, engine, source)
+            documents.push_back(first)
+            _write_shards(index, writer, documents, engine)
             remove_folder(building / PARTS)  # of an earlier call, which had an engine
-            writer.finish(_meta(index, source, base, documents.precision))
+            writer.finish(_meta(index, source, base, documents))
         except OSError as err:
             if err.errno not in (errno.ENOSPC, errno.EDQUOT) or writer is None:
                 raise
@@ -200,7 +201,7 @@ def _writer(
         total = (documents.length + (base.meta["doc_count"] if base else 0)) * size
         done = sum(f.stat().st_size for f in building.iterdir() if f.is_file())
         require_space(building, max(0, total - done), f"an index of {documents.length:,} documents")
-        _say(index, f"{index.index_path}: {documents.length:,} documents, {human_bytes(total)} on disk")
+        _say(index, f"{documents.length:,} documents, {human_bytes(total)} on disk")
     settings = _settings(documents, encoder)
     if encoder is not None and not documents.with_vectors:
         # How texts are encoded is measured anew by every process: what was begun goes on as it was begun.
@@ -211,12 +212,9 @@ def _writer(
         settings["precision"] = documents.precision
     writer = IndexWriter(building, settings, vec_size, vec_dtype, base)
     if writer.fresh:
-        _say(index, f"{index.index_path}: what was left of an earlier call had other settings: starting afresh")
+        _say(index, "what was left of an earlier call had other settings: starting afresh")
     elif writer.recorded:
-        _say(
-            index,
-            f"{index.index_path}: {sum(s.docs for s in writer.recorded):,} documents are indexed already: going on",
-        )
+        _say(index, f"{sum(s.docs for s in writer.recorded):,} documents are indexed already: going on")
     return writer
 
 
@@ -231,20 +229,12 @@ def _settings(documents: ShardReader, encoder: Any) -> dict[str, Any]:
     }
 
 
-def _write_shards(
-    index: DenseIndex, writer: IndexWriter, documents: ShardReader, shard: list[tuple[str, Any]], engine: Engine | None,
-    source: Any,
-) -> None:  # fmt: skip
-    documents.push_back(shard)
+def _write_shards(index: DenseIndex, writer: IndexWriter, documents: ShardReader, engine: Engine | None) -> None:
     with progress_bar(index.verbose, f"{Path(index.index_path).name} vectors", documents.length) as bar:
         while True:
             recorded: Shard | None = writer.recorded[0] if writer.recorded else None
             if recorded is None and engine is not None:
-                write_parts(
-                    engine, writer, source.passages if isinstance(source, PassageCorpus) else source, documents.encoder,
-                    documents.precision, text_field=documents.text_field, first=documents.position,
-                    shard_size=documents.shard_size, progress=bar.update,
-                )  # fmt: skip
+                write_parts(engine, writer, documents, bar.update)
                 return
             shard = documents.read(recorded.docs if recorded else None)
             if recorded:
@@ -252,11 +242,8 @@ def _write_shards(
                     writer.keep([docno for docno, _ in shard])
                     bar.update(len(shard))
                     continue
-                _say(
-                    index,
-                    f"{index.index_path}: the documents differ from those of the earlier call after the first "
-                    f"{writer.count:,}: starting afresh from there",
-                )
+                same = f"the documents differ from those of the earlier call after the first {writer.count:,}"
+                _say(index, f"{same}: starting afresh from there")
                 writer.drop()
                 documents.push_back(shard)
                 continue
@@ -268,19 +255,18 @@ def _write_shards(
             bar.update(len(shard))
 
 
-def _meta(index: DenseIndex, source: Any, base: OpenIndex | None, precision: str | None) -> dict[str, Any]:
-    encoder = index.encoder_for_indexing()
-    known: Any = None
+def _meta(index: DenseIndex, source: Any, base: OpenIndex | None, documents: ShardReader) -> dict[str, Any]:
+    encoder = documents.encoder
+    known: Any = None if base is None else base.meta.get("encoder")
     if encoder is not None:
+        name = getattr(encoder, "name", None)
         known = {
             "fingerprint": encoder.fingerprint,
-            "name": _text_or_none(getattr(encoder, "name", None)),
+            "name": name if isinstance(name, str) else None,
             "path": _path_beside(encoder, Path(index.index_path)),
             "similarity": encoder.similarity,
-            "precision": precision,
+            "precision": documents.precision,
         }
-    if base is not None:
-        known = known or base.meta.get("encoder")
     return {
         "sim_fn": "dot" if known is None else known.get("similarity") or "dot",
         "text_field": index.text_field,
@@ -288,10 +274,6 @@ def _meta(index: DenseIndex, source: Any, base: OpenIndex | None, precision: str
         "encoder": known,
         **({"passages": True} if isinstance(source, PassageCorpus) else {}),
     }
-
-
-def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _path_beside(encoder: Any, index_path: Path) -> str | None:
@@ -307,4 +289,4 @@ def _path_beside(encoder: Any, index_path: Path) -> str | None:
 
 def _say(index: DenseIndex, message: str) -> None:
     if index.verbose:
-        pt.tqdm.write(message, file=sys.stderr)
+        pt.tqdm.write(f"{index.index_path}: {message}", file=sys.stderr)

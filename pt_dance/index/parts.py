@@ -87,10 +87,8 @@ class PartWriter:
 
     def __call__(self) -> Any:
         """Get ready, in the worker; return what writes a part."""
-        device = self.device or own_device()
-        if not is_on(str(self.encoder.device), device):
-            self.encoder = self.encoder.copy()  # the worker may be the process that has the encoder
-            self.encoder.model.to(device)
+        # A copy, since the worker may be the process that has the encoder.
+        self.encoder = _on(self.encoder, self.device or own_device())
         return self.write
 
     def write(self, part: Part) -> str:
@@ -144,34 +142,28 @@ class PartWriter:
         return "a batch"
 
 
-def write_parts(
-    engine: Engine, writer: IndexWriter, corpus: Corpus, encoder: Any, precision: str | None, *, text_field: str,
-    first: int, shard_size: int, progress: Callable[[int], object],
-) -> None:  # fmt: skip
-    """Encode a corpus by an engine and add its shards to an index.
+def write_parts(engine: Engine, writer: IndexWriter, documents: ShardReader, progress: Callable[[int], object]) -> None:
+    """Encode what is left of a corpus by an engine and add its shards to an index.
 
     Args:
         engine: Has the workers.
         writer: Of the index under construction, whose shards before are confirmed.
-        corpus: The documents.
-        encoder: Encodes them.
-        precision: How.
-        text_field: What is encoded of them.
-        first: The row to begin with.
-        shard_size: Documents in a shard.
+        documents: A corpus, read up to there.
         progress: Called with the number of documents of every shard.
 
     Raises:
         WorkerDiedError: If workers died again and again at one shard; names it, and the document where that is known.
     """
+    corpus, field = documents.source, documents.text_field
     folder = writer.folder / PARTS
     folder.mkdir(exist_ok=True)
     key = text_id(json.dumps([corpus.fingerprint, writer.settings]))
     there = _whole_parts(folder, key, row_bytes(writer.vec_dtype, writer.vec_size))
-    planned = partial(plan, corpus, text_field, first, shard_size, writer.shards)
-    settings: dict[str, Any] = {"text_field": text_field, "precision": precision}
+    planned = partial(plan, corpus, field, documents.position, documents.shard_size, writer.shards)
+    settings: dict[str, Any] = {"text_field": field, "precision": documents.precision}
     settings |= {"vec_size": writer.vec_size, "vec_dtype": writer.vec_dtype}
-    work = PartWriter(folder, key, corpus, _on_cpu(encoder), engine.device, settings)
+    # It may be sent to where no GPU is.
+    work = PartWriter(folder, key, corpus, _on(documents.encoder, "cpu"), engine.device, settings)
     missing = (part for part in planned() if (part.first, part.count) not in there)
     written = engine.map(work, missing, "the encoder")
     try:
@@ -204,12 +196,12 @@ def _whole_parts(folder: Path, key: str, bytes_each: int) -> dict[tuple[int, int
     return whole
 
 
-def _on_cpu(encoder: Any) -> Any:
-    """Return an encoder that can be sent to where no GPU is."""
-    if encoder.device.type == "cpu":
+def _on(encoder: Any, device: str) -> Any:
+    """Return an encoder that is on a device; a copy, unless the given one is."""
+    if is_on(str(encoder.device), device):
         return encoder
     copied = encoder.copy()
-    copied.model.to("cpu")
+    copied.model.to(device)
     return copied
 
 

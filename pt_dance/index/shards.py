@@ -29,6 +29,7 @@ class ShardReader:
     def __init__(self, source: Any, encoder: Any, text_field: str, shard_size: int, *, context: Any) -> None:
         # None only where documents come with vectors.
         self.encoder: Any = encoder
+        self.source = source
         self.text_field, self.shard_size = text_field, shard_size
         self.precision: str | None = None
         self.length = source_length(source)
@@ -101,19 +102,18 @@ class ShardReader:
             )
         return vector.astype("<f4")
 
-    def vectors(self, shard: list[tuple[str, Any]], vec_size: int | None, vec_dtype: str) -> np.ndarray:
+    def vectors(self, shard: list[tuple[str, Any]], vec_size: int, vec_dtype: str) -> np.ndarray:
         """Encode a shard, or take the vectors it came with, and check them."""
         docnos, contents = zip(*shard, strict=True)
-        if self.with_vectors:
-            size = vec_size or len(contents[0])
-            for docno, vector in shard:
-                if len(vector) != size:
-                    raise ValueError(
-                        f"document {docno!r} has a vector of {len(vector)} numbers where the index has {size}"
-                    )
-            return check_vectors(np.stack(contents), docnos, size, vec_dtype)
-        vectors = self.encoder.encode_docs(list(contents), precision=self.precision)
-        return check_vectors(vectors, docnos, vec_size, vec_dtype)
+        if not self.with_vectors:
+            vectors = self.encoder.encode_docs(list(contents), precision=self.precision)
+            return check_vectors(vectors, docnos, vec_size, vec_dtype)
+        for docno, vector in shard:
+            if len(vector) != vec_size:
+                raise ValueError(
+                    f"document {docno!r} has a vector of {len(vector)} numbers where the index has {vec_size}"
+                )
+        return check_vectors(np.stack(contents), docnos, vec_size, vec_dtype)
 
 
 def digest_of_shard(shard: list[tuple[str, Any]]) -> str:

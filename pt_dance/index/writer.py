@@ -59,8 +59,8 @@ def recorded_settings(folder: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def check_vectors(vectors: Any, docnos: Sequence[str], vec_size: int | None, vec_dtype: str) -> np.ndarray:
-    """Return the vectors of a shard, (n, d), as they are stored; ``vec_size`` is the index's d, None if not known yet.
+def check_vectors(vectors: Any, docnos: Sequence[str], vec_size: int, vec_dtype: str) -> np.ndarray:
+    """Return the vectors of a shard, (n, d), as they are stored; ``vec_size`` is the index's d.
 
     Raises:
         ValueError: If there are other than n vectors, or if one has another size, is not finite, too long, or does not
@@ -72,7 +72,7 @@ def check_vectors(vectors: Any, docnos: Sequence[str], vec_size: int | None, vec
             f"the encoder gave {vectors.dtype} vectors of shape {vectors.shape} for {len(docnos)} documents, from "
             f"{docnos[0]!r} on"
         )
-    if vectors.shape[1] == 0 or (vec_size is not None and vectors.shape[1] != vec_size):
+    if vectors.shape[1] != vec_size:
         raise ValueError(
             f"document {docnos[0]!r} has a vector of {vectors.shape[1]} numbers where the index has {vec_size}"
         )
