@@ -37,9 +37,11 @@ def standard_library(modules: tuple[str, ...] | None = MODULES) -> SmallCollecti
     """
     with gzip.open(DOCSTRINGS, "rt", encoding="utf-8") as lines:
         docstrings = [Docstring(*json.loads(line)) for line in lines]
-    collection = make_collection(d for d in docstrings if modules is None or d.name.split(".")[0] in modules)
+    documents, queries, qrels = make_collection(
+        d for d in docstrings if modules is None or d.name.split(".")[0] in modules
+    )
     return SmallCollection(
-        documents=pd.DataFrame(collection.documents, columns=["docno", "title", "text"]),
-        topics=pd.DataFrame(collection.queries, columns=["qid", "query"]),
-        qrels=pd.DataFrame(collection.qrels, columns=["qid", "docno"]).assign(label=1),
+        documents=pd.DataFrame(documents).rename(columns={"_id": "docno"}),
+        topics=pd.DataFrame(queries).rename(columns={"_id": "qid", "text": "query"}),
+        qrels=pd.DataFrame(qrels, columns=["qid", "docno"]).assign(label=1),
     )

@@ -308,7 +308,7 @@ def test_copies_are_one_document_and_equal_summaries_one_query():
     def body(word):
         return f"{word} " * 25
 
-    collection = make_collection(
+    documents, queries, qrels = make_collection(
         [
             Docstring("a.f", f"Fit the model to data.\n\n{body('first')}"),
             Docstring("b.f", f"fit the Model to data\n\n{body('second')}"),
@@ -316,12 +316,12 @@ def test_copies_are_one_document_and_equal_summaries_one_query():
             Docstring("c.g", f"Forget all the data again.\n\n{body('third')}"),
         ]
     )
-    assert [doc["docno"] for doc in collection.documents] == ["a.f", "b.f", "c.g"]
-    assert [(query["qid"], query["query"]) for query in collection.queries] == [
+    assert [doc["_id"] for doc in documents] == ["a.f", "b.f", "c.g"]
+    assert [(query["_id"], query["text"]) for query in queries] == [
         ("a.f", "Fit the model to data."),
         ("c.g", "Forget all the data again."),
     ]
-    assert collection.qrels == [("a.f", "a.f"), ("a.f", "b.f"), ("c.g", "c.g")]
+    assert qrels == [("a.f", "a.f"), ("a.f", "b.f"), ("c.g", "c.g")]
 
 
 def test_public_definitions_are_read(tmp_path):

@@ -256,13 +256,8 @@ def _read_qrels(path: Path) -> pd.DataFrame:
                     f"{path}, line {number}: query {qid!r} and document {docno!r} are judged twice, as "
                     f"{labels[qid, docno]} and as {label}; remove one of the two"
                 )
-    return pd.DataFrame(
-        {
-            "qid": pd.Series([qid for qid, _ in labels], dtype="str"),
-            "docno": pd.Series([docno for _, docno in labels], dtype="str"),
-            "label": pd.Series(list(labels.values()), dtype="int64"),
-        }
-    )
+    types = {"qid": "str", "docno": "str", "label": "int64"}
+    return pd.DataFrame([(*pair, label) for pair, label in labels.items()], columns=list(types)).astype(types)
 
 
 def _whole(score: float) -> int:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyterrier as pt
 
@@ -98,19 +98,9 @@ class PyDocs(BeirFolder):
         return "https://peps.python.org/pep-0257/"
 
 
-class Collection(NamedTuple):
-    """Documents, queries and judgements as they go into files.
-
-    ``documents`` are dicts with docno, title and text; ``queries`` dicts with qid, query and split; ``qrels`` pairs of
-    a qid and a docno.
-    """
-
-    documents: list[dict[str, str]]
-    queries: list[dict[str, str]]
-    qrels: list[tuple[str, str]]
-
-
-def make_collection(docstrings: Iterable[Docstring]) -> Collection:
+def make_collection(
+    docstrings: Iterable[Docstring],
+) -> tuple[list[dict[str, str]], list[dict[str, str]], list[tuple[str, str]]]:
     """Make a collection of docstrings.
 
     Of several docstrings with the same body only the first stays (copies in subclasses and generated files). Docstrings
@@ -120,7 +110,8 @@ def make_collection(docstrings: Iterable[Docstring]) -> Collection:
         docstrings: Docstrings with distinct names.
 
     Returns:
-        The collection, in the order of the docstrings.
+        In the order of the docstrings, documents and queries as their files have them, and pairs of a relevant
+        document's query and its own identifier.
     """
     documents: list[dict[str, str]] = []
     queries: dict[str, dict[str, str]] = {}
@@ -132,12 +123,10 @@ def make_collection(docstrings: Iterable[Docstring]) -> Collection:
             continue
         summary, body = parts
         bodies.add(body)
-        documents.append({"docno": name, "title": name, "text": body})
-        query = queries.setdefault(
-            summary.casefold().rstrip(".!? "), {"qid": name, "query": summary, "split": _split_of(name)}
-        )
-        qrels.append((query["qid"], name))
-    return Collection(documents, list(queries.values()), qrels)
+        documents.append({"_id": name, "title": name, "text": body})
+        query = queries.setdefault(summary.casefold().rstrip(".!? "), {"_id": name, "text": summary})
+        qrels.append((query["_id"], name))
+    return documents, list(queries.values()), qrels
 
 
 def _split_of(name: str) -> str:
@@ -215,15 +204,12 @@ def _build(versions: dict[str, str], folder: Path, *, verbose: bool) -> None:
                 unreadable.append(module)
 
     documents, queries, qrels = make_collection(docstrings())
-    _write_lines(
-        folder / "corpus.jsonl", ({"_id": d["docno"], "title": d["title"], "text": d["text"]} for d in documents)
-    )
-    _write_lines(folder / "queries.jsonl", ({"_id": query["qid"], "text": query["query"]} for query in queries))
-    splits = {q["qid"]: q["split"] for q in queries}
+    _write_lines(folder / "corpus.jsonl", documents)
+    _write_lines(folder / "queries.jsonl", queries)
     (folder / "qrels").mkdir()
     for split in _SPLITS:
         lines = ["query-id\tcorpus-id\tscore"]
-        lines += [f"{qid}\t{docno}\t1" for qid, docno in qrels if splits[qid] == split]
+        lines += [f"{qid}\t{docno}\t1" for qid, docno in qrels if _split_of(qid) == split]
         (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     about = {
         "rules": _RULES,

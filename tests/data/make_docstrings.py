@@ -26,7 +26,7 @@ def main() -> None:
         if module.split(".")[0] not in LEFT_OUT
         for docstring in read_docstrings(module, path)
     ]
-    kept = {document["docno"] for document in make_collection(docstrings).documents}
+    kept = {document["_id"] for document in make_collection(docstrings)[0]}
     lines = [json.dumps([name, text], ensure_ascii=False) + "\n" for name, text in docstrings if name in kept]
     Path(__file__).with_name("docstrings.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
     print(f"{len(lines)} docstrings")
