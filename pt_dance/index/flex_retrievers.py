@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pandas as pd
+import pyterrier as pt
 from pyterrier_dr.flex.np_retr import NumpyRetriever
 from pyterrier_dr.flex.torch_retr import TorchRetriever
 
 
-class FlatNumpyRetriever(NumpyRetriever):
-    """pyterrier_dr's retriever, with one document a row also where every query gets one document or none."""
+class _Flat(pt.Transformer):
+    """One document a row also where every query gets one document or none, and cut-offs that keep the class."""
+
+    num_results: int
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Retrieve for ``qid`` and ``query_vec``."""
         return _flat(super().transform(inp))
 
-    def fuse_rank_cutoff(self, k: int) -> FlatNumpyRetriever | None:
+    def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
         """Return a retriever that stops at ``k`` itself."""
         if not 1 <= k < self.num_results:
             return None
-        return FlatNumpyRetriever(
-            self.flex_index, num_results=k, batch_size=self.batch_size, drop_query_vec=self.drop_query_vec
-        )
+        fused = copy.copy(self)
+        fused.num_results = k
+        return fused
 
 
-class FlatTorchRetriever(TorchRetriever):
+class FlatNumpyRetriever(_Flat, NumpyRetriever):
+    """pyterrier_dr's retriever, put right."""
+
+
+class FlatTorchRetriever(_Flat, TorchRetriever):
     """The same with torch; equal to another one only if the masks are, too: an experiment shares equal stages."""
-
-    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Retrieve for ``qid`` and ``query_vec``."""
-        return _flat(super().transform(inp))
-
-    def fuse_rank_cutoff(self, k: int) -> FlatTorchRetriever | None:
-        """Return a retriever that stops at ``k`` itself."""
-        if not 1 <= k < self.num_results:
-            return None
-        options = {"qbatch": self.qbatch, "mask": self.mask, "drop_query_vec": self.drop_query_vec}
-        return FlatTorchRetriever(self.flex_index, self.torch_vecs, num_results=k, **options)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FlatTorchRetriever) or (self.mask is None) != (other.mask is None):

@@ -42,7 +42,9 @@ class JoinedVectors:
 
     def __init__(self, parts: list[np.ndarray]) -> None:
         self.parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
+        sizes = [len(part) for part in parts]
+        self._ends = np.cumsum(sizes)
+        self._starts = self._ends - sizes
         self.dtype = parts[0].dtype
         self.shape = (int(self._ends[-1]), parts[0].shape[1])
         self.nbytes = self.dtype.itemsize * self.shape[0] * self.shape[1]
@@ -59,7 +61,8 @@ class JoinedVectors:
             first, end, step = rows.indices(len(self))
             if step != 1:
                 return self[np.arange(first, end, step)]
-            return self._between(first, max(first, end))
+            pieces = self._pieces(first, max(first, end)) or [np.empty((0, self.shape[1]), dtype=self.dtype)]
+            return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         rows = np.asarray(rows)
         if rows.dtype.kind not in "iu":
             raise IndexError(f"rows are whole numbers, not {rows.dtype}")
@@ -70,25 +73,17 @@ class JoinedVectors:
         number = np.searchsorted(self._ends, flat, side="right")
         for part in np.unique(number):
             here = number == part
-            found[here] = self.parts[part][flat[here] - (self._ends[part] - len(self.parts[part]))]
+            found[here] = self.parts[part][flat[here] - self._starts[part]]
         return found.reshape(*rows.shape, self.shape[1])
 
-    def _between(self, first: int, end: int) -> np.ndarray:
-        pieces = []
-        number = int(np.searchsorted(self._ends, first, side="right"))
-        while first < end:
-            start = int(self._ends[number]) - len(self.parts[number])
-            pieces.append(self.parts[number][first - start : end - start].view(np.ndarray))
-            first, number = min(end, int(self._ends[number])), number + 1
-        if not pieces:
-            return np.empty((0, self.shape[1]), dtype=self.dtype)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    def _pieces(self, first: int, end: int) -> list[np.ndarray]:
+        low, high = np.searchsorted(self._ends, (first, end - 1), side="right")
+        starts = self._starts[low : high + 1].tolist()
+        return [self.parts[n].view(np.ndarray)[max(first - s, 0) : end - s] for n, s in enumerate(starts, low)]
 
     def part(self, first: int, end: int) -> JoinedVectors:
         """Return some rows without reading them; at least one."""
-        starts = self._ends - [len(part) for part in self.parts]
-        cut = [p[max(first - s, 0) : max(end - s, 0)] for p, s in zip(self.parts, starts.tolist(), strict=True)]
-        return JoinedVectors([part for part in cut if len(part)])
+        return JoinedVectors(self._pieces(first, end))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
