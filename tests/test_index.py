@@ -407,7 +407,8 @@ def test_other_settings_start_afresh(make, encoder, other, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["torn line", "no line break", "binary", "too many bytes", "shorter vectors", "foreign file"]
+    "damage",
+    ["torn line", "no line break", "binary", "no settings", "too many bytes", "shorter vectors", "foreign file"],
 )
 def test_what_a_crash_leaves_does_not_count(make, built, tmp_path, damage):
     with pytest.raises(StreamError):
@@ -421,6 +422,8 @@ def test_what_a_crash_leaves_does_not_count(make, built, tmp_path, damage):
         journal.write_bytes(lines[:-1])
     elif damage == "binary":
         journal.write_bytes(lines + b"\xff\x00{[")
+    elif damage == "no settings":
+        journal.write_bytes(b"\0" * 5 + lines[5:])
     elif damage == "too many bytes":
         for name in ("vecs.f4", "docnos.txt"):
             with open(building / name, "ab") as file:
@@ -443,14 +446,17 @@ def test_a_finished_folder_that_was_not_renamed_is_not_encoded_again(make, encod
     assert counting.texts == 0 and content(index.index_path) == expected and names(tmp_path) == ["index"]
 
 
-def test_an_interrupted_append_goes_on(make, encoder, tmp_path):
+@pytest.mark.parametrize("lines, kept", [(None, 128), (1, 0)], ids=["later", "while the journal was begun"])
+def test_an_interrupted_append_goes_on(make, encoder, tmp_path, lines, kept):
     index = make().index(DOCUMENTS[:100])
     with pytest.raises(StreamError):
         index.append(failing_after(DOCUMENTS[100:], 140))
+    journal = _files.building_path(index.index_path) / "shards.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:lines]))
     assert len(make()) == 100
     counting = CountingEncoder(encoder)
     make(encoder=counting).append(DOCUMENTS[100:])
-    assert counting.texts == 200 - 128 and len(make()) == 300
+    assert counting.texts == 200 - kept and len(make()) == 300
     assert (make().open().vectors == make("fresh").index(DOCUMENTS).open().vectors).all()
 
 

@@ -15,7 +15,7 @@ from pt_dance.index import joined
 from pt_dance.index.files import DOCNOS, SHARDS, OpenIndex, row_bytes
 from pt_dance.index.parts import PARTS, write_parts
 from pt_dance.index.shards import ShardReader, StreamError, digest_of_shard
-from pt_dance.index.writer import IndexWriter, Shard, recorded_settings, recorded_shards
+from pt_dance.index.writer import IndexWriter, Shard, read_journal, recorded_shards
 from pt_dance.storage.engine import Engine
 from pt_dance.storage.folders import (
     DiskError,
@@ -119,7 +119,7 @@ def _other_settings(index: DenseIndex, source: Any, documents: ShardReader, ther
         return f"of {'passages' if there.meta.get('passages') else 'whole documents'}"
     if there.meta["vec_dtype"] != index.vec_dtype:
         return f"of {there.meta['vec_dtype']} vectors"
-    was = recorded_settings(there.path)
+    was, _ = read_journal(there.path)
     first = documents.read(1)
     documents.push_back(first)
     now = _settings(documents, documents.encoder)
@@ -205,7 +205,7 @@ def _writer(
     settings = _settings(documents, encoder)
     if encoder is not None and not documents.with_vectors:
         # How texts are encoded is measured anew by every process: what was begun goes on as it was begun.
-        begun = recorded_settings(building)
+        begun, _ = read_journal(building)
         documents.precision = ((base.meta.get("encoder") or {}) if base is not None else begun).get("precision")
         if documents.precision is None or (base is None and begun.get("dtype") != encoder.dtype):
             documents.precision = encoder.precision
@@ -244,7 +244,7 @@ def _write_shards(index: DenseIndex, writer: IndexWriter, documents: ShardReader
                     continue
                 same = f"the documents differ from those of the earlier call after the first {writer.count:,}"
                 _say(index, f"{same}: starting afresh from there")
-                writer.drop()
+                writer.recorded.clear()
                 documents.push_back(shard)
                 continue
             if not shard:

@@ -159,7 +159,7 @@ def write_parts(engine: Engine, writer: IndexWriter, documents: ShardReader, pro
     folder.mkdir(exist_ok=True)
     key = text_id(json.dumps([corpus.fingerprint, writer.settings]))
     there = _whole_parts(folder, key, row_bytes(writer.vec_dtype, writer.vec_size))
-    planned = partial(plan, corpus, field, documents.position, documents.shard_size, writer.shards)
+    planned = partial(plan, corpus, field, documents.position, documents.shard_size, len(writer.shards))
     settings: dict[str, Any] = {"text_field": field, "precision": documents.precision}
     settings |= {"vec_size": writer.vec_size, "vec_dtype": writer.vec_dtype}
     # It may be sent to where no GPU is.

@@ -28,6 +28,7 @@ from pt_dance.retriever.search.vectors import MAX_NORM
 from pt_dance.storage.digests import add_file, new_digest
 from pt_dance.storage.folders import remove_folder, write_json
 from pt_dance.storage.meta import META
+from pt_dance.storage.options import is_whole
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,23 @@ def digest_of(docnos: Sequence[str], contents: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def recorded_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings that an index under construction was begun with; empty if none can be read."""
+def read_journal(folder: Path) -> tuple[dict[str, Any], list[Shard]]:
+    """Return the settings an index was begun with, empty if none can be read, and its shards up to a torn line."""
     try:
-        with open(folder / SHARDS, "rb") as lines:
-            settings = json.loads(lines.readline())["settings"]
+        first, *lines = (folder / SHARDS).read_bytes().split(b"\n")[:-1]
+        settings = dict(json.loads(first)["settings"])
     except (OSError, ValueError, TypeError, KeyError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+        return {}, []
+    shards = []
+    for line in lines:
+        try:
+            shard = Shard(**json.loads(line))
+        except (ValueError, TypeError):
+            break
+        if not (is_whole(shard.docs) and is_whole(shard.docno_bytes)):
+            break
+        shards.append(shard)
+    return settings, shards
 
 
 def check_vectors(vectors: Any, docnos: Sequence[str], vec_size: int, vec_dtype: str) -> np.ndarray:
@@ -107,7 +117,8 @@ class IndexWriter:
 
     Attributes:
         recorded: Shards found on disk that the caller has not confirmed with :meth:`keep` yet.
-        count: Documents that are in the index so far.
+        shards: Those that are in the index so far.
+        count: How many documents they have.
         settings: What the journal says that it was begun with.
         fresh: Whether work done under other settings was thrown away.
     """
@@ -127,9 +138,11 @@ class IndexWriter:
         self._seen = SeenNumbers(folder)
         self.count = 0
         self._docno_bytes = 0
-        self._shards: list[Shard] = []
+        self.shards: list[Shard] = []
         (folder / META).unlink(missing_ok=True)
         found = self._read_journal()
+        if base is not None and sum(shard.docs for shard in found or []) < base.meta["doc_count"]:
+            found = None  # killed while the journal was begun
         self.fresh = found is None and any(folder.iterdir())
         if found is None:
             self._start(base)
@@ -145,27 +158,18 @@ class IndexWriter:
 
     def _read_journal(self) -> list[Shard] | None:
         """Return the whole shards on disk that belong to these settings; None if there is nothing to go on with."""
-        try:
-            raw = (self.folder / SHARDS).read_bytes()
-            have = {name: (self.folder / name).stat().st_size for name in (DOCNOS, self._vectors_path.name)}
-        except FileNotFoundError:
+        settings, shards = read_journal(self.folder)
+        vectors, docnos = self._vectors_path, self.folder / DOCNOS
+        if settings != self.settings or not (vectors.exists() and docnos.exists()):
             return None
-        shards, docs, docno_bytes = [], 0, 0
-        for number, line in enumerate(raw.split(b"\n")[:-1]):
-            try:
-                entry = json.loads(line)
-                if number == 0:
-                    if entry != {"settings": self.settings}:
-                        return None
-                    continue
-                shard = Shard(**entry)
-                docs, docno_bytes = docs + shard.docs, docno_bytes + shard.docno_bytes
-            except (ValueError, TypeError):
+        rows, docno_bytes = vectors.stat().st_size // self._row_bytes, docnos.stat().st_size
+        whole: list[Shard] = []
+        for shard in shards:
+            rows, docno_bytes = rows - shard.docs, docno_bytes - shard.docno_bytes
+            if min(rows, docno_bytes) < 0:
                 break
-            if docs * self._row_bytes > have[self._vectors_path.name] or docno_bytes > have[DOCNOS]:
-                break
-            shards.append(shard)
-        return shards if raw.count(b"\n") else None
+            whole.append(shard)
+        return whole
 
     def _start(self, base: OpenIndex | None) -> None:
         for name in os.listdir(self.folder):
@@ -188,13 +192,8 @@ class IndexWriter:
             out.flush()
             os.fsync(out.fileno())
 
-    @property
-    def shards(self) -> int:
-        """How many shards are in the index so far."""
-        return len(self._shards)
-
     def _take(self, shard: Shard) -> None:
-        self._shards.append(shard)
+        self.shards.append(shard)
         self.count += shard.docs
         self._docno_bytes += shard.docno_bytes
 
@@ -202,10 +201,6 @@ class IndexWriter:
         """Confirm the next recorded shard: its documents are still the same."""
         self._take(self.recorded.pop(0))
         self._seen.add(docno_hashes(docnos))
-
-    def drop(self) -> None:
-        """Forget the recorded shards that were not confirmed."""
-        self.recorded.clear()
 
     def check_docnos(self, docnos: Sequence[str]) -> None:
         """Raise a ``ValueError`` if one of the next shard's docnos occurs twice, there or in an earlier shard."""
@@ -235,7 +230,7 @@ class IndexWriter:
         """Return the open files of vectors, docnos and journal, at first cut off behind the confirmed shards."""
         if self._files is not None:
             return self._files
-        entries = ({"settings": self.settings}, *map(asdict, self._shards))
+        entries = ({"settings": self.settings}, *map(asdict, self.shards))
         journal = sum(len(json.dumps(entry).encode()) + 1 for entry in entries)
         sizes = {
             self._vectors_path: self.count * self._row_bytes,
@@ -304,11 +299,7 @@ def recorded_shards(base: OpenIndex, docno_bytes: int) -> list[Shard]:
         base: The index.
         docno_bytes: The bytes of its docnos, a line each.
     """
-    try:
-        entries = [json.loads(line) for line in (base.path / SHARDS).read_bytes().splitlines()[1:]]
-        shards = [Shard(**entry) for entry in entries]
-        if (sum(s.docs for s in shards), sum(s.docno_bytes for s in shards)) == (base.meta["doc_count"], docno_bytes):
-            return shards
-    except (FileNotFoundError, ValueError, TypeError):
-        pass
+    shards = read_journal(base.path)[1]
+    if (sum(s.docs for s in shards), sum(s.docno_bytes for s in shards)) == (base.meta["doc_count"], docno_bytes):
+        return shards
     return [Shard(base.meta["doc_count"], docno_bytes, None)]
