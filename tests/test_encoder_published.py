@@ -244,6 +244,7 @@ def test_dragon_has_two_towers(named, bert, monkeypatch, tmp_path):
     monkeypatch.setattr(opening, "_folder_of", lambda name: folders[name])  # there is no hub here
     encoder = DualEncoder("facebook/dragon-plus", device="cpu")
     assert encoder.has_two_towers and (encoder.pooling, encoder.similarity) == ("cls", "dot")
+    assert encoder.path is encoder.NO_PATH  # the name of a repository is no folder
     query_encoder, doc_encoder = map(str, folders.values())
     dragon = pyterrier_dr.Dragon(query_encoder=query_encoder, doc_encoder=doc_encoder)  # it fails if told a device
     monkeypatch.setattr(dragon, "tokenizer", Cut(dragon.tokenizer))

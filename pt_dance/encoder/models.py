@@ -22,7 +22,7 @@ SIMILARITIES = ("cosine", "dot")
 
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
-    """Keep transformers' progress bars off the terminal inside the block."""
+    """Keep progress bars of transformers and the hub off the terminal inside the block."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

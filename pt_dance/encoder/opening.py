@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Pooling
@@ -185,15 +184,12 @@ def _folder_of(name: str) -> Path:
     # A bare name means one of sentence-transformers' own models, as it does in SentenceTransformer(name).
     tries = [name] if "/" in name else [f"sentence-transformers/{name}", name]
     reason = ""
-    disable_progress_bars()
-    try:
+    with no_bars():
         for repository in tries:
             try:
                 return Path(snapshot_download(repository, ignore_patterns=_NOT_NEEDED))
             except Exception as error:  # no network, no such repository, an impossible name: it cannot be fetched
                 reason = reason or first_line(error)
-    finally:
-        enable_progress_bars()
     raise FileNotFoundError(
         f"there is no model folder {name!r}, and no such model could be fetched from the Hugging Face hub: {reason}"
     )
@@ -213,9 +209,8 @@ def read_note(folder: Path, kind: str) -> dict[str, Any]:
 
 def folder_given(model: str | os.PathLike | SentenceTransformer) -> Path | None:
     """Return the absolute path of a model that was given as a folder; a name on the hub is none."""
-    if isinstance(model, SentenceTransformer):
-        return None
-    return path_of(model) if Path(os.path.expanduser(model)).exists() else Path(model)
+    is_there = not isinstance(model, SentenceTransformer) and Path(os.path.expanduser(model)).exists()
+    return path_of(model) if is_there else None
 
 
 def model_of(given: Any) -> Any:
