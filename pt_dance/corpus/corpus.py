@@ -21,8 +21,8 @@ from pt_dance.corpus.records import (
     columns_of,
     cut_anew,
     first_difference,
+    row_of,
     rows_in,
-    rows_of,
     write_blocks,
 )
 from pt_dance.corpus.sources import iter_documents
@@ -161,7 +161,7 @@ class Corpus(pt.Artifact):
             blocks = blocks_of(source._iter_rows(range(len(source))), names)
         else:
             documents = iter_documents(source, verbose=verbose, desc=desc)
-            blocks = blocks_of(rows_of(documents, fields, separator), names)
+            blocks = blocks_of((row_of(d, number, fields, separator) for number, d in enumerate(documents)), names)
         with in_turn(path), contextlib.closing(blocks):
             recover_folder(path)
             if path.exists() and not overwrite:
@@ -313,7 +313,7 @@ class Corpus(pt.Artifact):
         return hash((Corpus, self.fingerprint))
 
     def __repr__(self) -> str:
-        return f"Corpus({str(self.path)!r})"
+        return f"{type(self).__name__}({str(self.path)!r})"
 
     def _repr_html_(self) -> str:
         first = range(min(len(self), 3))

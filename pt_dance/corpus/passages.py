@@ -100,9 +100,6 @@ class PassageCorpus(Corpus):
         place = np.arange(int(count.max(initial=1)))
         return np.where(place < count[:, None], self._start[known][:, None] + place, -1)
 
-    def __repr__(self) -> str:
-        return f"PassageCorpus({str(self.path)!r})"
-
 
 def split_corpus(
     documents: Corpus, path: Path, settings: dict[str, Any], *, overwrite: bool, verbose: bool

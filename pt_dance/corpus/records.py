@@ -40,12 +40,6 @@ def checked_fields(fields: Sequence[str]) -> list[str]:
     return fields
 
 
-def rows_of(documents: Iterable[dict[str, Any]], fields: Sequence[str], separator: str) -> Iterator[tuple[str, ...]]:
-    """Yield the row of each document, see :func:`row_of`."""
-    for position, document in enumerate(documents):
-        yield row_of(document, position, fields, separator)
-
-
 def row_of(document: dict[str, Any], position: int | None, fields: Sequence[str], separator: str) -> tuple[str, ...]:
     """Return a document's values in the order of :func:`columns_of`.
 
@@ -86,12 +80,12 @@ def _values(document: dict[str, Any], docno: str, fields: Sequence[str]) -> dict
 
 def blocks_of(rows: Iterable[tuple[str, ...]], names: Sequence[str]) -> Generator[Any, None, None]:
     """Yield the blocks that rows are written in, see :func:`block_of`."""
-    for block in constrained_batches(rows, _BLOCK_CHARACTERS, _BLOCK_DOCUMENTS, _characters, strict=False):
+
+    def characters(row: tuple[str, ...]) -> int:
+        return sum(map(len, row))
+
+    for block in constrained_batches(rows, _BLOCK_CHARACTERS, _BLOCK_DOCUMENTS, characters, strict=False):
         yield block_of(block, names)
-
-
-def _characters(row: tuple[str, ...]) -> int:
-    return sum(map(len, row))
 
 
 def block_of(rows: Sequence[tuple[str, ...]], names: Sequence[str]) -> Any:

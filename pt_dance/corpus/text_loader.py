@@ -89,7 +89,3 @@ class CorpusTextLoader(pt.Transformer):
 
     def __repr__(self) -> str:
         return f"{self.corpus!r}.text_loader({self.fields!r})"
-
-    def subtransformers(self) -> dict[str, pt.Transformer]:
-        """Return no transformers: the corpus is none."""
-        return {}

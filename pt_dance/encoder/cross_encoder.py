@@ -109,10 +109,6 @@ class CrossEncoderScorer(pt.Transformer):
             )
         return pt.model.add_ranks(kept.assign(score=np.asarray(scores, dtype=np.float64).reshape(-1)[number]))
 
-    def subtransformers(self) -> dict:
-        """Return no transformers: none of the attributes is a stage of its own."""
-        return {}
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CrossEncoderScorer) and (
             self is other or (self.fingerprint, self.text_field) == (other.fingerprint, other.text_field)
