@@ -323,7 +323,12 @@ class DualEncoder(BiEncoder, pt.Artifact):
         self, verbose: bool | None = None, batch_size: int | None = None, sim_fn: SimFn | None = None
     ) -> TextScorer:
         """Return a transformer that scores each row's document for its query; every distinct text is encoded once."""
-        return TextScorer(self, verbose=verbose, batch_size=batch_size, sim_fn=sim_fn)
+        if sim_fn not in (None, SimFn.dot):
+            raise ValueError(
+                f"sim_fn must be {SimFn.dot}, not {sim_fn!r}: the encoder's vectors are made for the dot product; "
+                "encoder.with_similarity(...) makes others"
+            )
+        return TextScorer(self, verbose=verbose, batch_size=batch_size)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Encode queries, encode documents or score rows, as the columns suggest.
@@ -418,15 +423,10 @@ class DualEncoder(BiEncoder, pt.Artifact):
             encoder.__dict__["max_length"] = saved.get("max_length")  # the saved tokenizer cuts there already
         return encoder
 
-    def build_package(self, package_path: str | None = None, **kwargs: Any) -> str:
-        """Package the encoder as it is now, saved or not; see :meth:`pyterrier.Artifact.build_package`."""
-        return publishing.build_package(self, package_path, **kwargs)
-
+    build_package = publishing.build_package
     model_card = card.model_card
     push_to_hub = publishing.push
-
-    def _hf_readme(self, *, repo: str, branch: str | None = "main", metadata: dict | None = None, **_: Any) -> str:
-        return publishing.artifact_readme(self, repo, branch, metadata or {})
+    _hf_readme = publishing.artifact_readme
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -62,8 +62,8 @@ def push(
     return str(address)
 
 
-def build_package(encoder: Any, package_path: str | None, **options: Any) -> str:
-    """Package an encoder as it is now; see :meth:`pt_dance.DualEncoder.build_package`."""
+def build_package(encoder: Any, package_path: str | None = None, **options: Any) -> str:
+    """Package an encoder as it is now, saved or not; see :meth:`pyterrier.Artifact.build_package`."""
     if package_path is None:
         if not isinstance(encoder.path, Path):
             raise ValueError("say where to write the package: this encoder has not been saved to a folder")
@@ -73,10 +73,10 @@ def build_package(encoder: Any, package_path: str | None, **options: Any) -> str
         return pt.Artifact(folder).build_package(str(path_of(package_path, "package_path")), **options)
 
 
-def artifact_readme(encoder: Any, repo: str, branch: str | None, metadata: Mapping[str, Any]) -> str:
+def artifact_readme(encoder: Any, *, repo: str, branch: str | None = "main", metadata: Any = None, **_: Any) -> str:
     """Write the card of the artifact that ``encoder.to_hf`` uploads."""
     load = f"encoder = pt.Artifact.from_hf({repo if branch in (None, 'main') else f'{repo}@{branch}'!r})"
-    return artifact_card(encoder, repo.rsplit("/", 1)[-1], load, metadata)
+    return artifact_card(encoder, repo.rsplit("/", 1)[-1], load, metadata or {})
 
 
 @contextlib.contextmanager

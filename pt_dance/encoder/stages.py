@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
-from pyterrier_dr import SimFn
 from pyterrier_dr.biencoder import BiDocEncoder, BiQueryEncoder, BiScorer
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def _column(vectors: np.ndarray, rows: np.ndarray, index: pd.Index) -> pd.Series
 
 
 class _Encoding:
-    """What the three have in common: identity by the encoder's weights, and no pipeline inside."""
+    """What the three have in common: identity by the encoder's weights."""
 
     bi_encoder_model: DualEncoder
 
@@ -53,10 +52,6 @@ class _Encoding:
 
     def __hash__(self) -> int:
         return hash((type(self), self._key()))
-
-    def subtransformers(self) -> dict[str, Any]:
-        """Return no transformers: the encoder is a model here, not a stage."""
-        return {}
 
 
 class QueryEncoder(_Encoding, BiQueryEncoder):
@@ -90,9 +85,6 @@ class QueryEncoder(_Encoding, BiQueryEncoder):
         """Make a cut-off behind this stage before it."""
         return pt.RankCutoff(k) >> self
 
-    def __repr__(self) -> str:
-        return f"{self.bi_encoder_model!r}.query_encoder()"
-
 
 class DocEncoder(_Encoding, BiDocEncoder):
     """Add ``doc_vec`` (float32 vectors) to rows with a text; made by :meth:`DualEncoder.doc_encoder`."""
@@ -121,29 +113,11 @@ class DocEncoder(_Encoding, BiDocEncoder):
         texts, rows = texts_of(inp, self.text_field, "docno")
         return inp.assign(doc_vec=_column(self.encode(texts), rows, inp.index))
 
-    def __repr__(self) -> str:
-        return f"{self.bi_encoder_model!r}.doc_encoder()"
-
 
 class TextScorer(_Encoding, BiScorer):
-    """Score rows by the similarity of query and document; made by :meth:`DualEncoder.scorer`."""
+    """Score rows by the similarity of query and document; made by :meth:`DualEncoder.text_scorer`."""
 
     schematic = {"label": "Bi-Encoder Scorer", "help_url": None}
-
-    def __init__(
-        self,
-        bi_encoder_model: DualEncoder,
-        verbose: bool | None = None,
-        batch_size: int | None = None,
-        text_field: str | None = None,
-        sim_fn: SimFn | None = None,
-    ):
-        super().__init__(bi_encoder_model, verbose, batch_size, text_field, sim_fn)
-        if self.sim_fn != SimFn.dot:
-            raise ValueError(
-                f"sim_fn must be {SimFn.dot}, not {self.sim_fn!r}: the encoder's vectors are made for the dot product; "
-                "encoder.with_similarity(...) makes others"
-            )
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Score every row, encoding every distinct query and every distinct text once.
@@ -183,9 +157,6 @@ class TextScorer(_Encoding, BiScorer):
         texts, rows = texts_of(inp, text, key)
         task = "query" if held == "query_vec" else "document"
         return self.bi_encoder_model._encode(texts, task, self.batch_size, self.verbose), rows
-
-    def __repr__(self) -> str:
-        return f"{self.bi_encoder_model!r}.scorer()"
 
 
 def stage_for(encoder: DualEncoder, frame: pd.DataFrame) -> pt.Transformer | None:
