@@ -358,7 +358,7 @@ def _same(path: Path, blocks: Iterator[Any], fields: list[str], separator: str) 
     if (list(corpus.fields), corpus.separator) != (fields, separator):
         difference: str | None = f"its fields are {corpus.fields}, joined by {corpus.separator!r}"
     else:
-        difference = first_difference(rows_in(blocks), corpus._iter_rows, len(corpus))
+        difference = first_difference(rows_in(blocks), corpus._iter_rows(range(len(corpus))), len(corpus))
     if difference is not None:
         raise FileExistsError(
             f"{path} holds another corpus ({difference}): overwrite=True replaces it, or choose another path"

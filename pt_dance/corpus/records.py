@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from more_itertools import chunked, constrained_batches
+from more_itertools import constrained_batches
 
 from pt_dance.corpus.arrow import TextColumn, open_table, table_writer
 from pt_dance.corpus.docnos import DocnoRows, check_docno, docno_hashes, duplicate_error
@@ -181,19 +182,13 @@ def write_blocks(
     }
 
 
-def first_difference(
-    rows: Iterable[tuple[str, ...]], stored: Callable[[range], Iterable[tuple[str, ...]]], count: int
-) -> str | None:
-    """Say where documents' rows and those of a corpus, which ``stored`` gives, begin to differ; None if they do not."""
-    start = 0
-    for block in chunked(rows, _BLOCK_DOCUMENTS):
-        end = start + len(block)
-        for position, (mine, theirs) in enumerate(
-            zip(block, stored(range(start, min(end, count))), strict=False), start
-        ):
-            if mine != theirs:
-                return f"its document number {position}, docno {theirs[0]!r}, is another one"
-        if end > count:
+def first_difference(rows: Iterable[tuple[str, ...]], stored: Iterable[tuple[str, ...]], count: int) -> str | None:
+    """Say where documents' rows and those of a corpus, ``count`` of them, begin to differ; None if they do not."""
+    for position, (mine, theirs) in enumerate(zip_longest(rows, stored)):
+        if theirs is None:
             return f"it has {count:,} documents and more were given"
-        start = end
-    return None if start == count else f"it has {count:,} documents and {start:,} were given"
+        if mine is None:
+            return f"it has {count:,} documents and {position:,} were given"
+        if mine != theirs:
+            return f"its document number {position}, docno {theirs[0]!r}, is another one"
+    return None
