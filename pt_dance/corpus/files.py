@@ -8,9 +8,8 @@ import os
 import signal
 import threading
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from typing import Any
 from pt_dance.corpus.json_lines import BROKEN, broken_file, json_object, open_lines
 from pt_dance.corpus.records import block_of, columns_of, row_of
 from pt_dance.storage import options
+from pt_dance.storage.engine import in_order
 from pt_dance.storage.progress import progress_bar
 
 _PARQUET, _JSON_LINES = (".parquet",), (".jsonl", ".jsonl.gz")
@@ -120,7 +120,7 @@ class DocumentFiles:
         count, others = 0, iter(self.paths)
         parse = partial(_parsed, fields=fields, separator=separator)
         chunks = (chunk for path in self.paths for chunk in _chunks(path, fields))
-        parsed = _in_processes(parse, chunks, workers) if workers > 1 else ((c.path, parse(c)) for c in chunks)
+        parsed = _in_processes(parse, chunks, workers) if workers > 1 else (parse(chunk) for chunk in chunks)
         with contextlib.closing(parsed), progress_bar(verbose, desc, None) as bar:
             at = None
             for path, block in parsed:
@@ -183,7 +183,7 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[Chunk]:
         raise ValueError(f"{path}: no Parquet file, or broken after {row} rows ({said}); fetch it again") from error
 
 
-def _parsed(chunk: Chunk, fields: Sequence[str], separator: str) -> Any:
+def _parsed(chunk: Chunk, fields: Sequence[str], separator: str) -> tuple[Path, Any]:
     rows = []
     for place, document in chunk.documents():
         docno = document.get("docno", document.get("_id"))
@@ -193,25 +193,14 @@ def _parsed(chunk: Chunk, fields: Sequence[str], separator: str) -> Any:
             rows.append(row_of(document | {"docno": docno}, None, fields, separator))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{chunk.path}, {place}: {error}") from None
-    return block_of(rows, columns_of(fields))
+    return chunk.path, block_of(rows, columns_of(fields))
 
 
 def _in_processes(function: Any, chunks: Iterable[Chunk], workers: int) -> Generator[tuple[Path, Any], None, None]:
-    """Apply a function to chunks in other processes and yield each one's file and result, in order."""
-    ahead: deque[tuple[Path, Future[Any]]] = deque()
+    """Apply a function to chunks in other processes and yield the results in order."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
-
-    def next_result() -> tuple[Path, Any]:
-        path, result = ahead.popleft()
-        return path, result.result()
-
     try:
-        for chunk in chunks:
-            ahead.append((chunk.path, pool.submit(function, chunk)))
-            if len(ahead) >= _AHEAD * workers:
-                yield next_result()
-        while ahead:
-            yield next_result()
+        yield from in_order(pool, function, chunks, _AHEAD * workers)
     except BrokenProcessPool:
         raise RuntimeError(
             "a worker that reads documents was killed, or could not start: the memory may have been too little, or the "

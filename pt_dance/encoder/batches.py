@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import nn
 
 from pt_dance.encoder.precision import ONEDNN, onednn_is_there, with_onednn
 from pt_dance.encoder.reading import Reader, TransformerReader, prompt_for, reader_for
+from pt_dance.storage.engine import in_order
 from pt_dance.storage.texts import checked_texts
 
 READ_AT_ONCE = 1024  # texts tokenised in one go: what waits in memory besides the batches in flight
@@ -203,7 +203,6 @@ def _in_threads(
         torch.set_num_threads(threads)
         started.wait()
 
-    pending: deque[tuple[np.ndarray, Future[torch.Tensor]]] = deque()
     pool = ThreadPoolExecutor(workers, "pt_dance-encoder", start)
     try:
         for _ in range(workers):
@@ -211,14 +210,7 @@ def _in_threads(
         started.wait()
         # The setting is each thread's own, but new threads begin with the one that was made last.
         torch.set_num_threads(threads_before)
-        for positions, features in cut:
-            pending.append((positions, pool.submit(run, features)))
-            if len(pending) >= _BATCHES_AHEAD + workers:
-                positions, vectors = pending.popleft()
-                yield positions, vectors.result()
-        while pending:
-            positions, vectors = pending.popleft()
-            yield positions, vectors.result()
+        yield from in_order(pool, lambda batch: (batch[0], run(batch[1])), cut, _BATCHES_AHEAD + workers)
     finally:
         started.abort()
         pool.shutdown(cancel_futures=True)

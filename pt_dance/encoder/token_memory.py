@@ -38,20 +38,13 @@ class TokenMemory:
         keys = [xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"), seed=mark) for text in texts]
         with self._lock:
             missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._ids}
-            new = {}
-            if missing:
-                encoded = tokenizer.encode_batch_fast(list(missing.values()), add_special_tokens=False)
-                new = {key: np.array(one.ids, dtype=np.int32) for key, one in zip(missing, encoded, strict=True)}
-            found = []
+            encoded = tokenizer.encode_batch_fast(list(missing.values()), add_special_tokens=False)
+            for key, one in zip(missing, encoded, strict=True):
+                self._ids[key] = np.array(one.ids, dtype=np.int32)
+                self._kept += len(self._ids[key]) + 32
+            found = [self._ids[key] for key in keys]
             for key in keys:
-                if key in new:
-                    found.append(new[key])
-                else:
-                    self._ids.move_to_end(key)
-                    found.append(self._ids[key])
-            for key, ids in new.items():
-                self._ids[key] = ids
-                self._kept += len(ids) + 32
+                self._ids.move_to_end(key)
             while self._kept > self.most_tokens and self._ids:
                 self._kept -= len(self._ids.popitem(last=False)[1]) + 32
             return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from typing import Any, Protocol
 
 
@@ -57,3 +59,18 @@ def run(engine: Engine | None, make: Callable[[], Callable[[Any], Any]], tasks: 
     if engine is not None:
         return engine.map(make, tasks, what)
     return map(make(), tasks)
+
+
+def in_order(pool: Executor, function: Callable[[Any], Any], tasks: Iterable[Any], ahead: int) -> Generator:
+    """Yield what a function returns for every task, in order, by a pool's workers that have ``ahead`` tasks at most."""
+    running: deque[Future[Any]] = deque()
+    try:
+        for task in tasks:
+            running.append(pool.submit(function, task))
+            if len(running) >= ahead:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()

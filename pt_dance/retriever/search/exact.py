@@ -11,9 +11,8 @@ inside every small operation cost more than they bring when the machine has othe
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from pt_dance.retriever.search.tensors import TensorBlock, TensorVectors
 from pt_dance.retriever.search.threads import one_threaded_products, product_threads, use_one_thread
 from pt_dance.retriever.search.vectors import MAX_NORM, Vectors
 from pt_dance.storage.devices import own_device
+from pt_dance.storage.engine import in_order
 
 QUERY_BLOCK = 256
 DOC_BLOCK = 4096
@@ -141,14 +141,4 @@ def iter_exact_search(
     with one_threaded_products(), ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
         if len(queries) > threads * LEAST_QUERIES and len(docs) > 4 * doc_block:
             prefilter = pool.submit(pays).result()
-        running: deque[Future] = deque()
-        try:
-            for start in starts:
-                if len(running) > threads:
-                    yield running.popleft().result()
-                running.append(pool.submit(search, start))
-            while running:
-                yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
+        yield from in_order(pool, search, starts, threads + 1)
