@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.feature_extraction.text import HashingVectorizer
 
+from pt_dance.mining.filters import jaccard, shingles_of
 from pt_dance.storage.display import cut
 from pt_dance.storage.options import number, whole
 from pt_dance.training.record import read_record, source_of
@@ -175,37 +175,20 @@ def _scored(scorer: Callable, pairs: pd.DataFrame, queries: pd.DataFrame, corpus
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def text_similarity(
-    docnos: pd.Series, others: pd.Series, texts: Callable[[list[str]], list[str]], *, words: int = 4
-) -> np.ndarray:
-    """Return how alike the texts of paired documents are: Jaccard similarity of their sets of shingles, (n,).
+def text_similarity(docnos: pd.Series, others: pd.Series, texts: Callable[[list[str]], list[str]]) -> np.ndarray:
+    """Return how alike the texts of paired documents are: Jaccard similarity of their four-word shingles, (n,).
 
     Args:
         docnos: (n,), documents.
         others: (n,), what each is compared with.
         texts: Gives the texts of docnos.
-        words: In a shingle; a shorter text is one shingle.
     """
-    shingles = HashingVectorizer(
-        analyzer=lambda text: _shingles(text, words), binary=True, norm=None, alternate_sign=False, n_features=2**24
-    )
     similarity = np.empty(len(docnos))
     for start in range(0, len(docnos), _BLOCK_ROWS):
-        sides = [
-            shingles.transform(texts(side.iloc[start : start + _BLOCK_ROWS].tolist())) for side in (docnos, others)
-        ]
-        common = np.asarray(sides[0].multiply(sides[1]).sum(axis=1)).ravel()
-        either = sum(np.asarray(side.sum(axis=1)).ravel() for side in sides) - common
-        similarity[start : start + _BLOCK_ROWS] = np.where(either > 0, common / np.maximum(either, 1), 1.0)
+        block = slice(start, start + _BLOCK_ROWS)
+        pairs = zip(*(texts(side.iloc[block].tolist()) for side in (docnos, others)), strict=True)
+        similarity[block] = [jaccard(shingles_of(text, 4), shingles_of(other, 4)) for text, other in pairs]
     return similarity
-
-
-_words = HashingVectorizer(token_pattern=r"(?u)\w+").build_tokenizer()
-
-
-def _shingles(text: str, size: int) -> list[str]:
-    words = _words(text.lower())
-    return [" ".join(words[i : i + size]) for i in range(max(len(words) - size + 1, 1))]
 
 
 def _with_texts(shown: list[pd.DataFrame], positives: pd.DataFrame, corpus: Any) -> pd.DataFrame:

@@ -165,23 +165,24 @@ class NearDuplicate:
         positives = context.pairs[context.pairs["qid"].isin(candidates["qid"])]
         docnos = pd.unique(pd.concat([candidates["docno"], positives["docno"]]))
         texts = context.texts(docnos.tolist(), "NearDuplicate")
-        shingles = dict(zip(docnos, map(self._shingles, texts), strict=True))
+        shingles = {docno: shingles_of(text, self.n) for docno, text in zip(docnos, texts, strict=True)}
         positive_of = positives.groupby("qid")["docno"].apply(list).to_dict()
         return np.array(
             [
-                all(self._similarity(shingles[docno], shingles[p]) < self.threshold for p in positive_of.get(qid, ()))
+                all(jaccard(shingles[docno], shingles[p]) < self.threshold for p in positive_of.get(qid, ()))
                 for qid, docno in zip(candidates["qid"], candidates["docno"], strict=True)
             ],
             dtype=bool,
         )
 
-    def _shingles(self, text: str) -> frozenset[int]:
-        words = re.findall(r"\w+", text.lower())
-        return frozenset(hash(tuple(words[i : i + self.n])) for i in range(max(len(words) - self.n + 1, 1)))
 
-    @staticmethod
-    def _similarity(a: frozenset[int], b: frozenset[int]) -> float:
-        # the sizes alone bound the similarity, and most pairs end here
-        small, large = sorted((len(a), len(b)))
-        common = len(a & b) if small else 0
-        return common / (small + large - common) if large else 1.0
+def shingles_of(text: str, words: int) -> frozenset[int]:
+    """Return hashes of a text's shingles, so many words each; a shorter text is one shingle."""
+    found = re.findall(r"\w+", text.lower())
+    return frozenset(hash(tuple(found[i : i + words])) for i in range(max(len(found) - words + 1, 1)))
+
+
+def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
+    """Return how alike two texts are: the Jaccard similarity of their shingles."""
+    common = len(a & b)
+    return common / (len(a) + len(b) - common)
