@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -114,28 +115,24 @@ def draw(frame: pd.DataFrame, number: int, sampling: str, seed: int, source_colu
     return frame.drop(columns="_key", errors="ignore").sort_values([source_column, "rank"], kind="stable")
 
 
+@dataclass
 class CandidateSelection:
     """Cut, clean, filter and sample candidates block by block, and count what was done."""
 
-    def __init__(
-        self,
-        context: MiningContext,
-        *,
-        source_column: str,
-        candidate_column: str,
-        depth: int,
-        negatives: int,
-        sampling: str,
-        rank_range: tuple[int, int] | None,
-        filters: Sequence[Filter],
-        seed: int,
-    ):
-        check_options(depth, negatives, sampling, rank_range)
-        self.context = context
-        self._positives = np.sort(pair_keys(context.pairs, context.readings))
-        self.source_column, self.candidate_column = source_column, candidate_column
-        self.depth, self.rank_range, self.filters = depth, rank_range, list(filters)
-        self.negatives, self.sampling, self.seed = negatives, sampling, seed
+    context: MiningContext
+    source_column: str
+    candidate_column: str
+    depth: int
+    negatives: int
+    sampling: str
+    rank_range: tuple[int, int] | None
+    filters: Sequence[Filter]
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_options(self.depth, self.negatives, self.sampling, self.rank_range)
+        self._positives = np.sort(pair_keys(self.context.pairs, self.context.readings))
+        self.filters = list(self.filters)
         self.counts: Counter[str] = Counter()
         self.removed: Counter[str] = Counter()
         self._positive_ranks: list[int] = []
