@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.sparse import csr_matrix
+from scipy.special import entr
 from scipy.stats import skew
 
 _BLOCK_CELLS = 1 << 21
@@ -48,14 +49,12 @@ def unevenness(counts: np.ndarray) -> dict[str, np.ndarray]:
     n = counts.shape[1]
     total = counts.sum(axis=1, keepdims=True)
     ordered = np.sort(counts, axis=1)
-    shares = counts / total
-    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
     spread = counts.std(axis=1) > 0
     skewness = np.zeros(len(counts))
     skewness[spread] = skew(counts[spread], axis=1)
     return {
         "skewness": skewness,
         "Gini": (ordered @ (2 * np.arange(1, n + 1) - n - 1)) / (n * total[:, 0]),
-        "entropy": -(shares * logs).sum(axis=1) / np.log(n) if n > 1 else np.ones(len(counts)),
+        "entropy": entr(counts / total).sum(axis=1) / np.log(n) if n > 1 else np.ones(len(counts)),
         "never found": (counts == 0).mean(axis=1),
     }

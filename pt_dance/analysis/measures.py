@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import hyp0f1
+from scipy.special import entr, hyp0f1
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
@@ -156,8 +156,7 @@ def effective_rank(vectors: np.ndarray, weights: np.ndarray) -> np.ndarray:
     along = vectors @ np.linalg.eigh(vectors.T @ vectors)[1]
     singular = np.sqrt(weights @ np.square(along))
     shares = singular / singular.sum(axis=1, keepdims=True)
-    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
-    return np.exp(-(shares * logs).sum(axis=1))
+    return np.exp(entr(shares).sum(axis=1))
 
 
 def spectrum(vectors: np.ndarray, weights: np.ndarray) -> np.ndarray:

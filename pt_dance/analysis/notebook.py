@@ -21,14 +21,9 @@ def run_view(dance: Any, schematic: str) -> str:
         "results a query": dance.num_results,
         "seed": dance.seed,
     }
-    rounds = recipe_table(dance.recipe or [], history.to_dict("records"))
-    return schematic + facts("DanceRetriever", about, rounds, _rounds(dance))
-
-
-def _rounds(dance: Any) -> str:
-    history = dance.history
-    if not len(history):
-        return ""
-    names = [str(measure) for measure in check_measures(dance.measure)]
-    columns = ["round", "name", "training_loss", *names, "new_negatives", "mine_seconds", "train_seconds"]
-    return grid(*history_table(history, columns))
+    tables = [recipe_table(dance.recipe or [], history.to_dict("records"))]
+    if len(history):
+        names = [str(measure) for measure in check_measures(dance.measure)]
+        columns = ["round", "name", "training_loss", *names, "new_negatives", "mine_seconds", "train_seconds"]
+        tables.append(grid(*history_table(history, columns)))
+    return schematic + facts("DanceRetriever", about, *tables)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pt_dance.storage.digests import texts_digest
+from pt_dance.storage.digests import text_id, texts_digest
 from pt_dance.storage.options import whole
 
 _BLOCK_TEXTS = 500
@@ -52,20 +51,7 @@ class PairSample:
     def digest(self) -> str:
         """Identifies the sample: two reports compare only where theirs are equal."""
         parts = ["\x1f".join(self.qids), "\x1f".join(self.docnos), str(self.paired), self.pairs.tobytes().hex()]
-        return hashlib.sha256("\x1e".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-    def describe(self) -> dict[str, int]:
-        """Return what was drawn from what, in numbers."""
-        return {
-            "pairs": len(self.pairs),
-            "of pairs": self.available,
-            "queries": len(self.qids),
-            "documents": self.paired,
-            "pool": len(self.docnos),
-            "corpus": self.corpus_size,
-            "pairs without a document": self.missing,
-            "seed": self.seed,
-        }
+        return text_id("\x1e".join(parts))
 
 
 def draw(

@@ -62,14 +62,14 @@ class SpaceReport:
 
 def describe_sample(report: SpaceReport) -> str:
     """Say in a sentence what the numbers of a report are of."""
-    about = report.sample.describe()
-    every = "all" if about["pairs"] == about["of pairs"] else f"{about['pairs']:,} of"
-    pool = "the whole corpus" if about["pool"] >= about["corpus"] else f"of {about['corpus']:,} in the corpus"
+    drawn = report.sample
+    every = "all" if len(drawn.pairs) == drawn.available else f"{len(drawn.pairs):,} of"
+    pool = "the whole corpus" if len(drawn.docnos) >= drawn.corpus_size else f"of {drawn.corpus_size:,} in the corpus"
     resamples = report.settings["resamples"]
     intervals = f"; 95 % intervals from {resamples} bootstrap resamples of the pairs" if resamples else ""
     return (
-        f"{every} {about['of pairs']:,} relevant pairs ({about['queries']:,} queries, {about['documents']:,} "
-        f"documents); searches among {about['pool']:,} documents ({pool}); seed {about['seed']}{intervals}"
+        f"{every} {drawn.available:,} relevant pairs ({len(drawn.qids):,} queries, {drawn.paired:,} documents); "
+        f"searches among {len(drawn.docnos):,} documents ({pool}); seed {drawn.seed}{intervals}"
     )
 
 

@@ -19,23 +19,11 @@ from pt_dance.training.run_folder import RunFolder
 
 
 def with_facts(encoder: Any, dance: Any, number: int, history: list[dict]) -> Any:
-    """Return a round's encoder, which now knows what trained it."""
-    facts = training_facts(dance, number, history)
-    if facts is not None and dance.initial_encoder is not None:
-        encoder.origin = with_training(dance.initial_encoder.origin, facts)
-    return encoder
-
-
-def training_facts(dance: Any, number: int, history: list[dict]) -> dict[str, Any] | None:
-    """Return what there is to say of a round's encoder, as JSON values; None where nothing was trained.
-
-    That is its ``fingerprint``, and ``rounds``, ``data``, ``measures``, ``versions`` and ``citations`` for
-    :func:`pt_dance.encoder.card.model_card`.
-    """
+    """Return a round's encoder, which now knows what trained it, for :func:`pt_dance.encoder.card.model_card`."""
     run = RunFolder(dance.path)
     trained = run.trained(number) if number else None
-    if trained is None:
-        return None
+    if trained is None or dance.initial_encoder is None:
+        return encoder
     settings = run.settings() or {}
     about = read_about(run) or {}
     data = {}
@@ -46,7 +34,7 @@ def training_facts(dance: Any, number: int, history: list[dict]) -> dict[str, An
     names = list(map(str, check_measures(dance.measure)))
     rows = {row["round"]: {name: row[name] for name in names if name in row} for row in history}
     measures = {"validation, before training": rows.get(0, {}), "validation": rows.get(number, {})}
-    return {
+    facts = {
         "fingerprint": trained["fingerprint"],
         "rounds": [without_folders(text) for text in recipe_in_words(settings)[:number]],
         "data": data | {"Seed": dance.seed},
@@ -54,6 +42,8 @@ def training_facts(dance: Any, number: int, history: list[dict]) -> dict[str, An
         "versions": about.get("versions", {}),
         "citations": [] if dance.recipe is None else citations(dance.recipe[:number]),
     }
+    encoder.origin = with_training(dance.initial_encoder.origin, facts)
+    return encoder
 
 
 def citations(rounds: list) -> list[str]:
