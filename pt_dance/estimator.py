@@ -309,14 +309,13 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         started = time.perf_counter()
         round_, span, processes = job.recipe[number - 1], job.spans[number - 1], job.processes
         before = self._before(number, round_)
-        given = job.given(number)
 
         def retriever(results: int) -> DenseRetriever:
             return self._refreshed(before, job.engine).retriever(results, engine=self.engine)
 
-        mine = partial(mine_round, self._run, number, round_=round_, retriever=retriever, **given)
         with processes.first_alone():
-            (found, mined), (query_negatives, mined_queries) = mine(what="negatives"), mine(what="query_negatives")
+            found, mined = mine_round(job, number, "negatives", retriever)
+            query_negatives, mined_queries = mine_round(job, number, "query_negatives", retriever)
         mining_done = time.perf_counter()
         if found is None and round_.loss == "pairwise":
             # without any mined negative there is nothing to compare in pairs: in-batch negatives warm the model up
@@ -324,10 +323,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         trained = processes.from_first(partial(self._run.trained, number))
         if trained is None:
             loggers = reports.of_round(round_, steps_before - span.first_step)
-            trained = train_round(
-                self._run, number, round_, span, self._encoder_of(before), found, query_negatives, **given,
-                started=self.initial_encoder, loggers=loggers, processes=processes, refreshes=job.refreshes(number),
-            )  # fmt: skip
+            encoders = self._encoder_of(before), self.initial_encoder
+            trained = train_round(job, number, round_, *encoders, found, query_negatives, loggers)
         if processes.is_first:
             self._run.drop_work(number, carried_on=span.carried_on)
         seconds = {"mine": mining_done - started, "train": time.perf_counter() - mining_done}

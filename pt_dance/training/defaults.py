@@ -109,7 +109,7 @@ def settle(round_, encoder, examples: Examples, initial, *, refines: bool = Fals
                 own["temperature"] = STRETCH * looked["margin"]
                 unit = _scale(examples)
                 report["teacher_scale"] = float(report.get("teacher_scale", 1.0)) * unit
-                examples = _in_units(examples, unit)
+                examples = in_units(examples, unit)
             else:
                 own["temperature"] = TEMPERATURE * (looked["length"] if similarity == "dot" else 1.0)
         if "temperature" in own:
@@ -147,7 +147,7 @@ def _scale(examples: Examples) -> float:
     return scale if scale and np.isfinite(scale) else 1.0
 
 
-def _in_units(examples: Examples, scale: float) -> Examples:
+def in_units(examples: Examples, scale: float) -> Examples:
     """Return the rows with the teacher's scores divided by a scale."""
     rows = examples.rows
     scaled = {

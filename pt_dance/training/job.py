@@ -116,11 +116,6 @@ class Job:
             measure = partial(measure_index, validation=self.validation, measures=self.measures)
         return Refreshes(self.run.round(number), round_, *how, measure)
 
-    def given(self, number: int) -> dict[str, Any]:
-        """Return what both halves of a round, see :mod:`pt_dance.training.one_round`, are given."""
-        common = dict(training=self.training, corpus=self.corpus, verbose=self.verbose)
-        return common | dict(qids=self.qids(number), seed=self.seed_of(number), engine=self.engine)
-
     def qids(self, number: int) -> pd.Series:
         """Return the topics that have their turn in a round."""
         share = self.recipe[number - 1].share_of_queries

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyterrier as pt
@@ -152,14 +151,6 @@ def _no_chatter() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@dataclass
-class Trained:
-    """What training gave: the mean loss over all steps of the round, and how many steps these were."""
-
-    loss: float
-    steps: int
-
-
 def train(
     encoder,
     examples: Examples,
@@ -172,7 +163,7 @@ def train(
     loggers: Sequence[TrainerCallback] = (),
     refreshes: Refreshes | None = None,
     verbose: bool = False,
-) -> Trained:
+) -> float:
     """Train ``encoder`` in place on the examples of one round.
 
     Checkpoints go to ``folder``; if it holds one, training goes on from there. A round in the middle of a schedule
@@ -193,7 +184,7 @@ def train(
         verbose: Shows a progress bar.
 
     Returns:
-        The mean training loss and the number of steps.
+        The mean training loss over all steps of the round.
 
     Raises:
         ValueError: If the checkpoint to go on from is damaged or missing, no row has anything to learn from, or the
@@ -231,7 +222,7 @@ def train(
     on_cpu = encoder.device.type == "cpu"
     beside: contextlib.AbstractContextManager = contextlib.nullcontext()
     if refreshes is not None:
-        trainer.add_callback(refreshes.callback())
+        trainer.add_callback(refreshes)
         beside = refreshes.beside(0 if checkpoint is None else checkpoints.step_of(checkpoint) - span.first_step)
     with beside, _no_chatter(), keep_freed_memory() if on_cpu else contextlib.nullcontext():
         if checkpoint is not None and checkpoints.step_of(checkpoint) == span.last_step:
@@ -248,7 +239,7 @@ def train(
             f"the training loss of {name} became {mean}: lower its learning_rate "
             f"({arguments.learning_rate:g}) or raise the loss's temperature, and fit in another folder"
         )
-    return Trained(mean, span.steps)
+    return mean
 
 
 def _optimizer(round_, arguments) -> tuple[type, dict[str, object]] | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ _KEPT = "what was finished is kept, and the same call goes on from there"
 _OF_A_JOB = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Refreshes:
+class Refreshes(TrainerCallback):
     """The tables of negatives that a round learns from, one after the other, and the process that makes them.
 
     Every ``refresh_every`` steps the trainer hands over its weights. The refresher takes the newest, encodes the
@@ -128,7 +129,8 @@ class Refreshes:
             with self._locked() as lock:
                 self._recover(done)
                 if self._place is None:
-                    self._process = _Beside(_started(self.exchange.folder, given, lock))
+                    process = _started(self.exchange.folder, given, lock)
+                    self._process = SimpleNamespace(poll=process.poll, end=partial(end, process))
             if self._place is not None:
                 self._process = self._place(refresher.__name__, self.exchange.folder, given.read())
         try:
@@ -147,9 +149,9 @@ class Refreshes:
             return 0
         return self._processes.from_first(partial(self._decide, batch)) // self.every
 
-    def callback(self) -> TrainerCallback:
-        """Return what tells the trainer's steps to :meth:`after_step`."""
-        return _AfterStep(self, self._span.first_step)
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Hand the weights over if it is time; the trainer calls this."""
+        self.after_step(state.global_step - self._span.first_step, model)
 
     def after_step(self, step: int, model: torch.nn.Module) -> None:
         """Hand the weights over if it is time.
@@ -185,16 +187,13 @@ class Refreshes:
                 self._pause()
         else:
             step = batch // self.batches_per_step
-            while (newest := self._newest(current)) < min(self._handed_over, step - self.longest):
+            while (newest := max([current, *self.exchange.tables()])) < min(self._handed_over, step - self.longest):
                 self._pause()
         if newest != current:
             waited = time.perf_counter() - started
             about = self.exchange.about(newest)
             self.journal.add(Switch(batch, newest, about["seconds"], waited, about.get("measured", {})))
         return newest
-
-    def _newest(self, current: int) -> int:
-        return max([current, *self.exchange.tables()])
 
     def _pause(self) -> None:
         self._check()
@@ -255,14 +254,6 @@ class Refreshes:
             yield file.fileno()
 
 
-class _AfterStep(TrainerCallback):
-    def __init__(self, refreshes: Refreshes, first_step: int):
-        self.refreshes, self.first_step = refreshes, first_step
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.refreshes.after_step(state.global_step - self.first_step, model)
-
-
 @contextlib.contextmanager
 def _written(work: Work, name: str) -> Iterator[Any]:
     """Give a file without a name with what a refresher is to do."""
@@ -303,11 +294,3 @@ def surroundings() -> dict[str, str]:
         environment["CUDA_VISIBLE_DEVICES"] = (os.environ.get("CUDA_VISIBLE_DEVICES") or str(gpus - 1)).split(",")[-1]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     return environment
-
-
-class _Beside:
-    """A refresher on this machine."""
-
-    def __init__(self, process: subprocess.Popen):
-        self.poll = process.poll
-        self.end = partial(end, process)

@@ -26,6 +26,7 @@ from pt_dance.index.dense_index import DenseIndex
 from pt_dance.losses.rows import TrainingRows
 from pt_dance.storage.folders import remove_folder
 from pt_dance.training import negatives
+from pt_dance.training.defaults import in_units
 from pt_dance.training.examples import build_examples
 from pt_dance.training.inputs import TrainingInput, check_in_corpus
 from pt_dance.training.refresh.tables import Exchange
@@ -77,13 +78,9 @@ class Work:
         folder = self.folder / "index"
         remove_folder(folder)
         index = DenseIndex(folder, self.encoder, verbose=False).index(self.corpus)
-
-        def retriever(results: int):
-            return index.retriever(num_results=results)
-
         given: dict[str, Any] = dict(qids=self.qids, seed=self.seed + step, engine=None, verbose=False)
         frames: dict[str, Any] = {
-            what: negatives.mine(what, self.round, self.training, self.corpus, retriever, **given)
+            what: negatives.mine(what, self.round, self.training, self.corpus, index.retriever, **given)
             for what in ("negatives", "query_negatives")
         }
         for what, frame in frames.items():
@@ -94,10 +91,7 @@ class Work:
             self.training.topics, self.training.pairs, self.corpus, **frames, **draws(self.round, self.span),
             qids=self.qids, teacher=teacher, reads=self.training.readings,
         )  # fmt: skip
-        rows = examples.rows
-        for name in ("teacher_negatives", "teacher_query_negatives"):
-            if (scores := getattr(rows, name)) is not None:
-                setattr(rows, name, scores / self.teacher_scale)
+        rows = in_units(examples, self.teacher_scale).rows
         measured = {} if self.measure is None else self.measure(index)
         remove_folder(folder)
         mining = {what: frame.attrs["mining"] for what, frame in frames.items() if frame is not None}

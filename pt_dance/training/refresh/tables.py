@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -140,10 +140,5 @@ class Exchange:
         return self.folder / f"table-{step:08d}"
 
     def _steps(self, pattern: str) -> list[int]:
-        return sorted(self._numbers(pattern))
-
-    def _numbers(self, pattern: str) -> Iterator[int]:
-        for entry in self.folder.glob(pattern):
-            digits = entry.name.partition("-")[2].partition(".")[0]
-            if digits.isdecimal():
-                yield int(digits)
+        digits = (entry.name.partition("-")[2].partition(".")[0] for entry in self.folder.glob(pattern))
+        return sorted(int(step) for step in digits if step.isdecimal())
