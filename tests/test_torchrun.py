@@ -161,7 +161,7 @@ def test_each_process_has_its_part_of_every_batch_also_after_an_interruption():
         per_pass=10, stream_seed=1, stream_batch=0, carried_on=False,
     )  # fmt: skip
     rows = TrainingRows(np.tile(np.arange(77), 3), np.tile(np.arange(77), 3), np.eye(77, dtype=bool))
-    examples = Examples(None, rows, 77, 3)
+    examples = Examples(None, rows, 77)
     expected = list(RoundBatches(examples, span, 8, False))
     assert len(expected) == 30 and sorted(chain.from_iterable(expected)) == list(range(231))
 

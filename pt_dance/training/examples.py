@@ -28,13 +28,11 @@ class Examples:
             :class:`~pt_dance.losses.TrainingRows`; -1 fills batches up, with the texts of the first row.
         rows: What the loss knows of each row.
         pairs: How many (query, positive) pairs an epoch has.
-        epochs: How many epochs the rows hold, each with its own draw of negatives.
     """
 
     dataset: Dataset
     rows: TrainingRows
     pairs: int
-    epochs: int
 
 
 class _Texts(Dataset):
@@ -49,38 +47,6 @@ class _Texts(Dataset):
     def __getitem__(self, key):
         """Return the columns of a list of labels; of anything else what the class above would return."""
         return self.read(np.asarray(key)) if isinstance(key, list) else super().__getitem__(key)
-
-
-class Pools:
-    """The mined candidates of each source (query or document), as arrays.
-
-    Candidates of source i are ``values[start[i]:start[i + 1]]``, in an order shuffled by the seed.
-    """
-
-    def __init__(self, source: np.ndarray, value: np.ndarray, sources: int, seed: int):
-        order = np.random.default_rng(seed).permutation(len(source))
-        order = order[np.argsort(source[order], kind="stable")]
-        self.values = value[order]
-        self.start = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=sources))])
-
-    def draw(self, source: np.ndarray, turn: np.ndarray, number: int) -> np.ndarray:
-        """Draw distinct candidates for each source, going round the pool: turn t takes up where turn t - 1 ended.
-
-        Args:
-            source: int (rows,), which pool.
-            turn: int (rows,), how often this pool was drawn from before.
-            number: How many to draw for each row.
-
-        Returns:
-            int32 (rows, number), -1 where the pool is smaller than ``number``.
-        """
-        if not len(self.values):
-            return np.full((len(source), number), -1, dtype=np.int32)
-        size = np.diff(self.start)[source][:, None]
-        place = turn[:, None] * number + np.arange(number)
-        inside = np.arange(number) < size
-        at = self.start[source][:, None] + np.where(inside, place % np.maximum(size, 1), 0)
-        return np.where(inside, self.values[np.minimum(at, len(self.values) - 1)], -1).astype(np.int32)
 
 
 def build_examples(
@@ -139,32 +105,24 @@ def build_examples(
     number = len(unique)
     epoch = np.repeat(np.arange(first_epoch, first_epoch + epochs), number)
     query, positive = np.tile(pair_query, epochs), np.tile(pair_document, epochs)
-    number_of: dict[str, Callable[[pd.Series], np.ndarray]] = {
-        "qid": lambda qids: query_of_qid.loc[qids].to_numpy(),
-        "docno": document_of,
-    }
 
-    def numbers(mined: pd.DataFrame | None, source: str, value: str) -> tuple[np.ndarray, np.ndarray] | None:
-        return None if mined is None else (number_of[source](mined[source]), number_of[value](mined[value]))
+    def numbers(mined: pd.DataFrame | None) -> tuple[np.ndarray, ...]:
+        """Return the queries and the documents of what was mined, nothing where nothing was."""
+        return () if mined is None else (query_of_qid.loc[mined["qid"]].to_numpy(), document_of(mined["docno"]))
 
     rows = TrainingRows(
         query=query.astype(np.int32),
         positive=positive.astype(np.int32),
-        negatives=_drawn(numbers(negatives, "qid", "docno"), pair_query, query, epoch, negatives_per_row, seed),
+        negatives=_drawn(numbers(negatives), pair_query, query, epoch, negatives_per_row, seed),
         query_negatives=_drawn(
-            numbers(query_negatives, "docno", "qid"),
-            pair_document,
-            positive,
-            epoch,
-            query_negatives_per_row,
-            seed + 1,
+            numbers(query_negatives)[::-1], pair_document, positive, epoch, query_negatives_per_row, seed + 1
         ),
         relevance=relevance,
         passages=getattr(corpus, "passage_counts", None),
     )
     if teacher is not None:
         rows = teacher.of(rows, texts, corpus)
-    return Examples(_lazy_dataset(rows, texts, corpus), rows, number, epochs)
+    return Examples(_lazy_dataset(rows, texts, corpus), rows, number)
 
 
 def _queries(topics: pd.DataFrame, readings: Readings) -> tuple[list[str], pd.Series]:
@@ -197,28 +155,35 @@ class _Documents:
 
 
 def _drawn(
-    mined: tuple[np.ndarray, np.ndarray] | None, pair_source: np.ndarray, row_source: np.ndarray, epoch: np.ndarray,
+    mined: tuple[np.ndarray, ...], pair_source: np.ndarray, row_source: np.ndarray, epoch: np.ndarray,
     per_row: int, seed: int,
 ) -> np.ndarray:  # fmt: skip
-    """Return the negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) if none."""
-    if mined is None or per_row == 0:
+    """Return the negatives of every row, int32 (rows, per_row), -1 where the pool has no more; (rows, 0) if none.
+
+    What was mined for a source is its pool, in an order shuffled by the seed. The rows of the source go round it: each
+    takes distinct candidates, beginning where the row before ended, in this epoch or the last.
+    """
+    if not mined or per_row == 0:
         return np.empty((len(row_source), 0), dtype=np.int32)
     source, value = mined
+    if not len(value):
+        return np.full((len(row_source), per_row), -1, dtype=np.int32)
     # Numbered among themselves: no array is as long as the collection.
     distinct = np.unique(np.concatenate([pair_source, source]))
     pair_source, row_source, source = (np.searchsorted(distinct, part) for part in (pair_source, row_source, source))
     # topics that read the same share a pool, in which a document counts once
-    keep = np.unique(source.astype(np.int64) * (max(int(value.max(initial=0)), 0) + 1) + value, return_index=True)[1]
-    keep.sort()
-    pools = Pools(source[keep], value[keep], len(distinct), seed)
+    keep = np.unique(source.astype(np.int64) * (int(value.max()) + 1) + value, return_index=True)[1]
+    keep = np.sort(keep)[np.random.default_rng(seed).permutation(len(keep))]
+    order = keep[np.argsort(source[keep], kind="stable")]
+    pools, sizes = value[order], np.bincount(source[order], minlength=len(distinct))
     pairs_of_source = np.bincount(pair_source, minlength=len(distinct))
-    turn = epoch * pairs_of_source[row_source] + np.tile(_occurrence(pair_source), len(epoch) // len(pair_source))
-    return pools.draw(row_source, turn, per_row)
-
-
-def _occurrence(values: np.ndarray) -> np.ndarray:
-    """Return for each entry how many equal ones came before it."""
-    return pd.Series(values).groupby(values).cumcount().to_numpy()
+    before = pd.Series(pair_source).groupby(pair_source).cumcount().to_numpy()
+    turn = epoch * pairs_of_source[row_source] + np.tile(before, len(epoch) // len(pair_source))
+    size = sizes[row_source][:, None]
+    place = turn[:, None] * per_row + np.arange(per_row)
+    inside = np.arange(per_row) < size
+    at = (np.cumsum(sizes) - sizes)[row_source][:, None] + np.where(inside, place % np.maximum(size, 1), 0)
+    return np.where(inside, pools[np.minimum(at, len(pools) - 1)], -1).astype(np.int32)
 
 
 def _lazy_dataset(rows: TrainingRows, texts: list[str], corpus) -> Dataset:
