@@ -23,7 +23,7 @@ from pt_dance import Corpus, DanceRetriever, DenseRetriever, DualEncoder, Round,
 from pt_dance.mining import NearDuplicate, RankRange
 from pt_dance.training.inputs import TrainingInput, check_fit
 from pt_dance.training.run_folder import RunFolder
-from pt_dance.training.validation import documents_to_queries, validate
+from pt_dance.training.validation import documents_to_queries, measure_index
 from small_collection import standard_library
 from small_models import small_bert
 
@@ -569,7 +569,7 @@ def test_grades_count_in_both_directions(collection, tmp_path):
     found = {(row.docno, row.qid): row.label for row in backwards.itertuples()}
     assert {pair: found[pair] for pair in given} == given and set(given.values()) == {1, 3}
     graded, flat = (
-        validate(index.retriever(10), TrainingInput(collection.dev, frame, None, None, None), [nDCG @ 10])
+        measure_index(index, TrainingInput(collection.dev, frame, None, None, None), [nDCG @ 10])
         for frame in (qrels, qrels.assign(label=1))
     )
     assert graded["d→q nDCG@10"] != flat["d→q nDCG@10"]

@@ -58,19 +58,19 @@ def assert_nothing_left(path):
 @contextlib.contextmanager
 def trainer_seen(folder):
     """Keep all weights that are handed over, and give the rounds that this process itself has measured."""
-    hand_over, validate, measured = Exchange.hand_over, validation.validate, []
+    hand_over, search, measured = Exchange.hand_over, validation.documents_to_queries, []
 
     def keep(exchange, step, model):
         hand_over(exchange, step, model)
         save_model(model, str(folder / f"{step}.safetensors"))
 
-    def measure(dense, *given):
-        measured.append(Path(dense.index.index_path).parent.name)
-        return validate(dense, *given)
+    def measure(index, *given):
+        measured.append(Path(index.index_path).parent.name)
+        return search(index, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Exchange, "hand_over", keep)
-        patch.setattr(validation, "validate", measure)
+        patch.setattr(validation, "documents_to_queries", measure)
         yield measured
 
 

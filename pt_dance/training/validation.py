@@ -18,30 +18,27 @@ REVERSED = "d→q {}"
 _MOST = 1000
 
 
-def validate(dense, validation: TrainingInput, measures: Sequence) -> dict[str, float]:
-    """Measure a dense retriever on validation topics, in both directions.
+def measure_index(index: Any, validation: TrainingInput, measures: Sequence, *, engine: Any = None) -> dict[str, float]:
+    """Measure an index, and so the encoder that made it, on validation topics, in both directions.
 
     Backwards ("d→q nDCG@10"), every relevant document is a query for the validation queries, against the reversed
     qrels with their grades: the dual evaluation of DANCE (arXiv 2107.07773). Its release logs the forward value under
     that name; this does not.
 
     Args:
-        dense: ``DenseRetriever`` with stored vectors of the documents and as many results as :func:`depth_of` says.
+        index: ``DenseIndex``; searched to the largest cutoff of the measures, or to 1,000 where one has none.
         validation: Checked validation topics and qrels.
         measures: ir_measures measures.
+        engine: Has workers that search; this process does where None.
 
     Returns:
         The mean of each measure by its name, forwards and then backwards.
     """
-    depth = depth_of(measures)
-    forwards = (dense % depth).compile()(validation.topics)
-    backwards, qrels = documents_to_queries(dense.index, validation.topics, validation.qrels, depth)
+    cutoffs = [measure.params.get("cutoff") for measure in measures]
+    depth = _MOST if None in cutoffs else max(cutoffs)
+    forwards = index.retriever(depth, engine=engine)(validation.topics)
+    backwards, qrels = documents_to_queries(index, validation.topics, validation.qrels, depth)
     return _values(forwards, validation.qrels, backwards, qrels, measures)
-
-
-def measure_index(index: Any, validation: TrainingInput, measures: Sequence, *, engine: Any = None) -> dict[str, float]:
-    """Measure the encoder of a ``DenseIndex`` by it; see :func:`validate`. An engine's workers search, if given."""
-    return validate(index.retriever(depth_of(measures), engine=engine), validation, measures)
 
 
 def try_measures(validation: TrainingInput, measures: Sequence) -> None:
@@ -60,12 +57,6 @@ def try_measures(validation: TrainingInput, measures: Sequence) -> None:
             raise ValueError(
                 f"measure={measure} cannot be computed here ({type(error).__name__}: {reason}); give another one"
             ) from None
-
-
-def depth_of(measures: Sequence) -> int:
-    """Return how many results the measures look at: their largest cutoff, or 1,000 where one has none."""
-    cutoffs = [measure.params.get("cutoff") for measure in measures]
-    return _MOST if None in cutoffs else max(cutoffs)
 
 
 def _values(forwards, qrels, backwards, reversed_qrels, measures: Sequence) -> dict[str, float]:
