@@ -112,10 +112,10 @@ class Round:
                 f"query_negatives={self.query_negatives!r} is no source of query negatives; give 'dense', a pipeline "
                 "over the training queries that takes documents as queries, or None"
             )
-        check_options(self.depth, self.negatives_per_query, self.sampling, self.rank_range)
         mined = ("depth", "negatives_per_query", "negatives_per_row", "query_negatives_per_row")
         for option in (*mined, "epochs", "batch_size", "checkpoint_steps"):
             self._set(option, whole(option, getattr(self, option)))
+        check_options(self.depth, self.negatives_per_query, self.sampling, self.rank_range)
         for option in ("steps", "refresh_every", "max_staleness"):
             self._set(option, whole(option, getattr(self, option), or_none=True))
         if not isinstance(self.carry_optimizer, bool):

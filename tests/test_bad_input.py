@@ -293,6 +293,7 @@ RECIPES = {
     "weight of a source negative": (lambda: Round(negatives=[(recipes.current_model, -1)]), ValueError, "-1"),
     "more in a row than there are": (lambda: Round(negatives_per_row=30), ValueError, "negatives_per_row=30"),
     "depth 0": (lambda: Round(depth=0), ValueError, "depth=0"),
+    "no negatives": (lambda: Round(negatives_per_query=0), ValueError, "negatives_per_query=0"),
     "sampling unknown": (lambda: Round(sampling="best"), ValueError, "sampling='best'"),
     "rank range turned round": (lambda: Round(rank_range=(5, 1)), ValueError, "rank_range=(5, 1)"),
     "rank range a number": (lambda: Round(rank_range=3), ValueError, "rank_range=3"),
