@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -157,19 +158,14 @@ class TrainingRows:
         versions = labels[real] // len(self)
         if (versions != versions[0]).any():
             raise ValueError(f"a batch has rows of different tables of negatives: {sorted(set(versions.tolist()))}")
-        return self._version(int(versions[0])), np.where(real, labels % len(self), -1)
-
-    def _version(self, number: int) -> TrainingRows:
-        if number and number not in self._opened:
-            while len(self._opened) > 1:  # batches are made a few ahead of their use, so that two are in use at a time
-                del self._opened[next(iter(self._opened))]
-            assert self.later is not None
-            self._opened[number] = self.with_mined(**self.later(number))
-        return self._opened[number] if number else self
+        number = int(versions[0])
+        return self._opened(number) if number else self, np.where(real, labels % len(self), -1)
 
     @cached_property
-    def _opened(self) -> dict[int, TrainingRows]:
-        return {}
+    def _opened(self) -> Callable[[int], TrainingRows]:
+        later: Any = self.later  # only asked for where there is one
+        # batches are made a few ahead of their use, so that two are in use at a time
+        return lru_cache(maxsize=2)(lambda number: self.with_mined(**later(number)))
 
     def relevant(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Say for every query and every document whether they are a known-relevant pair.
