@@ -13,9 +13,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pt_dance.engines import reaper
+from pt_dance.storage.texts import first_line
 
 try:
     import fcntl
@@ -90,10 +90,9 @@ class PrivateCluster:
                 return cls(cpus)
             except Exception as error:
                 if not tries_left:
-                    reason = str(error).strip().split("\n")[0] or type(error).__name__
                     raise RuntimeError(
-                        f"Ray could not be started on this machine ({reason}): try again when it is less busy, or "
-                        "leave the engine out"
+                        f"Ray could not be started on this machine ({first_line(error)}): try again when it is less "
+                        "busy, or leave the engine out"
                     ) from error
         raise AssertionError  # for type checkers
 
@@ -159,8 +158,4 @@ def _silence() -> None:
     from ray._private import worker
 
     if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = _print_nothing
-
-
-def _print_nothing(*_: Any, **__: Any) -> None:
-    pass
+        worker.print_to_stdstream = lambda *_, **__: None

@@ -5,10 +5,11 @@ Nothing is scheduled: of each block of as many tasks as there are processes, eve
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import dill
@@ -31,24 +32,7 @@ class _Work:
     key: str
     make: Callable
     is_numbered: bool
-    sent: bytes = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sent = dumps(self.make)
-
-
-class _Asked:
-    """Tasks that the other processes have, and this one is to do its own of."""
-
-    def __init__(self, count: int, collect: Callable[[], list[bytes]]) -> None:
-        self._count, self._collect = count, collect
-        self._others: list[bytes] | None = None
-
-    def others(self) -> list[bytes]:
-        """Wait for what the other processes answer, if it is not there yet."""
-        if self._others is None:
-            self._others = self._collect()[: self._count]
-        return self._others
+    sent: bytes
 
 
 class Ranks:
@@ -73,14 +57,14 @@ class Ranks:
         self._keys = map(str, itertools.count())
         self._there: str | None = None  # the key of what the others have
         self._searching: _Work | None = None  # what the last broadcast was with
-        self._asked: _Asked | None = None
+        self._asked: Callable[[], list[bytes]] | None = None  # waits, once, for what the others answer
 
     def map(
         self, make: Callable[[], Callable[[Any], Any]], tasks: Iterable[Any], what: str
     ) -> Generator[Any, None, None]:
         """Yield the answer to every task, in order; see :class:`pt_dance.storage.engine.Engine`."""
         try:
-            work = _Work(next(self._keys), make, False)
+            work = _Work(next(self._keys), make, False, dumps(make))
         except Exception:  # whatever an object of the user's says
             yield from map(make(), tasks)
             return
@@ -91,32 +75,32 @@ class Ranks:
     def broadcast(self, make: Callable[[int], Callable[[Any], Any]], tasks: Iterable[Any], what: str) -> Iterator[list]:
         """Yield for every task the answers of all processes; see :class:`pt_dance.storage.engine.Engine`."""
         if self._searching is None or self._searching.make is not make:
-            self._searching = _Work(next(self._keys), make, True)
+            self._searching = _Work(next(self._keys), make, True, dumps(make))
         return self._blocks(self._searching, ([task] * self.workers for task in tasks))
 
     def _blocks(self, work: _Work, blocks: Iterator[list]) -> Iterator[list]:
         answers: list = []
         for block in blocks:
-            asked = self._ask(work, block[1:])
+            others = self._ask(work, block[1:])
             if answers:
                 yield answers  # meanwhile the others have begun with the next block
             answers = [self._place.do(work.key, lambda: work.make, (0,) if work.is_numbered else (), block[0])]
-            answers += map(_opened, asked.others())
+            answers += map(_opened, others())
         if answers:
             yield answers
 
-    def _ask(self, work: _Work, tasks: list) -> _Asked:
+    def _ask(self, work: _Work, tasks: list) -> Callable[[], list[bytes]]:
         self.settle()
         self._tell(dill.dumps((work.key, b"" if work.key == self._there else work.sent, work.is_numbered, tasks)))
         self._there = work.key
-        self._asked = _Asked(len(tasks), self._collect)
+        self._asked = functools.cache(lambda: self._collect()[: len(tasks)])
         return self._asked
 
     def settle(self) -> None:
         """Wait for what was asked and not answered: until then the others hear nothing else."""
         if self._asked is not None:
             asked, self._asked = self._asked, None
-            asked.others()
+            asked()
 
     def forget(self) -> None:
         """Free the memory of what was last made, which the others do, too."""

@@ -100,7 +100,7 @@ class Ray:
 
     def __reduce__(self) -> tuple:
         # In a worker, what has an engine does its part itself.
-        return _this_process, ()
+        return type(None), ()
 
     def _started(self) -> list[Any]:
         """Return the workers, started if they are not there."""
@@ -113,16 +113,12 @@ class Ray:
             raise ValueError(
                 f"{next(iter(_open))!r} is open in this process already: use that one, or close() it first"
             )
-        cpus = self.workers * self.cpus_per_worker
-        if ray.is_initialized():
-            stop: Callable[[], object] = _nothing
-        elif self.address is None:
-            self._cluster = PrivateCluster.start(cpus)
-            stop = self._cluster.stop
-        else:
-            ray.init(address=self.address, log_to_driver=False)
-            stop = ray.shutdown
-        self._stop = weakref.finalize(self, stop)
+        if not ray.is_initialized():
+            if self.address is None:
+                self._cluster = PrivateCluster.start(self.workers * self.cpus_per_worker)
+            else:
+                ray.init(address=self.address, log_to_driver=False)
+            self._stop = weakref.finalize(self, ray.shutdown if self._cluster is None else self._cluster.stop)
         _open.add(self)
         there = ray.cluster_resources()
         for name, each in (("CPU", self.cpus_per_worker), ("GPU", self.gpus_per_worker)):
@@ -330,11 +326,3 @@ def _for_any_device() -> Iterator[None]:
             ray.util.deregister_serializer(torch.Tensor)
             if others is not None:
                 ray.cloudpickle.CloudPickler.dispatch[torch.Tensor] = others
-
-
-def _this_process() -> None:
-    return None
-
-
-def _nothing() -> None:
-    pass
