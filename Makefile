@@ -41,6 +41,7 @@ lint: imports  ## check style, types and what imports what
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/python tests/readme_types.py
 
 imports: $(INSTALLED)  ## check only what imports what
 	PYTHONPATH=. $(BIN)/lint-imports --no-logo

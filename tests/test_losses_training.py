@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import subprocess
-import sys
+import multiprocessing
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -401,22 +398,14 @@ def test_two_processes_that_gather_compute_the_loss_of_the_whole_batch(tmp_path)
 
     Of the seven rows one process has four and the other three, and one that only fills its part up.
     """
-    command = "import sys, test_losses_training as t; t.distributed_worker(1, sys.argv[1])"
-    here = Path(__file__).resolve().parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
-    other = subprocess.Popen(
-        [sys.executable, "-c", command, str(tmp_path)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    other = multiprocessing.get_context("fork").Process(target=distributed_worker, args=(1, str(tmp_path)))
+    other.start()
     try:
         distributed_worker(0, str(tmp_path))
-        output = other.communicate(timeout=120)[0]
+        other.join(120)
     finally:
         other.kill()
-    assert other.returncode == 0, output
+    assert other.exitcode == 0
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     whole = distributed_gradients(slice(0, 7), gather=False)
     for name, expected in whole.items():
