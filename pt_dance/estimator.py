@@ -287,6 +287,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             is_new = row is None
             if row is None:
                 row = dict(UNTRAINED) if number == 0 else self._fit_round(number, job, reports, steps)
+                row |= {} if job.part_of is None else {"recipe_round": job.part_of[number]}
             if is_new or not all(name in row for name in measured):
                 row = processes.from_first(partial(self._finish_round, number, row, job))
             history.append(row)

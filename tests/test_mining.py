@@ -278,6 +278,8 @@ def test_query_negatives_from_a_pipeline_with_documents_as_queries(tmp_path):
     assert list(zip(mined["docno"], mined["qid"], strict=False)) == [("d1", "b"), ("d3", "a")]
     with pytest.raises(ValueError, match="corpus="):
         mine_queries(Fixed(found), TOPICS, pairs)
+    with pytest.raises(KeyError, match="has to give columns 'qid', the document that it was asked with, and 'docno'"):
+        mine_queries(Fixed(found.drop(columns="docno")), TOPICS, pairs, corpus)
 
 
 def test_reduced_results_give_the_same_negatives_in_a_fraction_of_the_memory():

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader
 import kill_refresh
 from forked import forked_refreshers
 from pt_dance import Corpus, DenseIndex, DualEncoder, Round, recipes
+from pt_dance.analysis.trained import citations, with_facts
 from pt_dance.losses.rows import TrainingRows
 from pt_dance.mining import positive_pairs
 from pt_dance.training import validation
@@ -32,6 +34,7 @@ from pt_dance.training.processes import Processes
 from pt_dance.training.refresh import beside
 from pt_dance.training.refresh.journal import Journal, Switch
 from pt_dance.training.refresh.tables import Exchange
+from pt_dance.training.round_table import recipe_table
 from pt_dance.training.schedule import Span
 from small_collection import standard_library
 from small_models import small_bert
@@ -191,6 +194,22 @@ def test_between_rounds_is_one_round_a_refresh(given, tmp_path):
     assert one.encoder.fingerprint == parts_fit.encoder.fingerprint
     first, second = (one.negatives(number, texts=False) for number in (1, 2))
     assert second["new"].any() and len(first) == len(second)
+    assert "recipe_round" not in parts_fit.history and one.history["recipe_round"].tolist() == [0, 1, 1, 1]
+
+
+def test_what_is_said_of_parts_is_said_of_the_round_that_they_are_parts_of(given, tmp_path):
+    recipe = [*kill_refresh.make_recipe(12), Round(name="second", loss="samtone", steps=2)]
+    dance = kill_refresh.fit(given, tmp_path / "run", 12, refresh="between", recipe=recipe)
+    rows = dance.history.to_dict("records")
+    assert [row["recipe_round"] for row in rows] == [0, 1, 1, 2]
+    for row, rate in zip(rows, (None, 0.1, 0.2, 0.3), strict=True):
+        row["learning_rate"] = rate
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", recipe_table([*recipe], rows))
+    place = cells.index("learning rate")
+    assert ["0.1" in cells[place + 1], "0.3" in cells[place + 2]] == [True, True]
+    # in the model card of the second part, the second round's loss has no citation yet
+    cited = [with_facts(dance._encoder_of(n), dance, n, rows).origin["trainings"][-1]["citations"] for n in (2, 3)]
+    assert cited == [citations(recipe[:1]), citations(recipe)] and cited[0] != cited[1]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def with_facts(encoder: Any, dance: Any, number: int, history: list[dict]) -> An
         data["Training queries"] = f"{about['queries']:,}, {about['pairs']:,} relevant pairs"
     names = list(map(str, check_measures(dance.measure)))
     rows = {row["round"]: {name: row[name] for name in names if name in row} for row in history}
+    done = next((row.get("recipe_round", number) for row in history if row["round"] == number), number)
     measures = {"validation, before training": rows.get(0, {}), "validation": rows.get(number, {})}
     facts = {
         "fingerprint": trained["fingerprint"],
@@ -40,7 +41,7 @@ def with_facts(encoder: Any, dance: Any, number: int, history: list[dict]) -> An
         "data": data | {"Seed": dance.seed},
         "measures": {split: values for split, values in measures.items() if values},
         "versions": about.get("versions", {}),
-        "citations": [] if dance.recipe is None else citations(dance.recipe[:number]),
+        "citations": [] if dance.recipe is None else citations(dance.recipe[:done]),
     }
     encoder.origin = with_training(dance.initial_encoder.origin, facts)
     return encoder

@@ -9,12 +9,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; programs are not placed there
-    fcntl = None  # type: ignore[assignment]
+from pt_dance.storage.folders import inherited_lock
 
 
 class WorkerTracebackError(Exception):
@@ -106,19 +104,22 @@ class Placed:
             module: Of the program, which has to end when PARENT does.
             folder: Has the file ``lock``, which the program holds, and what the program prints, ``MODULE.log``.
             given: Its standard input.
+
+        Raises:
+            BlockingIOError: If another program is at work in the folder and does not end.
         """
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, self._paths))}
         command = [sys.executable, "-m", module, str(os.getpid()), folder]
         name = module.rpartition(".")[2]
+        busy = f"another program is at work in {folder!r}: end what it belongs to"
         with (
-            open(f"{folder}/lock", "w") as lock, open(f"{folder}/{name}.log", "w") as log,
+            inherited_lock(Path(folder, "lock"), busy) as lock, open(f"{folder}/{name}.log", "w") as log,
             tempfile.TemporaryFile() as file,
         ):  # fmt: skip
-            fcntl.flock(lock, fcntl.LOCK_EX)
             file.write(given)
             file.seek(0)
             self._program = subprocess.Popen(
-                command, stdin=file, stdout=log, stderr=log, env=environment, pass_fds=[lock.fileno()]
+                command, stdin=file, stdout=log, stderr=log, env=environment, pass_fds=lock
             )
 
     def poll(self) -> int | None:

@@ -184,6 +184,15 @@ class PipelineSearch:
 
     @staticmethod
     def frame(docnos: list[str], answer: pd.DataFrame, qids: np.ndarray) -> pd.DataFrame:
-        """Return ranked queries of documents from the pipeline's results, without queries that are not known."""
+        """Return ranked queries of documents from the pipeline's results, without queries that are not known.
+
+        Raises:
+            KeyError: If the results lack a column.
+        """
+        if not {"qid", "docno"} <= set(answer.columns):
+            raise KeyError(
+                "the source of query negatives has to give columns 'qid', the document that it was asked with, and "
+                f"'docno', a query's qid (columns: {list(answer.columns)})"
+            )
         found = answer.drop(columns="query", errors="ignore").rename(columns={"qid": "docno", "docno": "qid"})
         return found[found["qid"].isin(qids)]

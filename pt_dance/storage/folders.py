@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ except ImportError:  # Windows has no flock; the guard against two writers is no
     fcntl = None  # type: ignore[assignment]
 
 _AT_FDCWD = -100
+_NOTICED, _PAUSE = 60.0, 0.02  # seconds in which a program notices that its parent is gone; between two tries
 _RENAME_EXCHANGE = 2
 _MAX_JSON_BYTES = 4 << 20
 
@@ -180,6 +182,34 @@ def remove_folder(path: str | Path) -> None:
     """Remove a folder and all it holds; nothing happens if it is not there."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def inherited_lock(file: Path, busy: str) -> Iterator[list[int]]:
+    """Hold a lock on a file for as long as the block, or a program that is given its descriptors, lasts.
+
+    A program whose parent was killed may have it yet, until it notices: it is waited for.
+
+    Yields:
+        What the program is given: the file's descriptor; nothing where there is no such lock.
+
+    Raises:
+        BlockingIOError: If another program has it and does not end; ``busy`` is its sentence.
+    """
+    if fcntl is None:
+        yield []
+        return
+    with open(file, "w") as held:
+        deadline = time.monotonic() + _NOTICED
+        while True:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BlockingIOError(busy) from None
+                time.sleep(_PAUSE)
+        yield [held.fileno()]
 
 
 @contextlib.contextmanager

@@ -97,14 +97,15 @@ def settle(round_, encoder, examples: Examples, initial, *, refines: bool = Fals
     if rate is None:
         rate = learning_rate(initial) * (REFINING_SHARE if refines else 1)
     report: dict[str, float | str] = {"learning_rate": rate, "similarity": encoder.similarity}
-    looked: dict[str, float] = {}
+    looks: dict[str, dict[str, float]] = {}
     done = []
     for name, weight, *more in parts:
         own: dict = dict(more[0]) if more else {}
         if "temperature" not in own and name in OPEN:
             similarity = own.get("similarity") or options.get("similarity") or encoder.similarity
             if name in TEACHER_LOSSES or similarity == "dot":
-                looked = looked or _look(encoder, examples, similarity)
+                looks[similarity] = looks.get(similarity) or _look(encoder, examples, similarity)
+            looked = looks.get(similarity, {})
             if name in TEACHER_LOSSES:
                 own["temperature"] = STRETCH * looked["margin"]
                 unit = _scale(examples)

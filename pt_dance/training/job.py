@@ -42,6 +42,7 @@ class Job:
             this process does where None.
         measures: What is computed on the validation topics.
         spans: The part of its schedule that each round trains.
+        part_of: Of which round of the recipe as it was given each is a part, from round 0 on; None where each is one.
     """
 
     run: RunFolder
@@ -57,6 +58,7 @@ class Job:
     engine: Any = None
     measures: Sequence = ()
     spans: list[Span] = field(init=False)
+    part_of: list[int] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.engine = self.processes.engine if self.engine is None else self.engine
@@ -64,7 +66,8 @@ class Job:
         self.recipe = [entry if entry.is_refreshed else without_refreshes(entry) for entry in self.recipe]
         counts = self._pairs()
         if self.refresh == "between" and any(round_.is_refreshed for round_ in self.recipe):
-            self.recipe = in_turn(self.recipe, counts)
+            self.recipe, part_of = in_turn(self.recipe, counts)
+            self.part_of = [0, *part_of]
             counts = self._pairs()
         self.spans = plan(self.recipe, counts, [self.seed_of(number) for number in range(1, len(counts) + 1)])
 

@@ -61,9 +61,9 @@ def recipe_table(rounds: Sequence[Any], history: Sequence[Mapping[str, Any]] = (
 
     Args:
         rounds: ``Round``s.
-        history: Rows of those that were trained.
+        history: Rows of those that were trained; of one that was trained in parts, the first counts.
     """
-    rows = {row["round"]: row for row in history}
+    rows = {row.get("recipe_round", row["round"]): row for row in reversed(history)}
     settings = [round_settings(round_, rows.get(number)) for number, round_ in enumerate(rounds, start=1)]
     names = list(dict.fromkeys(name for columns in settings for name in columns))
     # dictionaries of different rounds keep one order

@@ -84,24 +84,28 @@ def plan(rounds: Sequence, pairs: Sequence[int], seeds: Sequence[int]) -> list[S
     return spans
 
 
-def in_turn(rounds: Sequence, pairs: Sequence[int]) -> list:
+def in_turn(rounds: Sequence, pairs: Sequence[int]) -> tuple[list, list[int]]:
     """Return the recipe in which every refresh of negatives while a round is trained begins a round of its own.
+
+    With it comes the number of the round that each is a part of.
 
     Args:
         rounds: Its ``Round``s.
         pairs: How many (query, positive) pairs each round trains on.
     """
-    parts = []
+    parts, part_of = [], list[int]()
     for number, (round_, count) in enumerate(zip(rounds, pairs, strict=True), start=1):
         if not round_.is_refreshed:
             parts.append(round_)
+            part_of.append(number)
             continue
         whole = without_refreshes(round_)
         steps, every = _length(round_, count, number)[0], round_.refresh_every
         for begun in range(0, steps, every):
             part = replace(whole, steps=min(every, steps - begun))
             parts.append(replace(part, carry_optimizer=True, start="last") if begun else part)
-    return parts
+            part_of.append(number)
+    return parts, part_of
 
 
 def without_refreshes(round_):

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from pt_dance.engines.sending import dump
 from pt_dance.engines.worker import end
 from pt_dance.index.dense_index import DenseIndex
+from pt_dance.storage.folders import inherited_lock
 from pt_dance.storage.texts import first_line
 from pt_dance.training import checkpoints
 from pt_dance.training.processes import Processes
@@ -30,13 +31,7 @@ from pt_dance.training.refresh.tables import Exchange
 from pt_dance.training.run_folder import EXCHANGE, JOURNAL
 from pt_dance.training.schedule import Span
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; the guard against two refreshers is not available there
-    fcntl = None  # type: ignore[assignment]
-
 _PAUSE = 0.02  # seconds between two looks at the folder
-_LOCK = 60.0  # seconds that the refresher of a trainer that was killed may take to notice it
 _KEPT = "what was finished is kept, and the same call goes on from there"
 # By what torchrun tells a process which one of a job it is; the refresher is none.
 _OF_A_JOB = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -126,7 +121,8 @@ class Refreshes(TrainerCallback):
             return
         self.exchange.folder.mkdir(parents=True, exist_ok=True)
         with _written(self.work, self._name) as given:
-            with self._locked() as lock:
+            busy = f"another refresher is at work in {str(self.exchange.folder)!r}: end the fit it belongs to"
+            with inherited_lock(self.exchange.folder / "lock", busy) as lock:
                 self._recover(done)
                 if self._place is None:
                     process = _started(self.exchange.folder, given, lock)
@@ -232,27 +228,6 @@ class Refreshes(TrainerCallback):
         first = self.journal.step_at(again)
         self.exchange.drop([step for step in self.exchange.tables() if step < first])
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[int | None]:
-        """Hold the folder's lock, which the refresher inherits; wait for one whose trainer was killed."""
-        if fcntl is None:
-            yield None
-            return
-        path = self.exchange.folder / "lock"
-        with open(path, "w") as file:
-            deadline = time.monotonic() + _LOCK
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise BlockingIOError(
-                            f"another refresher is at work in {str(self.exchange.folder)!r}: end the fit it belongs to"
-                        ) from None
-                    time.sleep(_PAUSE)
-            yield file.fileno()
-
 
 @contextlib.contextmanager
 def _written(work: Work, name: str) -> Iterator[Any]:
@@ -270,12 +245,10 @@ def _written(work: Work, name: str) -> Iterator[Any]:
         yield file
 
 
-def _started(folder: Path, given: Any, lock: int | None) -> subprocess.Popen:
+def _started(folder: Path, given: Any, lock: list[int]) -> subprocess.Popen:
     command = [sys.executable, "-m", "pt_dance.training.refresh.refresher", str(os.getpid()), str(folder)]
     with open(folder / "refresher.log", "w") as log:
-        return subprocess.Popen(
-            command, stdin=given, stdout=log, stderr=log, env=surroundings(), pass_fds=() if lock is None else (lock,)
-        )
+        return subprocess.Popen(command, stdin=given, stdout=log, stderr=log, env=surroundings(), pass_fds=lock)
 
 
 def surroundings() -> dict[str, str]:
