@@ -29,9 +29,11 @@ def main() -> str | None:
         (Path(folder) / "right.py").write_text(code)
         (Path(folder) / "wrong.py").write_text(code.replace(*WRONG))
         command = [sys.executable, "-m", "mypy", *options]
-        said = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder).stdout
-    if "right.py:" in said or FOUND not in said:
-        return f"README's code, and the same with {WRONG[1]!r} for {WRONG[0]!r}: {said}"
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
+        )
+    if "right.py:" in done.stdout or FOUND not in done.stdout:
+        return f"README's code, and the same with {WRONG[1]!r} for {WRONG[0]!r}: {done.stdout}"
     return None
 
 

@@ -15,12 +15,16 @@ import pyterrier as pt
 import pyterrier_dr
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils.tqdm import progress_bar_states
 from ir_measures import RR
 from lz4.frame import LZ4FrameFile
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from transformers.utils import logging as transformers_logging
 
 from pt_dance import DualEncoder
+from pt_dance.encoder.models import no_bars
 from small_models import small_bert
 
 TEXTS = [
@@ -592,3 +596,14 @@ def test_a_model_that_ends_in_dense(bert_path, tmp_path):
     encoder.save(tmp_path / "m")
     assert DualEncoder.load(tmp_path / "m").fingerprint == encoder.fingerprint
     assert_same_as_sentence_transformers(encoder, SentenceTransformer(str(tmp_path / "m")))
+
+
+@pytest.mark.parametrize("of_transformers", [True, False])
+@pytest.mark.parametrize("of_the_hub", [True, False])
+def test_progress_bars_are_shown_afterwards_as_they_were(monkeypatch, of_transformers, of_the_hub):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", of_transformers)
+    monkeypatch.setitem(progress_bar_states, "_global", of_the_hub)
+    with no_bars():
+        assert are_progress_bars_disabled() and not transformers_logging.is_progress_bar_enabled()
+    assert transformers_logging.is_progress_bar_enabled() == of_transformers
+    assert are_progress_bars_disabled() != of_the_hub

@@ -425,6 +425,9 @@ def test_a_refresher_beside_the_training_is_placed_by_ray(engine, encoder, corpu
     live.fit(some, qrels)
     assert live.history.iloc[-1]["refreshes"] >= 1
     assert len(placed) == 1 and placed[0].poll() == -signal.SIGKILL
+    with pytest.raises(FileNotFoundError) as error:  # as if it were started here
+        engine.place("nothing", tmp_path / "gone", b"")
+    assert "\n" not in str(error.value)
     options |= dict(refresh="replay", replay_of=tmp_path / "live")
     with forked_refreshers():
         again = DanceRetriever(encoder, corpus, tmp_path / "again", **options).fit(some, qrels)

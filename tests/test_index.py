@@ -540,7 +540,7 @@ def test_what_it_says(make, capfd, encoder):
     with pytest.raises(StreamError):
         make("again").index(failing_after(DOCUMENTS, 200))
     make("again", verbose=True, vec_dtype="float16").index(DOCUMENTS)
-    assert "had other settings: starting afresh" in capfd.readouterr().err
+    assert "had other settings, or no whole journal: starting afresh" in capfd.readouterr().err
 
 
 # --- bad documents and damaged folders --------------------------------------------------------------------------------

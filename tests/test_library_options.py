@@ -288,6 +288,7 @@ def test_a_logger_hears_of_what_a_refresher_measured_at_its_steps(tmp_path, monk
     settled = {"learning_rate": 0.01, "similarity": "cosine", "temperature of contrastive": 0.05, "teacher_scale": 2.0}
     trained = {"loss": 1.0, "steps": 20, "settled": settled, "refreshed": {"staleness": 7, "measured_beside": measured}}
     row = training_row(2, round_, trained, {"per_source": 3.0}, {}, {"train": 4.0}) | {"RR": 0.75}
+    row["recipe_round"] = 1
     reports.add_round(row, 50)
     of_round = {"round": 2, "staleness": 7, "train_seconds": 4.0, "eval_RR": 0.75, "mining/negatives_per_query": 3.0}
     of_round |= {"mining/queries_short_of_negatives": 0, "mining/query_negatives_per_document": 0.0}

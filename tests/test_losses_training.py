@@ -398,7 +398,9 @@ def test_two_processes_that_gather_compute_the_loss_of_the_whole_batch(tmp_path)
 
     Of the seven rows one process has four and the other three, and one that only fills its part up.
     """
-    other = multiprocessing.get_context("fork").Process(target=distributed_worker, args=(1, str(tmp_path)))
+    # Where there is a GPU, gradients were computed by threads that a fork has not.
+    how = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    other = how.Process(target=distributed_worker, args=(1, str(tmp_path)))
     other.start()
     try:
         distributed_worker(0, str(tmp_path))

@@ -30,6 +30,7 @@ def mapped(folder: Path, name: str) -> int:
 def small_files(monkeypatch):
     """What is large, and kept, as if memory were a fiftieth."""
     monkeypatch.setattr(pages, "_KEPT", 8 << 20)
+    monkeypatch.setattr(pages, "_LOOK", 1 << 20)
     monkeypatch.setattr(pages, "_SMALL", 20 << 20)
 
 
@@ -91,6 +92,7 @@ def test_searching_a_large_index_does_not_hold_it(index, monkeypatch):
         for step in (
             lambda: opened.search(queries, 10)[1],
             lambda: opened.score_pairs(queries, *pairs),
+            lambda: opened.stored_vectors([f"d{row}" for row in pairs[1]])[0],
             lambda: opened.ann_retriever(10, "ivfpq", build_options=few).build(),
             lambda: opened.ann_retriever(10, "ivfpq", build_options=few, candidates=2_000)(topics)["docno"],
         ):
@@ -100,12 +102,14 @@ def test_searching_a_large_index_does_not_hold_it(index, monkeypatch):
 
     with monkeypatch.context() as large:
         large.setattr(pages, "_KEPT", 8 << 20)
+        large.setattr(pages, "_LOOK", 1 << 20)
         large.setattr(pages, "_SMALL", 20 << 20)
-        (rows, scores, _, docnos), held = read()
+        (rows, scores, vectors, _, docnos), held = read()
     assert max(held) < 20_000
     gc.collect()
-    (same_rows, same_scores, _, same_docnos), held = read()
+    (same_rows, same_scores, same_vectors, _, same_docnos), held = read()
     assert min(held) > 50_000
     np.testing.assert_array_equal(rows, same_rows)
     np.testing.assert_array_equal(scores, same_scores)
+    np.testing.assert_array_equal(vectors, same_vectors)
     assert docnos.tolist() == same_docnos.tolist()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router, StaticEmbedding
 from torch import nn
@@ -22,14 +23,16 @@ SIMILARITIES = ("cosine", "dot")
 
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
-    """Keep progress bars of transformers and the hub off the terminal inside the block."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Keep progress bars of transformers and the hub, which transformers switches as well, off the terminal inside."""
+    shown, hubs = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+        if hubs != shown:
+            (enable_progress_bars if hubs else disable_progress_bars)()
 
 
 def similarity_of(model: SentenceTransformer) -> str:

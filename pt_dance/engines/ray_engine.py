@@ -152,6 +152,7 @@ class Ray:
             given: Its standard input.
 
         Raises:
+            BlockingIOError: If another program is at work in the folder and does not end.
             ValueError: If there is no room.
         """
         import ray
@@ -167,7 +168,10 @@ class Ray:
                     f"Ray's {there.get(name, 0):g} {name}s: take fewer"
                 )
         actor: Any = ray.remote(Placed).options(num_cpus=each[0], num_gpus=each[1]).remote(sys.path)
-        ray.get(actor.start.remote(module, str(folder), given))
+        try:
+            ray.get(actor.start.remote(module, str(folder), given))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         return PlacedProgram(actor)
 
     # --- its work -----------------------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ class DenseIndex(FlexIndex):
             KeyError: Naming a docno that is not in the index.
         """
         rows, owner = self.open().documents.rows_of(self.known_documents(docnos))
-        return np.asarray(self.open().vectors[rows], dtype=np.float32), owner
+        return Vectors(self.open().vectors).rows(rows), owner
 
     def _load_docids(self, inp: pd.DataFrame) -> np.ndarray:
         # pyterrier_dr's scorers and vector loaders ask here: a docid may come from another index, and an unknown docno

@@ -212,7 +212,7 @@ def _writer(
         settings["precision"] = documents.precision
     writer = IndexWriter(building, settings, vec_size, vec_dtype, base)
     if writer.fresh:
-        _say(index, "what was left of an earlier call had other settings: starting afresh")
+        _say(index, "what was left of an earlier call had other settings, or no whole journal: starting afresh")
     elif writer.recorded:
         _say(index, f"{sum(s.docs for s in writer.recorded):,} documents are indexed already: going on")
     return writer

@@ -120,7 +120,7 @@ class IndexWriter:
         shards: Those that are in the index so far.
         count: How many documents they have.
         settings: What the journal says that it was begun with.
-        fresh: Whether work done under other settings was thrown away.
+        fresh: Whether work was thrown away: done under other settings, or with a journal that cannot be read.
     """
 
     def __init__(

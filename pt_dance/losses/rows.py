@@ -164,7 +164,7 @@ class TrainingRows:
     @cached_property
     def _opened(self) -> Callable[[int], TrainingRows]:
         later: Any = self.later  # only asked for where there is one
-        # batches are made a few ahead of their use, so that two are in use at a time
+        # batches are made a few ahead of their use, so that two are in use at a time, and a third while it is opened
         return lru_cache(maxsize=2)(lambda number: self.with_mined(**later(number)))
 
     def relevant(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ _PLAIN = (
 )  # fmt: skip
 _NOT_REPORTED = (
     "name", "loss", "training_loss", "steps", "measured_beside", "learning_rate", "similarity", "teacher_scale",
+    "recipe_round",
 )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class Vectors:
         return np.asarray(self.docs[first:end], dtype=np.float32)
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """Return rows that lie apart, in ascending order, as float32."""
+        """Return rows that lie apart, as float32."""
         found = np.empty((len(numbers), self.shape[1]), dtype=np.float32)
         for start in range(0, len(numbers), _PAIR_BLOCK):
             part = slice(start, start + _PAIR_BLOCK)
