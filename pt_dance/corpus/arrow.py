@@ -89,11 +89,13 @@ class TextColumn:
             raise IndexError(f"there is no document in row {bad}: rows are 0 to {count - 1}")
         chunks = np.searchsorted(self._ends, wanted, side="right")
         local = wanted - self._starts[chunks]
-        texts, counted = [], self._pages.are_given_back
-        for number, at in zip(chunks.tolist(), local.tolist(), strict=True):
+        texts, counted = [""] * len(wanted), self._pages.are_given_back
+        # Of a large file each page is mapped once: it may be given back when a row behind it is read.
+        order = np.argsort(wanted, kind="stable") if counted else np.arange(len(wanted))
+        for place, number, at in zip(order.tolist(), chunks[order].tolist(), local[order].tolist(), strict=True):
             positions, data = self._view(number)
             start, end = positions[at], positions[at + 1]
-            texts.append(str(data[start:end], "utf-8"))
+            texts[place] = str(data[start:end], "utf-8")
             if counted:
                 self._pages.read(int(end - start), places=1)
         return texts
