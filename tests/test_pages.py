@@ -26,16 +26,14 @@ def mapped(folder: Path, name: str) -> int:
     return sum(int(rest.split("Rss:")[1].split()[0]) for file, _, rest in maps if file.endswith(name))
 
 
-@pytest.fixture
-def small_files(monkeypatch):
-    """What is large, and kept, as if memory were a fiftieth."""
-    monkeypatch.setattr(pages, "_KEPT", 8 << 20)
-    monkeypatch.setattr(pages, "_LOOK", 1 << 20)
-    monkeypatch.setattr(pages, "_SMALL", 20 << 20)
+def take_for_large(patch: pytest.MonkeyPatch) -> None:
+    """Set what is large, and kept, as if memory were a fiftieth."""
+    for name, size in (("_KEPT", 8 << 20), ("_LOOK", 1 << 20), ("_SMALL", 20 << 20)):
+        patch.setattr(pages, name, size)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_reading_a_large_corpus_does_not_hold_it(tmp_path, monkeypatch):
+    take_for_large(monkeypatch)
     documents = [{"docno": f"d{i}", "text": f"{i} " + "x" * 20_000} for i in range(4_000)]
     built = Corpus.build(documents, tmp_path / "corpus", fields=["text"], verbose=False)
 
@@ -76,6 +74,7 @@ def test_searching_a_large_index_does_not_hold_it(index, monkeypatch):
     queries = rng.standard_normal((5, 384), dtype=np.float32)
     topics = pd.DataFrame({"qid": [f"q{i}" for i in range(5)], "query_vec": list(queries)})
     pairs = rng.integers(0, 5, 3_000), rng.integers(0, 40_000, 3_000)
+    docnos = np.array([f"d{row}" for row in pairs[1]], dtype=object)
     monkeypatch.setattr("pt_dance.retriever.search.vectors._PAIR_BLOCK", 4)  # what is read at once is all mapped
     trained = ann._train
     path, few = Path(index.index_path), {"lists": 16, "subvectors": 4}
@@ -92,7 +91,7 @@ def test_searching_a_large_index_does_not_hold_it(index, monkeypatch):
         for step in (
             lambda: opened.search(queries, 10)[1],
             lambda: opened.score_pairs(queries, *pairs),
-            lambda: opened.stored_vectors([f"d{row}" for row in pairs[1]])[0],
+            lambda: np.concatenate([opened.stored_vectors(part)[0] for part in np.array_split(docnos, 1_500)]),
             lambda: opened.ann_retriever(10, "ivfpq", build_options=few).build(),
             lambda: opened.ann_retriever(10, "ivfpq", build_options=few, candidates=2_000)(topics)["docno"],
         ):
@@ -101,15 +100,13 @@ def test_searching_a_large_index_does_not_hold_it(index, monkeypatch):
         return [read, held]
 
     with monkeypatch.context() as large:
-        large.setattr(pages, "_KEPT", 8 << 20)
-        large.setattr(pages, "_LOOK", 1 << 20)
-        large.setattr(pages, "_SMALL", 20 << 20)
-        (rows, scores, vectors, _, docnos), held = read()
+        take_for_large(large)
+        (rows, scores, vectors, _, found), held = read()
     assert max(held) < 20_000
     gc.collect()
-    (same_rows, same_scores, same_vectors, _, same_docnos), held = read()
+    (same_rows, same_scores, same_vectors, _, same_found), held = read()
     assert min(held) > 50_000
     np.testing.assert_array_equal(rows, same_rows)
     np.testing.assert_array_equal(scores, same_scores)
     np.testing.assert_array_equal(vectors, same_vectors)
-    assert docnos.tolist() == same_docnos.tolist()
+    assert found.tolist() == same_found.tolist()

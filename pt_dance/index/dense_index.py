@@ -297,7 +297,7 @@ class DenseIndex(FlexIndex):
             KeyError: Naming a docno that is not in the index.
         """
         rows, owner = self.open().documents.rows_of(self.known_documents(docnos))
-        return Vectors(self.open().vectors).rows(rows), owner
+        return self.open().reader.rows(rows), owner
 
     def _load_docids(self, inp: pd.DataFrame) -> np.ndarray:
         # pyterrier_dr's scorers and vector loaders ask here: a docid may come from another index, and an unknown docno

@@ -23,6 +23,7 @@ from pt_dance.corpus.docnos import DocnoColumn, DocnoRows
 from pt_dance.index import joined
 from pt_dance.index.documents import PassageDocuments, RowDocuments
 from pt_dance.index.joined import DOCNOS, HASHES, NPIDS, OFFSETS, RANKS
+from pt_dance.retriever.search.vectors import Vectors
 from pt_dance.storage import meta as meta_files
 from pt_dance.storage.meta import META
 
@@ -158,6 +159,11 @@ class OpenIndex:
         if (path / RANKS).exists():
             self._ranks = np.memmap(path / RANKS, dtype="<u4", mode="r", shape=(count,))
         self.identity: str = meta.get("content") or ":".join(map(str, _stamp(path) or ()))
+
+    @cached_property
+    def reader(self) -> Vectors:
+        """Reads the vectors where they are on disk; one for all callers, so that it knows what they have mapped."""
+        return Vectors(self.vectors)
 
     @property
     def ranks(self) -> np.ndarray:

@@ -198,7 +198,7 @@ class AnnRetriever(DenseRetriever):
     def _write(self, folder: Path) -> None:
         import faiss
 
-        vectors = Vectors(self.index.open().vectors)
+        vectors = self.index.open().reader
         count, dimension = vectors.shape
         with _threads(self.threads):
             ann = self._empty(count, dimension)

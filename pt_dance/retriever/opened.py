@@ -26,7 +26,7 @@ class SearchableIndex(Protocol):
         """Return whether there is a whole index."""
 
     def open(self) -> Any:
-        """Return what is on disk: ``identity``, ``meta``, ``vectors``, ``ranks`` and ``documents``."""
+        """Return what is on disk: ``identity``, ``meta``, ``vectors``, ``reader``, ``ranks`` and ``documents``."""
 
     def known_documents(self, docnos: Sequence[str]) -> np.ndarray:
         """Return the number of each document, or raise a ``KeyError``."""

@@ -26,8 +26,9 @@ class Pages:
     """
 
     def __init__(self, files: Iterable[mmap.mmap]) -> None:
-        self._files, self._read, self._before = list(files), 0, _mapped_bytes() or 0
+        self._files, self._read = list(files), 0
         self.are_given_back = sum(map(len, self._files)) > _SMALL and hasattr(mmap, "MADV_DONTNEED")
+        self._before = (_mapped_bytes() or 0) if self.are_given_back else 0
 
     @classmethod
     def of(cls, array: Any) -> Pages:
