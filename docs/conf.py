@@ -21,7 +21,6 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx.ext.githubpages",
     "sphinx_tabs.tabs",
-    "enum_tools.autoenum",
     "sphinx_togglebutton",
     "sphinx_design",
     "myst_parser",

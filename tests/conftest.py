@@ -19,6 +19,10 @@ os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL
 
 import pytest
 
+# What a killed process wrote is there without it, and no test cuts the power: a fifth of the time was waiting for the
+# disk. Processes that are killed between two operations on it wait for it, as users' do.
+os.fsync = lambda file: None
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # pytest-timeout fails a test that hangs and shows where, once Python runs its signal handler. What hangs in C without
 # returning to Python is ended by this, so many seconds later, with the same report; pytest-xdist goes on with the rest.

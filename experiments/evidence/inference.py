@@ -45,33 +45,47 @@ def claims() -> tuple[pd.DataFrame, dict]:
     return rows, text
 
 
-Cells = dict[tuple[str, str], pd.DataFrame]
-
-
-def cells_of(results: pd.DataFrame) -> Cells:
-    """Cut all cells of one encoder into those of each training collection and method, by their names."""
-    return {(str(name), str(method)): part for (name, method), part in results.groupby(["trained_on", "method"])}
-
-
-def select(cells: Cells, method: str, trained_on: str, measure: str) -> dict[str, pd.DataFrame]:
-    """Values of a method by measured collection: a frame of queries (with their cluster) by seeds.
+class Cells:
+    """All cells of one encoder, each cut out once, as claims share them.
 
     Args:
-        cells: what :func:`cells_of` gives.
-        method: name of the method.
-        trained_on: the training collection.
-        measure: of ir_measures, or "zero-shot nDCG@10" for all other collections.
+        results: a row a value, as :func:`evidence.tables.load` gives them.
     """
-    mine = cells.get((trained_on, SAME.get(method, method)))
-    if mine is None:
-        return {}
-    name = MAIN if measure == ZERO_SHOT else measure
-    own = mine["collection"] == trained_on
-    mine = mine[(mine["measure"] == name) & (~own if measure == ZERO_SHOT else own)]
-    return {
-        str(collection): part.pivot_table(index=["cluster", "qid"], columns="seed", values="value", observed=True)
-        for collection, part in mine.groupby("collection", observed=True)
-    }
+
+    def __init__(self, results: pd.DataFrame) -> None:
+        by = results.groupby(["trained_on", "method"], observed=True)
+        self._parts = {(str(name), str(method)): part for (name, method), part in by}
+        self._selected: dict[tuple[str, str, str], dict[str, pd.DataFrame]] = {}
+
+    @property
+    def trained_on(self) -> list[str]:
+        """The training collections."""
+        return list(dict.fromkeys(name for name, _ in self._parts))
+
+    def select(self, method: str, trained_on: str, measure: str) -> dict[str, pd.DataFrame]:
+        """Values of a method by measured collection: a frame of queries (with their cluster) by seeds.
+
+        Args:
+            method: name of the method.
+            trained_on: the training collection.
+            measure: of ir_measures, or "zero-shot nDCG@10" for all other collections.
+        """
+        key = (SAME.get(method, method), trained_on, measure)
+        if key not in self._selected:
+            self._selected[key] = self._cut(*key)
+        return self._selected[key]
+
+    def _cut(self, method: str, trained_on: str, measure: str) -> dict[str, pd.DataFrame]:
+        mine = self._parts.get((trained_on, method))
+        if mine is None:
+            return {}
+        name = MAIN if measure == ZERO_SHOT else measure
+        own = mine["collection"] == trained_on
+        mine = mine[(mine["measure"] == name) & (~own if measure == ZERO_SHOT else own)]
+        return {
+            str(collection): part.pivot_table(index=["cluster", "qid"], columns="seed", values="value", observed=True)
+            for collection, part in mine.groupby("collection", observed=True)
+        }
 
 
 @lru_cache(maxsize=64)
@@ -130,8 +144,8 @@ def difference(
     Zero-shot differences are first averaged over the collections that are measured.
     """
     means, samples, seeds = [], [], []
-    for trained_on in dict.fromkeys(name for name, _ in cells):
-        first, second = (select(cells, method, trained_on, measure) for method in (better, than))
+    for trained_on in cells.trained_on:
+        first, second = (cells.select(method, trained_on, measure) for method in (better, than))
         both = [name for name in first if name in second]
         if not both:
             continue
@@ -154,7 +168,7 @@ def difference(
 def decide(results: pd.DataFrame, *, number: int) -> pd.DataFrame:
     """Every claim of one encoder: difference, interval, Holm's p, what could have been seen, and the verdict."""
     rows, given = claims()
-    cells = cells_of(results)
+    cells = Cells(results)
     found = [
         difference(cells, c.better, c.than, c.measure, confidence=given["confidence"], number=number)
         for c in rows.itertuples()

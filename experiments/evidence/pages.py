@@ -108,7 +108,7 @@ def measured(results: Path) -> dict[str, str]:
 def seeds(cells: pd.DataFrame) -> str:
     """How many seeds there are of what."""
     trained = cells[~cells["method"].isin(BASELINES)]
-    by = trained.groupby(["trained_on", "method"])["seed"].nunique()
+    by = trained.groupby(["trained_on", "method"], observed=True)["seed"].nunique()
     told = [f"{name}: {n.min()}" + (f" to {n.max()}" if n.max() > n.min() else "") + " seeds of "
             f"{len(n)} methods" for name, n in by.groupby(level=0)]  # fmt: skip
     return "; ".join(told)

@@ -117,15 +117,19 @@ def load(results: Path, encoder: str) -> pd.DataFrame:
         long(pq.read_table(file, partitioning=None).to_pandas()).assign(trained_on=name)
         for name, file in files_of(results, encoder, ".parquet").items()
     ]
+    if not parts:
+        return pd.DataFrame()
     # Hundreds of pieces are cut out of a million rows, and Arrow's strings would be copied for each.
-    return pd.concat(parts, ignore_index=True).astype({"qid": object, "cluster": object}) if parts else pd.DataFrame()
+    kinds = dict.fromkeys(("qid", "cluster"), object)
+    kinds |= dict.fromkeys(("collection", "measure", "method", "trained_on"), "category")
+    return pd.concat(parts, ignore_index=True).astype(kinds)
 
 
 @lru_cache
 def scores(results: Path, encoder: str) -> pd.Series:
     """Mean over the queries of a collection, by method, trained_on, collection, measure and seed."""
     cells = load(results, encoder)
-    return cells.groupby(["method", "trained_on", "collection", "measure", "seed"])["value"].mean()
+    return cells.groupby(["method", "trained_on", "collection", "measure", "seed"], observed=True)["value"].mean()
 
 
 def means(found: pd.Series, method: str, trained_on: str, measure: str) -> tuple[float, float, int] | None:
@@ -135,7 +139,7 @@ def means(found: pd.Series, method: str, trained_on: str, measure: str) -> tuple
         found: what :func:`scores` gives.
         method: name of the method.
         trained_on: the training collection.
-        measure: as in :func:`evidence.inference.select`.
+        measure: as in :meth:`evidence.inference.Cells.select`.
     """
     name = MAIN if measure == ZERO_SHOT else measure
     try:
@@ -174,7 +178,7 @@ def _cell(cell: tuple[float, float, int] | None) -> str:
 
 def zero_shot(results: pd.DataFrame) -> list[list[str]]:
     """A row a method, a column a collection that it was not trained on, averaged over the training collections."""
-    own = results["collection"] == results["trained_on"]
+    own = results["collection"].astype(object) == results["trained_on"].astype(object)
     mine = results[~own & (results["measure"] == MAIN)]
     by = mine.groupby(["method", "collection"], observed=True)["value"].mean().unstack()
     rows = [["method", *by.columns, "mean"]]
