@@ -264,7 +264,8 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
         training, validation = check_fit(*frames, corpus=self.corpus, reads=self.initial_encoder, context=self)
         if validation is not None:
             try_measures(validation, self._measures)
-        reports, processes = Reports(self.path, self.recipe), Processes(on_cpu=self._given.device.type == "cpu")
+        reports = Reports(self.path, self.recipe, map(str, self._measures))
+        processes = Processes(on_cpu=self._given.device.type == "cpu")
         how = self.recipe, self.seed, processes, self.verbose and processes.is_first, self.refresh, self.replay_of
         job = Job(self._run, training, validation, self.corpus, *how, self.engine, self._measures)
         with writing(self.path, "the run", KEPT), contextlib.closing(reports), contextlib.closing(processes):

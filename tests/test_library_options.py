@@ -282,7 +282,7 @@ def test_a_logger_hears_of_what_a_refresher_measured_at_its_steps(tmp_path, monk
 
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "listener", Listener)
     round_ = Round(training_arguments={"report_to": "listener"})
-    reports = Reports(tmp_path, [round_])
+    reports = Reports(tmp_path, [round_], ["RR"])
     reports.of_round(round_, 0)[0].on_train_begin(SimpleNamespace(), TrainerState(), TrainerControl())
     measured = [{"step": 6, "RR": 0.25}, {"step": 12, "RR": 0.5}]
     settled = {"learning_rate": 0.01, "similarity": "cosine", "temperature of contrastive": 0.05, "teacher_scale": 2.0}

@@ -11,19 +11,15 @@ from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from pt_dance.storage.texts import first_line
+from pt_dance.training.validation import REVERSED
 
-# The entries of a round's row that count negatives, that are reported by their names, and that are not, as settings are
-# not; the others are validation measures.
+# The entries of a round's row that are reported beside its measures: those that count negatives, and others.
 _COUNTS = (
     "negatives_per_query", "new_negatives", "queries_short_of_negatives", "query_negatives_per_document",
 )  # fmt: skip
 _PLAIN = (
     "round", "mine_seconds", "train_seconds", "refresh_seconds", "validate_seconds", "beside_seconds", "waited_seconds",
     "refreshes", "staleness", "longest_staleness",
-)  # fmt: skip
-_NOT_REPORTED = (
-    "name", "loss", "training_loss", "steps", "measured_beside", "learning_rate", "similarity", "teacher_scale",
-    "recipe_round",
 )  # fmt: skip
 
 
@@ -33,13 +29,14 @@ class Reports:
     Args:
         folder: Folder of the run; TensorBoard's files go to its sub-folder ``logs`` unless the environment says where.
         recipe: The ``Round``s of the fit, whose training arguments name loggers (``report_to``).
+        measures: Names of what rounds are measured by.
 
     Raises:
         ValueError: If there is no logger of a name, or it is not installed.
     """
 
-    def __init__(self, folder: Path, recipe: Iterable):
-        self._folder = folder
+    def __init__(self, folder: Path, recipe: Iterable, measures: Iterable[str]):
+        self._measures = {name for measure in measures for name in (measure, REVERSED.format(measure))}
         self._loggers: dict[str, _Relay] = {}
         self._waiting: list[tuple[int, dict[str, float]]] = []
         for logger in (logger for round_ in recipe for logger in _classes(round_)):
@@ -72,8 +69,10 @@ class Reports:
         for name, value in row.items():
             if name in _COUNTS:
                 logs[f"mining/{name}"] = value
-            elif name not in _NOT_REPORTED and not name.startswith("temperature"):
-                logs[name if name in _PLAIN else f"eval_{name}"] = value
+            elif name in self._measures:
+                logs[f"eval_{name}"] = value
+            elif name in _PLAIN:
+                logs[name] = value
         self._waiting.append((step, {name: value for name, value in logs.items() if value is not None}))
         begun = [relay for relay in self._loggers.values() if relay.begun]
         if begun or not self._loggers:
