@@ -27,7 +27,7 @@ from evidence.evaluate import (
     own_target,
     zero_shot_target,
 )
-from evidence.methods import BASELINES, METHODS, ROWS, Method, Setting, first_encoder, grid, with_start
+from evidence.methods import BASELINES, FIRST_CELL, METHODS, ROWS, Method, Setting, first_encoder, grid, with_start
 from evidence.protocol import Protocol
 from evidence.teacher import folder_of, scored
 from pt_dance import DanceRetriever, DualEncoder, Round
@@ -172,6 +172,9 @@ class Study:
         if file.exists():
             return Setting(**json.loads(file.read_text())["chosen"])
         settings = grid(METHODS[method], collection)
+        if METHODS[method].after is not None and method != FIRST_CELL:
+            rate = self.tune(collection, encoder, FIRST_CELL).learning_rate
+            settings = [setting for setting in settings if setting.learning_rate == rate]
         target = own_target(collection, "tune")
         tried = []
         unit = collection.budget.unit

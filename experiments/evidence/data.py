@@ -141,10 +141,18 @@ class Collection:
             file.with_suffix(".new").rename(file)
         return pd.read_parquet(file)
 
-    def describe(self) -> dict[str, int]:
-        """Sizes, for the pages."""
+    @property
+    def seen(self) -> list[str]:
+        """Reported queries with a relevant document that is relevant to a training query, too."""
+        train, reported = (qrels[qrels["label"] > 0] for _, qrels in (self.train, self.reported))
+        return sorted(reported.loc[reported["docno"].isin(train["docno"]), "qid"].unique())
+
+    def describe(self) -> dict[str, int | list[str]]:
+        """Sizes, for the pages, and which reported queries ask for documents that were trained on."""
         sizes = {f"{part}_queries": len(getattr(self, part)[0]) for part in ("train", "tune", "reported")}
-        return sizes | {"documents": len(self.corpus), "clusters": int(self.reported_clusters.nunique())}
+        return sizes | {
+            "documents": len(self.corpus), "clusters": int(self.reported_clusters.nunique()), "seen": self.seen,
+        }  # fmt: skip
 
 
 def beginnings(documents: Corpus, path: Path, words: int) -> Corpus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,13 +22,17 @@ else:
     import tomli as tomllib
 
 CLAIMS = Path(__file__).with_name("claims.toml")
+AFTER = Path(__file__).with_name("claims_after.toml")
 LEAST_SEEDS = 3
 MAIN, ZERO_SHOT = "nDCG@10", "zero-shot nDCG@10"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, its bootstrap interval and standard error, and the two-sided p-value of their ratio."""
+    """A mean difference, its bootstrap interval and standard error, and the two-sided p-value of their ratio.
+
+    ``parts`` has mean, low and high of each training collection.
+    """
 
     mean: float
     low: float
@@ -35,11 +40,12 @@ class Difference:
     error: float
     p: float
     seeds: int
+    parts: dict[str, tuple[float, float, float]]
 
 
-def claims() -> tuple[pd.DataFrame, dict]:
+def claims(file: Path = CLAIMS) -> tuple[pd.DataFrame, dict]:
     """The claims, one a row, and what decides them."""
-    text = tomllib.loads(CLAIMS.read_text())
+    text = tomllib.loads(file.read_text())
     rows = pd.DataFrame(text.pop("claim"))
     rows["measure"] = rows["measure"].fillna(MAIN) if "measure" in rows else MAIN
     return rows, text
@@ -49,18 +55,18 @@ class Cells:
     """All cells of one encoder, each cut out once, as claims share them.
 
     Args:
-        results: a row a value, as :func:`evidence.tables.load` gives them.
+        tables: by training collection, a row a query and measure and a column a cell, as
+            :func:`evidence.tables.load` gives them.
     """
 
-    def __init__(self, results: pd.DataFrame) -> None:
-        by = results.groupby(["trained_on", "method"], observed=True)
-        self._parts = {(str(name), str(method)): part for (name, method), part in by}
+    def __init__(self, tables: dict[str, pd.DataFrame]) -> None:
+        self._tables = tables
         self._selected: dict[tuple[str, str, str], dict[str, pd.DataFrame]] = {}
 
     @property
     def trained_on(self) -> list[str]:
         """The training collections."""
-        return list(dict.fromkeys(name for name, _ in self._parts))
+        return list(self._tables)
 
     def select(self, method: str, trained_on: str, measure: str) -> dict[str, pd.DataFrame]:
         """Values of a method by measured collection: a frame of queries (with their cluster) by seeds.
@@ -76,16 +82,16 @@ class Cells:
         return self._selected[key]
 
     def _cut(self, method: str, trained_on: str, measure: str) -> dict[str, pd.DataFrame]:
-        mine = self._parts.get((trained_on, method))
-        if mine is None:
-            return {}
-        name = MAIN if measure == ZERO_SHOT else measure
-        own = mine["collection"] == trained_on
-        mine = mine[(mine["measure"] == name) & (~own if measure == ZERO_SHOT else own)]
-        return {
-            str(collection): part.pivot_table(index=["cluster", "qid"], columns="seed", values="value", observed=True)
-            for collection, part in mine.groupby("collection", observed=True)
-        }
+        table = self._tables[trained_on]
+        seeds = {cell: int(cell.rpartition("/")[2]) for cell in table if cell.rpartition("/")[0] == method}
+        own = table["collection"] == trained_on
+        rows = (table["measure"] == (MAIN if measure == ZERO_SHOT else measure)) & (
+            ~own if measure == ZERO_SHOT else own
+        )
+        mine = table.loc[rows, ["collection", "cluster", "qid", *seeds]].rename(columns=seeds)
+        mine = mine.dropna(subset=list(seeds.values()), how="all").set_index(["cluster", "qid"])
+        parts = mine.groupby("collection")
+        return {str(name): part.drop(columns="collection").sort_index() for name, part in parts if seeds}
 
 
 @lru_cache(maxsize=64)
@@ -143,7 +149,9 @@ def difference(
 
     Zero-shot differences are first averaged over the collections that are measured.
     """
-    means, samples, seeds = [], [], []
+    means: dict[str, float] = {}
+    samples, seeds = [], []
+    ends = (1 - confidence) / 2, (1 + confidence) / 2
     for trained_on in cells.trained_on:
         first, second = (cells.select(method, trained_on, measure) for method in (better, than))
         both = [name for name in first if name in second]
@@ -152,39 +160,71 @@ def difference(
         if better in BASELINES or than in BASELINES:
             first, second = as_many_seeds(first, second)
         parts = [resampled(first[name], second[name], number, trained_on, name) for name in both]
-        means.append(np.mean([mean for mean, _ in parts]))
+        means[trained_on] = float(np.mean([mean for mean, _ in parts]))
         samples.append(np.mean([sample for _, sample in parts], axis=0))
         seeds.append(len(first[both[0]].columns.intersection(second[both[0]].columns)))
     if not means:
         return None
     sample = np.mean(samples, axis=0)
-    low, high = np.quantile(sample, [(1 - confidence) / 2, (1 + confidence) / 2])
-    mean, error = float(np.mean(means)), float(sample.std())
+    low, high = np.quantile(sample, ends)
+    mean, error = float(np.mean(list(means.values()))), float(sample.std())
+    by = {name: (means[name], *map(float, np.quantile(part, ends))) for name, part in zip(means, samples, strict=True)}
     # Shares of bootstrap samples beyond 0 could not be small enough for Holm's correction over all claims.
     p = float(2 * norm.sf(abs(mean) / error)) if error > 0 else float(mean == 0)
-    return Difference(mean, float(low), float(high), error, p, min(seeds))
+    return Difference(mean, float(low), float(high), error, p, min(seeds), by)
 
 
-def decide(results: pd.DataFrame, *, number: int) -> pd.DataFrame:
-    """Every claim of one encoder: difference, interval, Holm's p, what could have been seen, and the verdict."""
-    rows, given = claims()
-    cells = Cells(results)
+def macro_means(cells: Cells, methods: Iterable[str], *, number: int) -> dict[str, tuple[float, float, float]]:
+    """The zero-shot mean of methods and its interval of 95 %: over collections, then over training collections.
+
+    Args:
+        cells: of one encoder.
+        methods: their names; those without cells are left out.
+        number: bootstrap samples.
+    """
+    found = {}
+    for method in methods:
+        by = {name: cells.select(method, name, ZERO_SHOT) for name in cells.trained_on}
+        parts = {
+            name: [resampled(frame, 0 * frame, number, name, other) for other, frame in frames.items()]
+            for name, frames in by.items() if frames
+        }  # fmt: skip
+        if parts:
+            mean = np.mean([np.mean([one for one, _ in part]) for part in parts.values()])
+            sample = np.mean([np.mean([drawn for _, drawn in part], axis=0) for part in parts.values()], axis=0)
+            found[method] = (float(mean), *map(float, np.quantile(sample, [0.025, 0.975])))
+    return found
+
+
+def compared(cells: Cells, rows: pd.DataFrame, *, confidence: float, number: int) -> pd.DataFrame:
+    """Claims with their difference, interval, p-value, and what could have been seen; those without cells are left out.
+
+    Args:
+        cells: of one encoder.
+        rows: what :func:`claims` gives.
+        confidence: of the intervals.
+        number: bootstrap samples.
+    """
     found = [
-        difference(cells, c.better, c.than, c.measure, confidence=given["confidence"], number=number)
-        for c in rows.itertuples()
+        difference(cells, c.better, c.than, c.measure, confidence=confidence, number=number) for c in rows.itertuples()
     ]
     rows = rows.assign(found=found)
     rows = rows[rows["found"].notna()].reset_index(drop=True)
-    if not len(rows):
-        return rows
-    for name in ("mean", "low", "high", "error", "p", "seeds"):
+    for name in ("mean", "low", "high", "error", "p", "seeds", "parts"):
         rows[name] = [getattr(one, name) for one in rows["found"]]
+    # a difference of 2.8 standard errors is seen four times out of five at the level of .05
+    rows["could_see"] = 2.8 * rows["error"].astype(float)
+    return rows.drop(columns="found")
+
+
+def decide(cells: Cells, *, number: int) -> pd.DataFrame:
+    """Every claim of one encoder, as :func:`compared` gives it, with Holm's p and the verdict."""
+    rows, given = claims()
+    rows = compared(cells, rows, confidence=given["confidence"], number=number)
     # With two seeds, a bootstrap over seeds has half of their variance.
     told = rows["seeds"] >= LEAST_SEEDS
     rows.loc[told, "p"] = multipletests(rows.loc[told, "p"], method="holm")[1] if told.any() else []
     rows.loc[~told, "p"] = np.nan
-    # a difference of 2.8 standard errors is seen four times out of five at the level of .05
-    rows["could_see"] = 2.8 * rows["error"]
     margin = given["equivalence_margin"]
     rows["verdict"] = [
         "too few seeds so far" if seeds < LEAST_SEEDS
@@ -194,4 +234,4 @@ def decide(results: pd.DataFrame, *, number: int) -> pd.DataFrame:
         else "cannot be told here"
         for p, low, high, seeds in zip(rows["p"], rows["low"], rows["high"], rows["seeds"], strict=True)
     ]  # fmt: skip
-    return rows.drop(columns="found")
+    return rows

@@ -21,6 +21,8 @@ BASELINES = ("bm25", "untrained")
 # A method that is another one by definition, so that it is not trained twice.
 SAME = {"ance": "dance-none"}
 CHECKPOINT = "ance-checkpoint"
+# What starts from one checkpoint goes on with the learning rate that was chosen for this one.
+FIRST_CELL = "dance-none"
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,16 @@ import pandas as pd
 
 from evidence.cells import Cell, Study, read
 from evidence.inference import MAIN
-from evidence.methods import METHODS
+from evidence.methods import CHECKPOINT, METHODS
 from evidence.protocol import FULL, SMALL
 from evidence.run import RESULTS
 from pt_dance import analysis
 
 FIRST = ["collection", "method", "seed", MAIN]
+FAMILIES = {
+    "pairs": lambda name: name.startswith(("dance", "pairwise", CHECKPOINT)),
+    "teacher": lambda name: name in METHODS and METHODS[name].teacher,
+}
 
 
 def measure(study: Study, encoder: str, seeds: list[int], *, sample: int) -> pd.DataFrame:
@@ -58,6 +62,8 @@ def measure(study: Study, encoder: str, seeds: list[int], *, sample: int) -> pd.
 def correlations(measured: pd.DataFrame, *, number: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Spearman's rank correlation of each measure with nDCG@10, mean over collections, with its interval.
 
+    Beside it stands the correlation within each family of losses: pairs, a teacher's, and cross-entropies.
+
     Args:
         measured: what :func:`measure` gives.
         number: bootstrap samples, of methods.
@@ -77,6 +83,11 @@ def correlations(measured: pd.DataFrame, *, number: int = 2000, seed: int = 0) -
             by_collection.append(ranks[names].corrwith(ranks[MAIN]))
         return pd.concat(by_collection, axis=1).mean(axis=1)
 
+    families: dict[str, list[str]] = {"cross-entropies": [], **{name: [] for name in FAMILIES}}
+    for method in methods:
+        mine = (name for name, holds in FAMILIES.items() if holds(method))
+        families[next(mine, "cross-entropies")].append(method)
+    within = {name: spearman(np.array(part)).loc[names].to_numpy() for name, part in families.items() if len(part) > 1}
     samples = pd.concat([spearman(rng.choice(methods, len(methods))) for _ in range(number)], axis=1)
     return pd.DataFrame(
         {
@@ -84,6 +95,7 @@ def correlations(measured: pd.DataFrame, *, number: int = 2000, seed: int = 0) -
             "correlation": spearman(methods).loc[names].to_numpy(),
             "low": samples.quantile(0.025, axis=1).loc[names].to_numpy(),
             "high": samples.quantile(0.975, axis=1).loc[names].to_numpy(),
+            **within,
             "cells": len(trained),
         }
     ).sort_values("correlation", key=abs, ascending=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,13 +14,26 @@ import pyarrow.parquet as pq
 import xxhash
 
 from evidence.cells import Cell, read, write
-from evidence.inference import MAIN, ZERO_SHOT
-from evidence.methods import METHODS, ROWS
+from evidence.inference import MAIN, ZERO_SHOT, Cells, decide
+from evidence.methods import METHODS, ROWS, SAME
 from evidence.protocol import REPORTED, Protocol
 
 BACKWARDS = "d→q nDCG@10"
+MADE = ".. Made by experiments/evidence/run.py --pages from the committed cells; do not edit.\n"
 IN_CELL = ["collection", "measure", "qid", "cluster"]
 NAMES = {"bm25": "BM25", "untrained": "untrained", **{name: method.text for name, method in METHODS.items()}}
+# What claims.toml, which stays as it was before the runs, does not say of where a claim is from.
+SAID = {
+    "ance-refreshed": "this study, after ANCE, whose loss has no in-batch negatives",
+    "mnrl-beats-untrained": "this study: a control",
+    "dance-mined-queries": "this study: a control, after DANCE, section 3",
+    "samtone-both": "this study: the paper compares neither with the other",
+    "mnrl-dual": "S. He, slides, where it has .3884 against .3894",
+    "mnrl-dual-mined": "this study: a control",
+    "mnrl-dual-zero-shot": "S. He, slides, table 3: .365 against .361",
+    "margin-mse-dual": "S. He, slides, where it has .4244 against .4268: a loss",
+    "margin-mse-dual-zero-shot": "S. He, slides, table 3: .399 against .405, a loss",
+}
 ENCODERS = {
     "static": "a static tower from nothing",
     "static-minilm": "a static tower from MiniLM's token embeddings",
@@ -111,25 +125,37 @@ def files_of(results: Path, encoder: str, suffix: str) -> dict[str, Path]:
 
 
 @lru_cache
-def load(results: Path, encoder: str) -> pd.DataFrame:
-    """All committed cells of an encoder, read once; empty where there are none."""
-    parts = [
-        long(pq.read_table(file, partitioning=None).to_pandas()).assign(trained_on=name)
+def load(results: Path, encoder: str) -> dict[str, pd.DataFrame]:
+    """All committed cells of an encoder by training collection, as :func:`wide` makes them, read once."""
+    return {
+        name: pq.read_table(file, partitioning=None).to_pandas().astype(dict.fromkeys(IN_CELL, object))
         for name, file in files_of(results, encoder, ".parquet").items()
-    ]
-    if not parts:
-        return pd.DataFrame()
-    # Hundreds of pieces are cut out of a million rows, and Arrow's strings would be copied for each.
-    kinds = dict.fromkeys(("qid", "cluster"), object)
-    kinds |= dict.fromkeys(("collection", "measure", "method", "trained_on"), "category")
-    return pd.concat(parts, ignore_index=True).astype(kinds)
+    }
+
+
+def own_documents(results: Path, encoder: str) -> dict[str, pd.DataFrame]:
+    """nDCG@10 of the reported queries for documents that no training query asked for, of all cells of an encoder."""
+    parts = {}
+    for name, table in load(results, encoder).items():
+        seen = json.loads((results / f"{name}-{encoder}.json").read_text())["sizes"]["seen"]
+        own = (table["collection"] == name) & (table["measure"] == MAIN)
+        parts[name] = table[own & ~table["qid"].isin(seen)]
+    return parts
 
 
 @lru_cache
 def scores(results: Path, encoder: str) -> pd.Series:
     """Mean over the queries of a collection, by method, trained_on, collection, measure and seed."""
-    cells = load(results, encoder)
-    return cells.groupby(["method", "trained_on", "collection", "measure", "seed"], observed=True)["value"].mean()
+    by = {
+        name: table.groupby(["collection", "measure"])[[cell for cell in table if "/" in cell]].mean()
+        for name, table in load(results, encoder).items()
+    }
+    found = pd.concat(by, names=["trained_on"]).rename_axis(columns="cell").stack().dropna()
+    cells = found.index.to_frame(index=False)
+    cells[["method", "seed"]] = cells["cell"].str.rsplit("/", n=1, expand=True)
+    cells["seed"] = cells["seed"].astype(int)
+    names = ["method", "trained_on", "collection", "measure", "seed"]
+    return pd.Series(found.to_numpy(), pd.MultiIndex.from_frame(cells[names]), name="value").sort_index()
 
 
 def means(found: pd.Series, method: str, trained_on: str, measure: str) -> tuple[float, float, int] | None:
@@ -176,28 +202,94 @@ def _cell(cell: tuple[float, float, int] | None) -> str:
     return short(mean) if seeds < 2 else f"{short(mean)} ± {short(deviation)}"
 
 
-def zero_shot(results: pd.DataFrame) -> list[list[str]]:
-    """A row a method, a column a collection that it was not trained on, averaged over the training collections."""
-    own = results["collection"].astype(object) == results["trained_on"].astype(object)
-    mine = results[~own & (results["measure"] == MAIN)]
-    by = mine.groupby(["method", "collection"], observed=True)["value"].mean().unstack()
-    rows = [["method", *by.columns, "mean"]]
+def zero_shot(found: pd.Series, macro: dict[str, tuple[float, float, float]]) -> list[list[str]]:
+    """A row a method, a column a collection that it was not trained on, averaged over the training collections.
+
+    Args:
+        found: what :func:`scores` gives.
+        macro: the mean of each method over the training collections, with its interval.
+    """
+    cells = found.rename("value").reset_index()
+    mine = cells[(cells["collection"] != cells["trained_on"]) & (cells["measure"] == MAIN)]
+    by = mine.groupby(["method", "collection"])["value"].mean().unstack()
+    rows = [["method", *by.columns, "mean, 95 % interval"]]
     for method in ROWS:
-        if method in by.index:
-            values = by.loc[method]
-            rows.append([NAMES[method], *map(short, (*values, values.mean()))])
+        if method in macro:
+            mean, low, high = map(short, macro[method])
+            rows.append([NAMES[method], *map(short, by.loc[method]), f"{mean} ({low} to {high})"])
     return rows
+
+
+def claim_of(claim) -> str:
+    """A claim and the rows that it compares, as they are printed."""
+    names = (NAMES[SAME.get(name, name)] for name in (claim.better, claim.than))
+    text = f"{claim.text} ({' against '.join(names)}"
+    return text + ("" if claim.measure == MAIN else f", {claim.measure}") + ")"
 
 
 def verdicts(decided: pd.DataFrame) -> list[list[str]]:
-    """The claims of one encoder, as :func:`evidence.inference.decide` gives them."""
-    rows = [["claim", "source", "difference", "interval", "seeds", "p (Holm)", "could have seen", "verdict"]]
+    """Claims of one encoder, as :func:`evidence.inference.compared` or ``decide`` give them."""
+    is_decided = "verdict" in decided
+    rows = [["claim", "source", "difference", "95 % interval", "seeds"]]
+    rows[0] += ["p (Holm)", "could have seen", "verdict"] if is_decided else []
     for c in decided.itertuples():
-        rows.append(
-            [
-                f"{c.text} ({c.better} against {c.than}, {c.measure})", c.source, f"{c.mean:+.4f}",
-                f"{c.low:+.4f} to {c.high:+.4f}", str(c.seeds), "" if pd.isna(c.p) else f"{c.p:.3g}",
-                f"{c.could_see:.4f}", c.verdict,
-            ]
-        )  # fmt: skip
+        interval = f"{c.low:+.4f} to {c.high:+.4f}"
+        rows.append([claim_of(c), SAID.get(c.id, c.source), f"{c.mean:+.4f}", interval, str(c.seeds)])
+        if is_decided:
+            rows[-1] += ["" if pd.isna(c.p) else f"{c.p:.3g}", f"{c.could_see:.4f}", c.verdict]
     return rows
+
+
+def by_collection(decided: pd.DataFrame, on_own: pd.DataFrame) -> list[list[str]]:
+    """Claims by training collection, and on queries with documents of their own.
+
+    Args:
+        decided: the claims on all reported queries.
+        on_own: the same on what :func:`own_documents` gives.
+    """
+    names = list(dict.fromkeys(name for parts in decided["parts"] for name in parts))
+    rows = [["claim", *names, "documents not trained on", "95 % interval", "verdict"]]
+    own = {c.id: c for c in on_own.itertuples()}
+    for c in decided.itertuples():
+        cells = [_part(*c.parts[name]) if name in c.parts else "" for name in names]
+        o = own.get(c.id)
+        told = ["", "", ""] if o is None else [f"{o.mean:+.4f}", f"{o.low:+.4f} to {o.high:+.4f}", o.verdict]
+        rows.append([claim_of(c), *cells, *told])
+    return rows
+
+
+def _part(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.4f}" + (r"\*" if low > 0 or high < 0 else "")
+
+
+@lru_cache
+def cells_of(encoder: str, results: Path) -> Cells:
+    """All cells of an encoder, cut out once."""
+    return Cells(load(results, encoder))
+
+
+@lru_cache
+def decided_of(encoder: str, resamples: int, results: Path, *, only_own: bool = False) -> pd.DataFrame:
+    """The claims of an encoder, decided once, on all reported queries or on those for documents of their own."""
+    cells = Cells(own_documents(results, encoder)) if only_own else cells_of(encoder, results)
+    return decide(cells, number=resamples)
+
+
+def measured(results: Path) -> dict[str, str]:
+    """The encoders that have cells, and what they are called."""
+    return {encoder: words for encoder, words in ENCODERS.items() if len(load(results, encoder))}
+
+
+def rst_table(rows: list[list[str]], title: str = "") -> str:
+    """A list-table of reStructuredText."""
+    lines = [f".. list-table:: {title}".rstrip(), "    :header-rows: 1", "    :widths: auto", ""]
+    for row in rows:
+        # "S. He" would begin a numbered list
+        row = [rf"\{value}" if re.match(r"\w\. ", value) else value for value in row]
+        lines += [f"    {'* -' if i == 0 else '  -'} {value}".rstrip() for i, value in enumerate(row)]
+    return "\n".join(lines) + "\n"
+
+
+def heading(text: str, line: str = "-") -> str:
+    """A title of reStructuredText."""
+    return f"{text}\n{line * 55}\n"

@@ -1,0 +1,321 @@
+"""The page of all results: what was found, every table, and the claims."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from evidence.cells import Study
+from evidence.inference import AFTER, MAIN, ZERO_SHOT, Cells, claims, compared, difference, macro_means
+from evidence.methods import BASELINES, METHODS, ROWS
+from evidence.protocol import REPORTED, Protocol
+from evidence.tables import (
+    BACKWARDS,
+    ENCODERS,
+    MADE,
+    NAMES,
+    by_collection,
+    cells_of,
+    claim_of,
+    decided_of,
+    files_of,
+    heading,
+    load,
+    measured,
+    rst_table,
+    scores,
+    short,
+    table,
+    verdicts,
+    wide,
+    zero_shot,
+)
+
+
+def sizes(results: Path, encoder: str) -> list[list[str]]:
+    """A row a training collection: how many queries of which part, documents, and clusters of reported queries."""
+    names = ("train_queries", "tune_queries", "reported_queries", "clusters", "documents")
+    rows = [["collection", "reported split", *(name.replace("_", " ") for name in names), "with seen documents"]]
+    for name, file in files_of(results, encoder, ".json").items():
+        told = json.loads(file.read_text())["sizes"]
+        split = "15 % of train, by cluster" if REPORTED[name] == "cut" else REPORTED[name]
+        rows.append([name, split, *(f"{told[key]:,}" for key in names), f"{len(told['seen']):,}"])
+    return rows
+
+
+def teachers(results: Path, encoder: str) -> list[str]:
+    """The margins of each collection's teacher on queries it did not learn from; nothing where there is none."""
+    rows = [["collection", "teacher's margin", "margins above 0", "queries"]]
+    for name, file in files_of(results, encoder, ".json").items():
+        if told := json.loads(file.read_text())["sizes"].get("teacher"):
+            margin = f"{told['margin_mean']:.2f} ± {told['margin_sd']:.2f}"
+            rows.append([name, margin, f"{told['margins_above_0']:.0%}", f"{told['queries']:,}"])
+    if len(rows) == 1:
+        return []
+    return ["The teacher is two cross-encoders, and none scores a query of the half of the clusters that it learnt "
+            "from; its margin is a query's mean score of relevant documents less that of BM25's negatives.", "",
+            rst_table(rows)]  # fmt: skip
+
+
+def seeds(found: pd.Series) -> str:
+    """How many seeds there are of what, from what :func:`evidence.tables.scores` gives."""
+    cells = found.index.to_frame(index=False)
+    trained = cells[~cells["method"].isin(BASELINES)]
+    by = trained.groupby(["trained_on", "method"])["seed"].nunique()
+    told = [f"{name}: {n.min()}" + (f" to {n.max()}" if n.max() > n.min() else "") + " seeds of "
+            f"{len(n)} methods" for name, n in by.groupby(level=0)]  # fmt: skip
+    return "; ".join(told)
+
+
+def results_page(protocol: Protocol, results: Path) -> str:
+    """What each method is worth: what was found, the tables of every encoder, and the claims."""
+    text = [
+        heading("What Each Method Is Worth", "="), MADE,
+        "Each number is the mean over seeds (± standard deviation over them) of the last round on the reported "
+        "queries. All methods of an encoder take the same number of steps and draw from the same pools. Learning rate, "
+        "temperature and weight were chosen for each method from three rates, two temperatures and two weights, where "
+        "it has them, by successive halving with one seed, on a part of the training queries that is cut off by "
+        "cluster; encoders with a new linear layer (a head, a projection) have rates a tenth as large, as the others "
+        "break them. ``experiments/evidence`` has the protocol; ``claims.toml`` there has the claims, committed before "
+        "the runs; ``experiments/results/evidence`` has the value of every query, seed and method, and every setting "
+        "that was tried. ``make evidence`` makes what is missing and prints these tables.", "",
+        "*One tower* encodes queries and documents (SDE), *two towers* have weights of their own (ADE), with a *shared "
+        "projection* behind both (ADE-SPL). Rows of ANCE's and DANCE's losses end in the *head* of their releases, "
+        "Linear and LayerNorm, and start from a *checkpoint*: a unit of steps on BM25's negatives and one on their "
+        "own.", "",
+        heading("What was found"), *Path(__file__).with_name("found.rst").read_text().splitlines(), "",
+        rst_table(overview(protocol, results)),
+        "\"On other documents\" leaves out the reported queries that ask for a document which a training query asked "
+        "for, too: more than half of SciFact's and all of NFCorpus's, whose reported splits are the official ones. A "
+        "trained encoder has met these documents, so its figures there say little about new ones. Verdicts follow the "
+        "rule of ``claims.toml``; the columns on other documents were added after the runs.", "",
+    ]  # fmt: skip
+    for encoder, words in ENCODERS.items():
+        if not load(results, encoder):
+            text += [f"With {words} no cells are committed yet: ``python experiments/evidence/run.py --encoders "
+                     f"{encoder}`` makes them.", ""]  # fmt: skip
+            continue
+        text += encoder_section(protocol, results, encoder, words)
+    text += refresh_section(protocol, results) + efficiency_section(results) + space_section(results)
+    return "\n".join([*text, Path(__file__).with_name("notes.rst").read_text()])
+
+
+def overview(protocol: Protocol, results: Path) -> list[list[str]]:
+    """A row a claim: what became of it with each encoder, and on queries for other documents."""
+    rows, found = [["claim"]], {}
+    for encoder in measured(results):
+        rows[0] += [encoder, f"{encoder}, on other documents"]
+        for place, decided in enumerate((decided_of(encoder, protocol.resamples, results),
+                                         decided_of(encoder, protocol.resamples, results, only_own=True))):  # fmt: skip
+            for c in decided.itertuples():
+                row = found.setdefault(c.id, {"claim": claim_of(c)})
+                row[rows[0][len(rows[0]) - 2 + place]] = f"{c.mean:+.4f} {c.verdict}"
+    return rows + [[row.get(column, "") for column in rows[0]] for row in found.values()]
+
+
+def encoder_section(protocol: Protocol, results: Path, encoder: str, words: str) -> list[str]:
+    """The tables of one encoder."""
+    found, budget = scores(results, encoder), protocol.budgets[encoder]
+    after, given = claims()[1], claims(AFTER)[0]
+    decided = decided_of(encoder, protocol.resamples, results)
+    text = [
+        heading(f"With {words}"),
+        f"{budget.steps:,} steps of {budget.batch_size} rows, at most {budget.queries:,} training queries; "
+        f"encoders read the first {protocol.words} words of a document"
+        + (f", {budget.max_length} tokens at most" if budget.max_length else "")
+        + f", BM25 all. DANCE's dual term acts in {4 * budget.unit:,} of the steps. {seeds(found)}. "
+        + missing(protocol, results, encoder),
+        "", rst_table(sizes(results, encoder)),
+        "Clusters are diseases and drugs (MedQuAD), claims that share a cited document (SciFact), fifty questions in a "
+        "row, so that an article may go on in the next one (SQuAD), and single queries (NFCorpus, many of which share "
+        "relevant documents). \"With seen documents\" are the reported queries with a relevant document that is "
+        "relevant to a training query, too.", "", *teachers(results, encoder),
+    ]  # fmt: skip
+    for measure, title in (
+        (MAIN, "nDCG@10 by training collection, reported queries"),
+        (BACKWARDS, "nDCG@10 of queries found by documents"),
+        (ZERO_SHOT, "nDCG@10 on all other collections, zero-shot, by training collection"),
+    ):
+        text += [rst_table(table(found, measure), title)]
+    macro = macro_means(cells_of(encoder, results), ROWS, number=protocol.resamples)
+    text += [
+        rst_table(zero_shot(found, macro), "nDCG@10 zero-shot by collection, mean over training collections"),
+        "The last column is the mean over the training collections, each without itself, as in README, with an "
+        "interval over seeds and queries. SQuAD's own dev questions and SQuADShifts are near to what was trained on "
+        "where that was SQuAD"
+        + (", and all-MiniLM-L6-v2 came from training on many public collections of its own." if encoder != "static"
+           else "."), "",
+        rst_table(costs(results, encoder), "What the methods took"),
+        f"Seconds are of {devices(results, encoder)} that had other work beside: they compare roughly.", "",
+        rst_table(settings(results, encoder), "Settings that tuning chose: learning rate, temperature, weight"),
+        rst_table(verdicts(decided), "The sources' claims"),
+        "Differences are means over the training collections that have both rows; intervals of 95 % allow for "
+        "other seeds and other clusters of queries (two-way bootstrap), not for other collections or other settings: "
+        "where two rows chose different settings, the difference is theirs, too. p-values are normal, from the "
+        "bootstrap's standard error, and corrected over the claims of this encoder (Holm); intervals are not. "
+        "\"Could have seen\" is the difference that this design finds four times out of five at the level of .05 "
+        "without that correction. \"No effect\" is said only where the whole interval of the mean lies within "
+        f"±{short(after['equivalence_margin'])}; differences may cancel in it, as the next table shows.", "",
+        rst_table(by_collection(decided, decided_of(encoder, protocol.resamples, results, only_own=True)),
+                  "The same claims by training collection, and on queries for documents that nothing was trained on"),
+        "A star stands where the collection's own interval of 95 % leaves 0 out.", "",
+        rst_table(verdicts(compared(cells_of(encoder, results), given, confidence=after["confidence"],
+                                    number=protocol.resamples)),
+                  "Compared after the runs, without a verdict"),
+    ]  # fmt: skip
+    return text
+
+
+def missing(protocol: Protocol, results: Path, encoder: str) -> str:
+    """How many cells are not there yet, and the command that makes them; nothing where all are."""
+    every = [cell for cell in Study(protocol, results, results).cells() if cell.encoder == encoder]
+    told = [json.loads(file.read_text())["cells"] for file in files_of(results, encoder, ".json").values()]
+    there = sum(map(len, told))
+    if there >= len(every):
+        return ""
+    return (f"{there} of {len(every)} cells are there; ``python experiments/evidence/run.py --encoders {encoder}`` "
+            "makes the others.")  # fmt: skip
+
+
+def settings(results: Path, encoder: str) -> list[list[str]]:
+    """What tuning chose, a row a method, a column a collection."""
+    files = files_of(results, encoder, ".json")
+    tuned = {name: json.loads(file.read_text())["tuning"] for name, file in files.items()}
+    rows = [["method", *tuned]]
+    for method in METHODS:
+        if any(method in found for found in tuned.values()):
+            values = [found.get(method, {"chosen": {}})["chosen"].values() for found in tuned.values()]
+            told = [", ".join(f"{value:g}" for value in chosen if value is not None) for chosen in values]
+            rows.append([NAMES.get(method, method), *told])
+    return rows
+
+
+def refresh_section(protocol: Protocol, results: Path) -> list[str]:
+    """How often, how deep and how: what refresh.py wrote."""
+    file = results / "refresh.csv"
+    if not file.exists():
+        return []
+    runs = pd.read_csv(file)
+    value = runs.groupby(["variant", "collection"], sort=False)[MAIN].agg(["mean", "std"]).unstack()
+    seconds = runs.groupby("variant", sort=False)[["mine_seconds", "seconds"]].mean()
+    against = differences_of(results / "refresh.parquet", load(results, "static"), protocol.resamples)
+    collections = list(dict.fromkeys(runs["collection"]))
+    rows = [["negatives", *collections, "difference", "95 % interval", "seconds to mine", "seconds in all"]]
+    for variant in dict.fromkeys(runs["variant"]):
+        cells = [
+            f"{short(value.loc[variant, ('mean', name)])} ± {short(value.loc[variant, ('std', name)])}"
+            for name in collections
+        ]
+        rows.append([variant, *cells, *against[variant], *(f"{value:.1f}" for value in seconds.loc[variant])])
+    return [
+        heading("How often negatives are refreshed"),
+        "MNRL with a static tower at equal steps, nDCG@10 of the reported queries, "
+        f"{runs['seed'].nunique()} seeds; ``python experiments/evidence/refresh.py``. The first quarter of the steps "
+        "learns from BM25's negatives, the rest from the model's own, drawn uniformly from the best 100 where nothing "
+        "else is said. Differences are to the reference, mean over the collections, with intervals over seeds and "
+        "clusters of queries that are not corrected for their number.", "", rst_table(rows),
+    ]  # fmt: skip
+
+
+def differences_of(file: Path, cells: dict[str, pd.DataFrame], number: int) -> dict[str, list[str]]:
+    """The difference of each variant of a file to the reference and its interval, as they are printed.
+
+    Args:
+        file: a row a value, as refresh.py writes them.
+        cells: of the same queries, by collection; they have the clusters.
+        number: bootstrap samples.
+    """
+    values = pd.read_parquet(file)
+    tables = {}
+    for name, mine in values.groupby("collection"):
+        own = cells[name][(cells[name]["collection"] == name) & (cells[name]["measure"] == MAIN)]
+        clusters = own.set_index("qid")["cluster"]
+        tables[name] = wide(mine.rename(columns={"variant": "method"}).assign(cluster=mine["qid"].map(clusters)))
+    variants = list(values["variant"].unique())
+    reference = next(name for name in variants if name.endswith("(reference)"))
+    found = {reference: ["", ""]}
+    for variant in variants:
+        if variant != reference:
+            one = difference(Cells(tables), variant, reference, MAIN, confidence=0.95, number=number)
+            found[variant] = [f"{one.mean:+.4f}", f"{one.low:+.4f} to {one.high:+.4f}"]
+    return found
+
+
+def efficiency_section(results: Path) -> list[str]:
+    """Quality against seconds a query: what efficiency.py wrote."""
+    file = results / "efficiency.json"
+    if not file.exists():
+        return []
+    told = json.loads(file.read_text())
+    rows = [["system", MAIN, "milliseconds a query", "times the dense retriever's"]]
+    dense = next(row["seconds"] for row in told["rows"] if row["system"] == "dense")
+    rows += [
+        [row["system"], short(row[MAIN]), f"{1000 * row['seconds']:.2f}", f"{row['seconds'] / dense:.1f}"]
+        for row in told["rows"]
+    ]
+    return [
+        heading("What a query costs"),
+        f"ANCE's paper calls dense retrieval almost 100 times faster than BM25 with BERT re-ranking. {told['queries']} "
+        f"queries of {told['collection']}, one thread, one query at a time, all systems in turns; "
+        "``python experiments/evidence/efficiency.py``. The dense retriever is the study's static tower, the "
+        "cross-encoder one of the two that are its teacher.", "", rst_table(rows),
+    ]  # fmt: skip
+
+
+def space_section(results: Path) -> list[str]:
+    """Which measures of the embedding space go with nDCG@10: what space.py wrote."""
+    text = []
+    for encoder, words in ENCODERS.items():
+        file = results / f"space-{encoder}-correlations.csv"
+        if file.exists():
+            found = pd.read_csv(file)
+            found = found[~found["measure"].str.contains("@")]  # how well it retrieves is what is to be explained
+            families = [name for name in ("cross-entropies", "pairs", "teacher") if name in found]
+            rows = [["measure", "rank correlation", "95 % interval", *(f"within {name}" for name in families)]]
+            rows += [
+                [row["measure"], f"{row['correlation']:+.2f}", f"{row['low']:+.2f} to {row['high']:+.2f}",
+                 *("" if pd.isna(row[name]) else f"{row[name]:+.2f}" for name in families)]
+                for _, row in found.iterrows()
+            ]  # fmt: skip
+            cells = pd.read_csv(results / f"space-{encoder}.csv")
+            cells = cells[cells["method"] != "untrained"]
+            text += [
+                f"With {words}: {len(cells)} trained encoders, {cells['method'].nunique()} methods and checkpoints, "
+                f"{cells['seed'].nunique()} seeds.", "", rst_table(rows),
+            ]  # fmt: skip
+    if not text:
+        return []
+    return [
+        heading("Does the embedding space explain who wins?"),
+        "Spearman's correlation of a measure with nDCG@10 within each training collection, mean over the collections, "
+        "intervals from resampling methods (``python experiments/evidence/space.py``). The measures are those of "
+        ":doc:`analysis`. The last columns are the same among methods with losses of one family: a measure that goes "
+        "with nDCG@10 over all methods and not within a family tells the families apart, and does not say who wins.",
+        "", *text,
+    ]  # fmt: skip
+
+
+def devices(results: Path, encoder: str) -> str:
+    """What an encoder's cells were trained on."""
+    told = [json.loads(file.read_text())["cells"] for file in files_of(results, encoder, ".json").values()]
+    names = sorted({cell.get("device", "cpu") for cells in told for cell in cells if "seconds" in cell})
+    return " and ".join("one core" if name == "cpu" else f"one {name} (products in TF32)" for name in names)
+
+
+def costs(results: Path, encoder: str) -> list[list[str]]:
+    """What each method took, mean over collections and seeds."""
+    names = ["steps", "texts_for_mining", "mine_seconds", "seconds"]
+    frame = pd.DataFrame(
+        cell for file in files_of(results, encoder, ".json").values()
+        for cell in json.loads(file.read_text())["cells"] if "seconds" in cell
+    )  # fmt: skip
+    if not len(frame):
+        return []
+    by = frame.groupby("method")[names].mean()
+    rows = [["method", "steps", "texts encoded to mine", "seconds to mine", "seconds in all"]]
+    rows += [
+        [NAMES[method], *(f"{by.loc[method, name]:,.0f}" for name in names)] for method in METHODS if method in by.index
+    ]
+    return rows
