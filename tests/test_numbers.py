@@ -119,7 +119,7 @@ SETTINGS = {
     "margin-mse": {".05": "advice"},
     "margin-mse-mnrl-dual": {".05": "default"},
     "mnrl": {".05": "default"},
-    "notes": {".01": "arithmetic"},
+    "notes": {".01": "arithmetic", "ten times": "of the protocol: how much lower one grid is"},
     "scaling": {
         "three times": "constant of pt_dance.engines", "ten times": "definition",
     },

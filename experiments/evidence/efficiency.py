@@ -1,10 +1,13 @@
-"""What a query costs and what it gives: BM25, dense retrieval, dense and cross-encoder re-ranking, in one run.
+r"""What a query costs and what it gives: BM25, dense retrieval, dense and cross-encoder re-ranking, in one run.
 
 ANCE reports that dense retrieval reaches the quality of BM25 and BERT re-ranking "almost 100 times" faster. Here both
 are timed on the same machine, one thread, one query at a time, in turns; each system's figure is the median over its
 queries.
 
-    python experiments/evidence/efficiency.py --data ../shared/data --collection medquad
+    python experiments/evidence/efficiency.py --data ../shared/data --collection scifact --queries 20 \
+        --out experiments/results/evidence/efficiency.json
+
+``experiments/evidence/run.py --pages`` puts the table and the picture into the documentation.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--encoder", default="static")
     parser.add_argument("--method", default="mnrl-ance")
     parser.add_argument("--queries", type=int, default=50, help="reported queries that are timed, drawn once")
-    parser.add_argument("--out", type=Path, help="write the figures to this .json and the picture beside it")
+    parser.add_argument("--out", type=Path, help="write the figures to this .json")
     return parser.parse_args()
 
 
@@ -89,18 +92,21 @@ def measure(found: dict[str, pt.Transformer], topics: pd.DataFrame, qrels: pd.Da
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """nDCG@10 against seconds a query, one line a family of systems."""
+    """nDCG@10 against seconds a query, one line a family of systems, its depths k beside the points."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for family, marker in (("BM25", "s"), ("dense", "D"), (">> dense", "o"), (">> cross-encoder", "^")):
         mine = [r for r in rows if r["system"] == family or (family.startswith(">>") and r["system"].endswith(family))]
-        axes.plot([r["seconds"] for r in mine], [r["nDCG@10"] for r in mine], marker=marker, label=f"BM25 % k {family}"
-                  if family.startswith(">>") else family)  # fmt: skip
-    axes.set(xscale="log", xlabel="seconds a query (median, one thread)", ylabel="nDCG@10", ylim=(0, None))
+        label = f"BM25 % k {family}" if family.startswith(">>") else family
+        axes.plot([r["seconds"] for r in mine], [r["nDCG@10"] for r in mine], marker=marker, label=label)
+        for row in mine if family.startswith(">>") else []:
+            depth = row["system"].split()[2]
+            axes.annotate(depth, (row["seconds"], row["nDCG@10"]), (6, 3), textcoords="offset points", size="small")
+    axes.set(xscale="log", xlabel="seconds a query (median, one thread)", ylabel="nDCG@10", ylim=(0, 1))
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -117,7 +123,6 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         about = {name: str(value) for name, value in vars(args).items() if name not in ("data", "runs", "out")}
         args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-        picture(rows, args.out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from evidence.efficiency import picture
 from evidence.inference import MAIN, ZERO_SHOT
 from evidence.methods import BASELINES, METHODS, ROWS, SAME
 from evidence.protocol import REPORTED, Protocol
-from evidence.results_page import results_page
+from evidence.results_page import PICTURE, results_page
 from evidence.tables import (
     BACKWARDS,
     ENCODERS,
@@ -244,4 +246,6 @@ def write_pages(protocol: Protocol, results: Path, *, committed: bool) -> None:
     made = pages(protocol, results)
     for file, text in made.items():
         file.write_text(text)
+    if (told := results / "efficiency.json").exists():
+        picture(json.loads(told.read_text())["rows"], DOCS / "figures" / PICTURE)
     print(made[DOCS / "results.rst"])
