@@ -21,6 +21,7 @@ import pandas as pd
 import pyterrier as pt
 
 from common import make_encoder, open_corpus, split
+from evidence.tables import unlinked
 from pt_dance import DanceRetriever, Round, analysis, bm25, recipes
 
 TRAINING = dict(batch_size=256, learning_rate=0.03, negatives_per_row=2, temperature=0.03)
@@ -114,7 +115,7 @@ def render(page: str) -> str:
     lines = [".. list-table::", "    :header-rows: 1", "", "    * - Measure"]
     lines += [f"      - {system}" for system in table.index]
     for measure in SHOWN:
-        lines.append(f"    * - {measure}")
+        lines.append(f"    * - {unlinked(measure)}")
         for system in table.index:
             value, low, high = (table.loc[system, f"{measure}{end}"] for end in ("", " low", " high"))
             digits = 1 if abs(value) >= 100 else 3

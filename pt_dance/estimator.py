@@ -100,7 +100,7 @@ class DanceRetriever(pt.Estimator, pt.Artifact):
             recipe: Rounds to train, see :mod:`pt_dance.recipes`; :func:`pt_dance.recipes.dance` where None.
             num_results: Documents retrieved for a query; what is mined and measured while training does not depend on
                 it.
-            measure: ir_measures measure, its name ("nDCG@10"), or a list of them, computed on the validation topics
+            measure: ir_measures measure, its name (``"nDCG@10"``), or a list of them, computed on the validation topics
                 before training and after each round. The first one says which round is best.
             seed: Fixes mining, order of training and dropout: on a CPU two fits with one seed give the same weights.
             patience: Stops when this many rounds in a row were not better than the best; None never stops early.

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import refresh_beside  # noqa: E402
-from evidence.tables import short  # noqa: E402
+from evidence.tables import short, unlinked  # noqa: E402
 
 PAGES = ROOT / "pt_dance" / "pt_docs"
 RESULTS = ROOT / "experiments" / "results"
@@ -291,7 +291,8 @@ def render(page: str, name: str = "benchmarks") -> str:
 def made(part: re.Match, name: str) -> str:
     """Return a measured part of a page with the lines around it."""
     first, last = (f"{part['open']} {words} {part['name']}{part['close']}" for words in ("measured:", "end of"))
-    return f"{first}\n\n{BLOCKS[name][part['name']]()}\n\n{last}"
+    block = BLOCKS[name][part["name"]]()
+    return f"{first}\n\n{unlinked(block) if part['open'] == '..' else block}\n\n{last}"
 
 
 def file_of(name: str) -> Path:

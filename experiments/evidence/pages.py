@@ -29,6 +29,7 @@ from evidence.tables import (
     rst_table,
     scores,
     short,
+    unlinked,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +126,7 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
         "relevant documents among them may hurt any method.",
         "",
     ]
-    return "\n".join(text)
+    return unlinked("\n".join(text))
 
 
 def mean_of(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
@@ -204,7 +205,7 @@ def found_of(page_name: str, protocol: Protocol, results: Path) -> str:
             rows.append([words, claim_of(claim), f"{claim.mean:+.4f}", interval, claim.verdict, own])
     if len(rows) == 1:
         return "The study (:doc:`results`) has no cells of it yet; ``make evidence`` makes them.\n"
-    return f"In the study (:doc:`results`):\n\n{rst_table(rows)}"
+    return unlinked(f"In the study (:doc:`results`):\n\n{rst_table(rows)}")
 
 
 def pages(protocol: Protocol, results: Path) -> dict[Path, str]:

@@ -28,6 +28,7 @@ from evidence.tables import (
     scores,
     short,
     table,
+    unlinked,
     verdicts,
     wide,
     zero_shot,
@@ -101,7 +102,7 @@ def results_page(protocol: Protocol, results: Path) -> str:
             continue
         text += encoder_section(protocol, results, encoder, words)
     text += refresh_section(protocol, results) + efficiency_section(results) + space_section(results)
-    return "\n".join([*text, Path(__file__).with_name("notes.rst").read_text()])
+    return unlinked("\n".join([*text, Path(__file__).with_name("notes.rst").read_text()]))
 
 
 def overview(protocol: Protocol, results: Path) -> list[list[str]]:

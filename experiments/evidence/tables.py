@@ -293,3 +293,8 @@ def rst_table(rows: list[list[str]], title: str = "") -> str:
 def heading(text: str, line: str = "-") -> str:
     """A title of reStructuredText."""
     return f"{text}\n{line * 55}\n"
+
+
+def unlinked(text: str) -> str:
+    """ReStructuredText in which no measure, such as nDCG with a cutoff, is taken for a mail address."""
+    return re.sub(r"(``[^`]*``)|(?<=\w)@(?=\d)", lambda found: found[1] or r"\@", text)

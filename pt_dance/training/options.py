@@ -86,7 +86,7 @@ def check_measures(measure: object) -> list[Measure]:
     """Return the measures as a list.
 
     Args:
-        measure: An ir_measures measure, its name ("nDCG@10"), or a list of them.
+        measure: An ir_measures measure, its name (``"nDCG@10"``), or a list of them.
 
     Raises:
         TypeError: If something else is among them; names it.

@@ -21,7 +21,7 @@ _MOST = 1000
 def measure_index(index: Any, validation: TrainingInput, measures: Sequence, *, engine: Any = None) -> dict[str, float]:
     """Measure an index, and so the encoder that made it, on validation topics, in both directions.
 
-    Backwards ("d→q nDCG@10"), every relevant document is a query for the validation queries, against the reversed
+    Backwards (``"d→q nDCG@10"``), every relevant document is a query for the validation queries, against the reversed
     qrels with their grades: the dual evaluation of DANCE (arXiv 2107.07773). Its release logs the forward value under
     that name; this does not.
 
