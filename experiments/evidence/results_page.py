@@ -88,8 +88,7 @@ def results_page(protocol: Protocol, results: Path) -> str:
         "projection* behind both (ADE-SPL). Rows of ANCE's and DANCE's losses end in the *head* of their releases, "
         "Linear and LayerNorm, and start from a *checkpoint*: a unit of steps on BM25's negatives and one on their "
         "own.", "",
-        heading("What was found"), *Path(__file__).with_name("found.rst").read_text().splitlines(), "",
-        rst_table(overview(protocol, results)),
+        heading("What was found"), words_of(protocol, "found"), rst_table(overview(protocol, results)),
         "\"On other documents\" leaves out the reported queries that ask for a document which a training query asked "
         "for, too: more than half of SciFact's and all of NFCorpus's, whose reported splits are the official ones. A "
         "trained encoder has met these documents, so its figures there say little about new ones. Verdicts follow the "
@@ -102,7 +101,12 @@ def results_page(protocol: Protocol, results: Path) -> str:
             continue
         text += encoder_section(protocol, results, encoder, words)
     text += refresh_section(protocol, results) + efficiency_section(results) + space_section(results)
-    return unlinked("\n".join([*text, Path(__file__).with_name("notes.rst").read_text()]))
+    return unlinked("\n".join([*text, words_of(protocol, "notes")]))
+
+
+def words_of(protocol: Protocol, name: str) -> str:
+    """What people wrote about the study at full size."""
+    return Path(__file__).with_name(f"{name}.rst").read_text() if protocol.name == "full" else ""
 
 
 def overview(protocol: Protocol, results: Path) -> list[list[str]]:
