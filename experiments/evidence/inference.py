@@ -61,6 +61,7 @@ class Cells:
 
     def __init__(self, tables: dict[str, pd.DataFrame]) -> None:
         self._tables = tables
+        self._queries: dict[tuple[str, str], dict[str, pd.DataFrame]] = {}
         self._selected: dict[tuple[str, str, str], dict[str, pd.DataFrame]] = {}
 
     @property
@@ -82,16 +83,23 @@ class Cells:
         return self._selected[key]
 
     def _cut(self, method: str, trained_on: str, measure: str) -> dict[str, pd.DataFrame]:
+        if (trained_on, measure) not in self._queries:
+            self._queries[trained_on, measure] = self._of_queries(trained_on, measure)
+        found = {}
+        for name, part in self._queries[trained_on, measure].items():
+            seeds = {cell: int(cell.rpartition("/")[2]) for cell in part if cell.rpartition("/")[0] == method}
+            mine = part[list(seeds)].rename(columns=seeds)
+            if len(mine := mine if mine.notna().all(axis=None) else mine.dropna(how="all")) and seeds:
+                found[name] = mine
+        return found
+
+    def _of_queries(self, trained_on: str, measure: str) -> dict[str, pd.DataFrame]:
+        """All cells of a training collection by measured collection, with one index for all methods."""
         table = self._tables[trained_on]
-        seeds = {cell: int(cell.rpartition("/")[2]) for cell in table if cell.rpartition("/")[0] == method}
-        own = table["collection"] == trained_on
-        rows = (table["measure"] == (MAIN if measure == ZERO_SHOT else measure)) & (
-            ~own if measure == ZERO_SHOT else own
-        )
-        mine = table.loc[rows, ["collection", "cluster", "qid", *seeds]].rename(columns=seeds)
-        mine = mine.dropna(subset=list(seeds.values()), how="all").set_index(["cluster", "qid"])
-        parts = mine.groupby("collection")
-        return {str(name): part.drop(columns="collection").sort_index() for name, part in parts if seeds}
+        wanted = (table["collection"] == trained_on) != (measure == ZERO_SHOT)
+        wanted &= table["measure"] == (MAIN if measure == ZERO_SHOT else measure)
+        parts = table[wanted].drop(columns="measure").set_index(["cluster", "qid"]).groupby("collection")
+        return {str(name): part.drop(columns="collection").sort_index() for name, part in parts}
 
 
 @lru_cache(maxsize=64)
@@ -118,9 +126,11 @@ def resampled(
         measured_on: the collection of the queries.
     """
     seeds = [s for s in better.columns if s in than.columns]
-    common = better.index.intersection(than.index)
-    values = better.loc[common, seeds].to_numpy(float) - than.loc[common, seeds].to_numpy(float)
-    cluster, names = pd.factorize(common.get_level_values("cluster"))
+    if not better.index.equals(than.index):
+        common = better.index.intersection(than.index)
+        better, than = better.loc[common], than.loc[common]
+    values = better[seeds].to_numpy(float) - than[seeds].to_numpy(float)
+    cluster, names = pd.factorize(better.index.get_level_values("cluster"))
     sums = np.zeros((len(names), len(seeds)), dtype=np.float32)
     np.add.at(sums, cluster, values)
     counts = np.bincount(cluster, minlength=len(names)).astype(np.float32)
