@@ -124,11 +124,11 @@ def test_what_is_there_is_used_if_it_is_the_same(tmp_path, shards):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     other = [*paths[1:], paths[0]]
     with pytest.raises(FileExistsError, match=r"its document number 0, docno 'd0', is another one"):
-        Corpus.build(other, corpus.path, verbose=False)
+        Corpus.build(other, corpus.path, workers=2, verbose=False)
     with pytest.raises(FileExistsError, match=r"it has 4,200 documents and 3,500 were given"):
         Corpus.build(paths[:-1], corpus.path, verbose=False)
     assert Corpus(corpus.path) == corpus
-    replaced = Corpus.build(other, corpus.path, overwrite=True, verbose=False)
+    replaced = Corpus.build(other, corpus.path, workers=2, overwrite=True, verbose=False)
     assert replaced == Corpus(corpus.path) != corpus and replaced.docno([0]).tolist() == ["d700"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus", "shards"]
 

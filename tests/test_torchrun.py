@@ -78,16 +78,19 @@ def launched(job):
 def jobs(given, tmp_path_factory):
     """All that takes two processes, with as few starts of them as it takes: each imports everything.
 
-    A job without a launcher, which would end the others, has one process killed in a step after a checkpoint; then one
-    that goes on from there while the first process refreshes an index, in which the other has its share. The script
+    A job that torchrun started is killed in a step after a checkpoint, and torchrun with it; then one that goes on from
+    there, without a launcher, while the first process refreshes an index, in which the other has its share. The script
     goes on with another fit each time. Then one job is whole, started by torchrun.
     """
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     killed = []
-    for moment in ({"step": 6}, {"round": len(torchrun_fit.RECIPES["killed"])}):
+    for moment in ({"step": 6, "with_launcher": True}, {"round": len(torchrun_fit.RECIPES["killed"])}):
         job = kill_torchrun.told(given, two, ["killed", "again"], dying=1, **moment)
-        (errors, status), (_, of_other) = kill_torchrun.ends(kill_torchrun.start(job), job)
-        assert of_other == -signal.SIGKILL
+        if "with_launcher" in moment:
+            errors, status = launched(job)
+        else:
+            (errors, status), (_, of_other) = kill_torchrun.ends(kill_torchrun.start(job), job)
+            assert of_other == -signal.SIGKILL
         left = {str(file.relative_to(two)) for name in ("killed", "again") for file in two.glob(f"{name}/**/*")}
         with pytest.raises(ValueError) as refused:
             torchrun_fit.fit("killed", two / "killed", given, Corpus(two / "corpus"))
@@ -200,7 +203,7 @@ def test_a_killed_process_ends_the_job_and_the_next_call_gives_the_same_weights(
 
     What follows in the other process says so, too, at once, and a call with another number of processes is refused.
     """
-    assert [killed.status for killed in jobs.killed] == [1, 1]
+    assert [status for _, status, *_ in jobs.killed] == [-signal.SIGKILL, 1]  # torchrun's, and the process's own
     for killed in jobs.killed:
         assert kill_torchrun.last_line(killed.errors).startswith(kill_torchrun.SENTENCE)  # sys.exit's sentence
         for name in ("killed", "again"):

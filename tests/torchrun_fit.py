@@ -112,11 +112,12 @@ def outcome(dance: DanceRetriever) -> dict:
     }
 
 
-def die(step: int | None, round_: int | None) -> None:
+def die(step: int | None, round_: int | None, *, with_launcher: bool) -> None:
     """Be killed in the middle of a step, or while the first process refreshes the index after a round and validates."""
 
     def killed():
-        os.kill(os.getpid(), signal.SIGKILL)
+        for process in [os.getppid()] * with_launcher + [os.getpid()]:
+            os.kill(process, signal.SIGKILL)
 
     training_step, from_first = RoundTrainer.training_step, Processes.from_first
 
@@ -138,7 +139,7 @@ def main(job: dict) -> None:
     rank, given, out = int(os.environ["RANK"]), Path(job["given"]), Path(job["out"])
     corpus = Corpus.build(pd.read_parquet(given / "documents.parquet"), out / "corpus", verbose=False)
     if rank == job.get("dying"):
-        die(job.get("step"), job.get("round"))
+        die(job.get("step"), job.get("round"), with_launcher=job.get("with_launcher", False))
     found = {}
     with small_parts() as did:
         for name in job["fits"]:
