@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -153,9 +152,11 @@ def as_many_seeds(*methods: dict[str, pd.DataFrame]) -> list[dict[str, pd.DataFr
 
 
 def difference(
-    cells: Cells, better: str, than: str, measure: str, *, confidence: float, number: int
+    cells: Cells, better: str, than: str | None, measure: str, *, confidence: float, number: int
 ) -> Difference | None:
     """The difference of two methods, averaged over the training collections that have both; None where none has.
+
+    Where ``than`` is None, it is the one to 0: the mean of a method.
 
     Zero-shot differences are first averaged over the collections that are measured.
     """
@@ -163,7 +164,8 @@ def difference(
     samples, seeds = [], []
     ends = (1 - confidence) / 2, (1 + confidence) / 2
     for trained_on in cells.trained_on:
-        first, second = (cells.select(method, trained_on, measure) for method in (better, than))
+        first = cells.select(better, trained_on, measure)
+        second = {n: 0 * f for n, f in first.items()} if than is None else cells.select(than, trained_on, measure)
         both = [name for name in first if name in second]
         if not both:
             continue
@@ -182,28 +184,6 @@ def difference(
     # Shares of bootstrap samples beyond 0 could not be small enough for Holm's correction over all claims.
     p = float(2 * norm.sf(abs(mean) / error)) if error > 0 else float(mean == 0)
     return Difference(mean, float(low), float(high), error, p, min(seeds), by)
-
-
-def macro_means(cells: Cells, methods: Iterable[str], *, number: int) -> dict[str, tuple[float, float, float]]:
-    """The zero-shot mean of methods and its interval of 95 %: over collections, then over training collections.
-
-    Args:
-        cells: of one encoder.
-        methods: their names; those without cells are left out.
-        number: bootstrap samples.
-    """
-    found = {}
-    for method in methods:
-        by = {name: cells.select(method, name, ZERO_SHOT) for name in cells.trained_on}
-        parts = {
-            name: [resampled(frame, 0 * frame, number, name, other) for other, frame in frames.items()]
-            for name, frames in by.items() if frames
-        }  # fmt: skip
-        if parts:
-            mean = np.mean([np.mean([one for one, _ in part]) for part in parts.values()])
-            sample = np.mean([np.mean([drawn for _, drawn in part], axis=0) for part in parts.values()], axis=0)
-            found[method] = (float(mean), *map(float, np.quantile(sample, [0.025, 0.975])))
-    return found
 
 
 def compared(cells: Cells, rows: pd.DataFrame, *, confidence: float, number: int) -> pd.DataFrame:

@@ -28,6 +28,7 @@ from evidence.tables import (
     own_documents,
     rst_table,
     scores,
+    scores_of,
     short,
     unlinked,
 )
@@ -110,7 +111,8 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
         own = own[own.index.isin([*RECIPES, *BASELINES])]
         rows = [["recipe", "own collection", "other documents", "other collections", "queries by documents", "seeds"]]
         seeds = seeds_of(results, encoder)
-        unseen = mean_of(own_documents(results, encoder))
+        by_seed = scores_of(own_documents(results, encoder))
+        unseen = by_seed.groupby(["method", "trained_on"]).mean().groupby("method").mean()
         for method in own.index:
             name = f":doc:`{RECIPES[method][0]} <{RECIPES[method][1]}>`" if method in RECIPES else NAMES[method]
             values = [short(s[method]) if method in s else "" for s in (own, unseen, away, back)]
@@ -127,14 +129,6 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
         "",
     ]
     return unlinked("\n".join(text))
-
-
-def mean_of(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
-    """The mean of each method over queries and seeds, then over the collections that have any."""
-    cells = pd.concat({name: table[[c for c in table if "/" in c]].mean() for name, table in tables.items()})
-    methods = cells.index.get_level_values(1).str.rpartition("/").get_level_values(0)
-    by = cells.groupby([cells.index.get_level_values(0), methods]).mean().unstack().dropna(how="all").mean()
-    return by.to_dict()
 
 
 def advice(own: pd.Series, away: pd.Series) -> list[str]:

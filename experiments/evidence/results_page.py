@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from evidence.cells import Study
-from evidence.inference import AFTER, MAIN, ZERO_SHOT, Cells, claims, compared, difference, macro_means
+from evidence.inference import AFTER, MAIN, ZERO_SHOT, Cells, claims, compared, difference
 from evidence.methods import BASELINES, METHODS, ROWS
 from evidence.protocol import REPORTED, TRAINING, Protocol
 from evidence.tables import (
@@ -20,7 +20,6 @@ from evidence.tables import (
     cells_of,
     claim_of,
     decided_of,
-    files_of,
     heading,
     load,
     measured,
@@ -28,6 +27,7 @@ from evidence.tables import (
     scores,
     short,
     table,
+    told_of,
     unlinked,
     verdicts,
     wide,
@@ -41,8 +41,8 @@ def sizes(results: Path, encoder: str) -> list[list[str]]:
     """A row a training collection: how many queries of which part, documents, and clusters of reported queries."""
     names = ("train_queries", "tune_queries", "reported_queries", "clusters", "documents")
     rows = [["collection", "reported split", *(name.replace("_", " ") for name in names), "with seen documents"]]
-    for name, file in files_of(results, encoder, ".json").items():
-        told = json.loads(file.read_text())["sizes"]
+    for name, about in told_of(results, encoder).items():
+        told = about["sizes"]
         split = "15 % of train, by cluster" if REPORTED[name] == "cut" else REPORTED[name]
         rows.append([name, split, *(f"{told[key]:,}" for key in names), f"{len(told['seen']):,}"])
     return rows
@@ -51,8 +51,8 @@ def sizes(results: Path, encoder: str) -> list[list[str]]:
 def teachers(results: Path, encoder: str) -> list[str]:
     """The margins of each collection's teacher on queries it did not learn from; nothing where there is none."""
     rows = [["collection", "teacher's margin", "margins above 0", "queries"]]
-    for name, file in files_of(results, encoder, ".json").items():
-        if told := json.loads(file.read_text())["sizes"].get("teacher"):
+    for name, about in told_of(results, encoder).items():
+        if told := about["sizes"].get("teacher"):
             margin = f"{told['margin_mean']:.2f} ± {told['margin_sd']:.2f}"
             rows.append([name, margin, f"{told['margins_above_0']:.0%}", f"{told['queries']:,}"])
     if len(rows) == 1:
@@ -151,7 +151,9 @@ def encoder_section(protocol: Protocol, results: Path, encoder: str, words: str)
         (ZERO_SHOT, "nDCG@10 on all other collections, zero-shot, by training collection"),
     ):
         text += [rst_table(table(found, measure), title)]
-    macro = macro_means(cells_of(encoder, results), ROWS, number=protocol.resamples)
+    cells, number = cells_of(encoder, results), protocol.resamples
+    means = {m: difference(cells, m, None, ZERO_SHOT, confidence=after["confidence"], number=number) for m in ROWS}
+    macro = {method: (one.mean, one.low, one.high) for method, one in means.items() if one}
     text += [
         rst_table(zero_shot(found, macro), "nDCG@10 zero-shot by collection, mean over training collections"),
         "The last column is the mean over the training collections, each without itself, as in README, with an "
@@ -173,8 +175,7 @@ def encoder_section(protocol: Protocol, results: Path, encoder: str, words: str)
         rst_table(by_collection(decided, decided_of(encoder, protocol.resamples, results, only_own=True)),
                   "The same claims by training collection, and on queries for documents that nothing was trained on"),
         "A star stands where the collection's own interval of 95 % leaves 0 out.", "",
-        rst_table(verdicts(compared(cells_of(encoder, results), given, confidence=after["confidence"],
-                                    number=protocol.resamples)),
+        rst_table(verdicts(compared(cells, given, confidence=after["confidence"], number=number)),
                   "Compared after the runs, without a verdict"),
     ]  # fmt: skip
     return text
@@ -183,10 +184,10 @@ def encoder_section(protocol: Protocol, results: Path, encoder: str, words: str)
 def pilot_section(protocol: Protocol, results: Path) -> list[str]:
     """Every method once, with one seed on the first collection and encoder: what the long runs began with."""
     name, encoder = TRAINING[0], next(iter(ENCODERS))
-    file = files_of(results, encoder, ".json").get(name)
-    if file is None or protocol.name != "full":
+    about = told_of(results, encoder).get(name)
+    if about is None or protocol.name != "full":
         return []
-    tuning, found = json.loads(file.read_text())["tuning"], scores(results, encoder)
+    tuning, found = about["tuning"], scores(results, encoder)
     rows = [["method", "setting", "tuning queries", "reported queries"]]
     for method in ROWS:
         if (value := found.get((method, name, name, MAIN, 1))) is not None:
@@ -212,8 +213,7 @@ def pilot_section(protocol: Protocol, results: Path) -> list[str]:
 def missing(protocol: Protocol, results: Path, encoder: str) -> str:
     """How many cells are not there yet, and the command that makes them; nothing where all are."""
     every = [cell for cell in Study(protocol, results, results).cells() if cell.encoder == encoder]
-    told = [json.loads(file.read_text())["cells"] for file in files_of(results, encoder, ".json").values()]
-    there = sum(map(len, told))
+    there = sum(len(about["cells"]) for about in told_of(results, encoder).values())
     if there >= len(every):
         return ""
     return (f"{there} of {len(every)} cells are there; ``python experiments/evidence/run.py --encoders {encoder}`` "
@@ -222,8 +222,7 @@ def missing(protocol: Protocol, results: Path, encoder: str) -> str:
 
 def settings(results: Path, encoder: str) -> list[list[str]]:
     """What tuning chose, a row a method, a column a collection."""
-    files = files_of(results, encoder, ".json")
-    tuned = {name: json.loads(file.read_text())["tuning"] for name, file in files.items()}
+    tuned = {name: about["tuning"] for name, about in told_of(results, encoder).items()}
     rows = [["method", *tuned]]
     for method in METHODS:
         if any(method in found for found in tuned.values()):
@@ -343,8 +342,8 @@ def space_section(results: Path) -> list[str]:
 
 def devices(results: Path, encoder: str) -> str:
     """What an encoder's cells were trained on."""
-    told = [json.loads(file.read_text())["cells"] for file in files_of(results, encoder, ".json").values()]
-    names = sorted({cell.get("device", "cpu") for cells in told for cell in cells if "seconds" in cell})
+    made = (cell for about in told_of(results, encoder).values() for cell in about["cells"])
+    names = sorted({cell.get("device", "cpu") for cell in made if "seconds" in cell})
     return " and ".join("one core" if name == "cpu" else f"one {name} (products in TF32)" for name in names)
 
 
@@ -352,9 +351,8 @@ def costs(results: Path, encoder: str) -> list[list[str]]:
     """What each method took, mean over collections and seeds."""
     names = ["steps", "texts_for_mining", "mine_seconds", "seconds"]
     frame = pd.DataFrame(
-        cell for file in files_of(results, encoder, ".json").values()
-        for cell in json.loads(file.read_text())["cells"] if "seconds" in cell
-    )  # fmt: skip
+        cell for about in told_of(results, encoder).values() for cell in about["cells"] if "seconds" in cell
+    )
     if not len(frame):
         return []
     by = frame.groupby("method")[names].mean()

@@ -125,6 +125,12 @@ def files_of(results: Path, encoder: str, suffix: str) -> dict[str, Path]:
 
 
 @lru_cache
+def told_of(results: Path, encoder: str) -> dict[str, dict]:
+    """What is committed of an encoder's cells beside their values, by training collection, read once."""
+    return {name: json.loads(file.read_text()) for name, file in files_of(results, encoder, ".json").items()}
+
+
+@lru_cache
 def load(results: Path, encoder: str) -> dict[str, pd.DataFrame]:
     """All committed cells of an encoder by training collection, as :func:`wide` makes them, read once."""
     return {
@@ -137,7 +143,7 @@ def own_documents(results: Path, encoder: str) -> dict[str, pd.DataFrame]:
     """nDCG@10 of the reported queries for documents that no training query asked for, of all cells of an encoder."""
     parts = {}
     for name, table in load(results, encoder).items():
-        seen = json.loads((results / f"{name}-{encoder}.json").read_text())["sizes"]["seen"]
+        seen = told_of(results, encoder)[name]["sizes"]["seen"]
         own = (table["collection"] == name) & (table["measure"] == MAIN)
         parts[name] = table[own & ~table["qid"].isin(seen)]
     return parts
@@ -145,10 +151,15 @@ def own_documents(results: Path, encoder: str) -> dict[str, pd.DataFrame]:
 
 @lru_cache
 def scores(results: Path, encoder: str) -> pd.Series:
+    """What :func:`scores_of` gives of all committed cells of an encoder, computed once."""
+    return scores_of(load(results, encoder))
+
+
+def scores_of(tables: dict[str, pd.DataFrame]) -> pd.Series:
     """Mean over the queries of a collection, by method, trained_on, collection, measure and seed."""
     by = {
         name: table.groupby(["collection", "measure"])[[cell for cell in table if "/" in cell]].mean()
-        for name, table in load(results, encoder).items()
+        for name, table in tables.items()
     }
     found = pd.concat(by, names=["trained_on"]).rename_axis(columns="cell").stack().dropna()
     cells = found.index.to_frame(index=False)
