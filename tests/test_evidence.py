@@ -140,7 +140,7 @@ def test_the_study_goes_on_without_a_teacher_that_knows_nothing(tmp_path, monkey
     methods = ["mnrl", "margin-mse", "distill-kl"]
     work(SimpleNamespace(data=tmp_path, runs=tmp_path, methods=methods, minutes=None), SMALL)
     made = {file.stem for file in tmp_path.rglob("*.parquet")}
-    assert made == {"mnrl-1", "mnrl-2", "distill-kl-1", "distill-kl-2"}
+    assert made == {"mnrl-1", "mnrl-2", "mnrl-3", "distill-kl-1", "distill-kl-2", "distill-kl-3"}
     assert capsys.readouterr().out.count("it knows nothing") == 1
 
 
