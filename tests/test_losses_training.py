@@ -212,6 +212,40 @@ def test_cached_gradients_of_a_batch_of_1024(transformer_path, name, dropout):
     assert max((gradients[n] - expected[n]).abs().max() for n in expected) <= 1e-9 * largest
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_texts_of_like_length_share_a_forward_pass(transformer_path, monkeypatch, side):
+    """Embeddings and gradients are those of one padded pass; each pass has what fits, and to the right no padding."""
+    monkeypatch.setattr("pt_dance.losses.base.TOKENS_AT_ONCE", 32)
+    rng = np.random.default_rng(0)
+    lengths = rng.permuted(np.tile(np.r_[1:13, 28], (3, 1)), axis=1)
+    texts = [[" ".join(rng.choice(WORDS, length)) for length in column] for column in lengths]
+    found = []
+    for loss_embeds in (False, True):
+        model = transformer(transformer_path).double().eval()
+        model.tokenizer.padding_side = side
+        passes = []
+        model[0].register_forward_pre_hook(lambda _, inputs, passes=passes: passes.append(inputs[0]["attention_mask"]))
+        columns = [model.preprocess(column) for column in texts]
+        assert "token_type_ids" in columns[0]
+        if loss_embeds:
+            embeddings = losses.ContrastiveLoss(model)._embed(columns)
+        else:
+            embeddings = [model(column)["sentence_embedding"] for column in columns]
+        together = torch.stack(embeddings)
+        weights = torch.linspace(-1, 1, together.numel(), dtype=together.dtype).reshape(together.shape)
+        (together * weights).sum().backward()
+        found.append((together.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-12, atol=1e-12)
+    for expected, gradient in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
+    # queries by themselves, then documents; [CLS] and [SEP] besides the words
+    assert sum(len(mask) for mask in passes) == 39
+    assert all(mask.numel() <= 32 or len(mask) == 1 for mask in passes)
+    if side == "right":
+        assert all(mask[:, -1].any() for mask in passes)
+        assert sum(mask.numel() for mask in passes) < 0.4 * 39 * 30
+
+
 def peak_of_saved_activations(loss, batch, numbers) -> int:
     """The most bytes that autograd keeps for the backward pass at any one time, weights aside."""
     weights = {parameter.data_ptr() for parameter in loss.parameters()}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.base.losses.merged_forward import embed_columns, merge_feature_batches
 from sentence_transformers.sentence_transformer.modules import Router, StaticEmbedding
 from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ from pt_dance.losses.rows import TrainingRows
 from pt_dance.storage.options import choice, number, whole
 
 SIMILARITIES = ("cosine", "dot")
+#: Tokens that a CPU embeds in one forward pass.
+TOKENS_AT_ONCE = 1024
+#: A batch of texts as tensors: padded ones, and what holds of all texts.
+_PADDED = {"input_ids", "attention_mask", "token_type_ids"}
+_TEXT = {*_PADDED, "prompt_length"}
 
 
 class RetrievalLoss(CachedLossMixin, nn.Module):
@@ -221,8 +226,7 @@ class RetrievalLoss(CachedLossMixin, nn.Module):
                 embedded = _embed_bags(self.model, queries) + _embed_bags(self.model, documents)
             queries, documents = embedded[: len(queries)], embedded[len(queries) :]
         else:
-            queries = embed_columns(self.model, queries, separate_first=False)
-            documents = embed_columns(self.model, documents, separate_first=False)
+            queries, documents = _embed_texts(self.model, queries), _embed_texts(self.model, documents)
         return [queries[0], *documents, *queries[1:]]
 
     def _row_numbers(self, labels: Tensor | None) -> np.ndarray:
@@ -312,6 +316,32 @@ def _embed_bags(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor]
         "offsets": torch.cat([column["offsets"] + int(start) for column, start in zip(columns, starts, strict=False)]),
     }
     return list(model(merged)["sentence_embedding"].split([len(column["offsets"]) for column in columns]))
+
+
+def _embed_texts(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor]:
+    """Embed columns of padded texts: in one forward pass, or on a CPU in one of each group of texts of like length.
+
+    A CPU computes what is padding like everything else; a GPU would rather have one large pass than several small ones.
+    """
+    merged = merge_feature_batches(columns)
+    if merged is None or not _TEXT.issuperset(name for name, value in merged.items() if isinstance(value, Tensor)):
+        return embed_columns(model, columns, separate_first=False)
+    mask = merged["attention_mask"]
+    if mask.device.type != "cpu":
+        return embed_columns(model, columns, separate_first=False)
+    # What is to the right of a text's last token can be left out; padding on the left moves positions, and stays.
+    widths = mask.shape[1] - mask.flip(1).argmax(1)
+    order = widths.argsort(descending=True, stable=True)
+    parts, first = [], 0
+    while first < len(order):
+        width = int(widths[order[first]])
+        rows = order[first : first + max(1, TOKENS_AT_ONCE // width)]
+        parts.append(
+            model({key: value[rows, :width] if key in _PADDED else value for key, value in merged.items()})
+        )
+        first += len(rows)
+    embeddings = torch.cat([part["sentence_embedding"] for part in parts])[order.argsort()]
+    return list(embeddings.split([len(column["attention_mask"]) for column in columns]))
 
 
 def _full_precision(embeddings: Tensor) -> Tensor:
