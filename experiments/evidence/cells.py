@@ -161,7 +161,10 @@ class Study:
                 return DualEncoder.load(folder / "encoder"), json.loads((folder / "about.json").read_text())
             teacher = self.teacher(collection, encoder) if method.teacher else None
             recipe = method.rounds(setting, unit, collection, teacher)
-            recipe = [replace(one, batch_size=collection.budget.batch_size) for one in recipe]
+            arguments = {"bf16": True} if seed in collection.budget.bfloat16 else {}
+            recipe = [
+                replace(one, batch_size=collection.budget.batch_size, training_arguments=arguments) for one in recipe
+            ]
             return _fit(start, collection, recipe, seed, folder, before)
 
     # --- tuning -------------------------------------------------------------------------------------------------------
@@ -264,6 +267,7 @@ def _fit(
     }
     about = {name: value + before.get(name, 0) for name, value in about.items()}
     about["last_loss"] = float(trained["training_loss"].iloc[-1])
+    about["precision"] = "bfloat16" if recipe[0].training_arguments.get("bf16") else "float32"
     about["device"] = torch.cuda.get_device_name() if start.device.type == "cuda" else start.device.type
     folder.mkdir(parents=True, exist_ok=True)
     encoder = dance.encoder
