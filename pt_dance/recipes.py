@@ -176,16 +176,17 @@ def mnrl(
 
 
 def ance(
-    rounds: int = 3, *, published: bool = False, loss: str = "pairwise", warm_up: int = 1, epochs: int = 1,
+    rounds: int = 3, *, published: bool = False, loss: str = "contrastive", warm_up: int = 1, epochs: int = 1,
     temperature: float | None = None, **options,
 ) -> list[Round]:  # fmt: skip
     """ANCE (Xiong et al., ICLR 2021, arXiv 2007.00808): warm-up on first-stage negatives, then the model's own.
 
-    From the paper: pairs of a positive and a negative in a 2-way negative log-likelihood, without in-batch negatives;
-    the top 200 of the current model, refreshed again and again; one optimiser over all of it. Where the release keeps
-    one positive of a query and may mine its others as negatives, here all positives are removed. Ours, so that it
-    works with any encoder: its own similarity at the temperature that follows from it (dot products that nothing
-    keeps alike in length ruin a static tower), and in-batch negatives in the warm-up.
+    From the paper: the top 200 of the current model, refreshed again and again; one optimiser over all of it. Where the
+    release keeps one positive of a query and may mine its others as negatives, here all positives are removed. Ours, so
+    that it works with any encoder: its own similarity at the temperature that follows from it (dot products that
+    nothing keeps alike in length ruin a static tower), and cross-entropy with in-batch negatives where the paper has
+    pairs of a positive and a negative: a small collection's pairs are soon in order, and training on them then
+    forgets what the warm-up learned.
 
     ``published=True`` is the release's setting for MS MARCO passages: dot products at temperature 1, in the warm-up,
     too; LAMB, 1e-6 with 5,000 steps of warm-up, 64 rows; 20 of the top 200 uniformly for a fifth of the queries;
@@ -198,7 +199,7 @@ def ance(
     Args:
         rounds: Refreshes of the index, each followed by training on the negatives it gives.
         published: The release's settings instead of those that follow from the encoder.
-        loss: "pairwise" as published; "contrastive" adds in-batch negatives.
+        loss: "contrastive", or "pairwise" as published, in all rounds but the warm-up.
         warm_up: Epochs of warm-up on the first stage's negatives (in-batch negatives alone where plain topics are
             given to ``fit``); 0 starts with the model's own negatives.
         epochs: Passes over the training pairs in each round, where it has no ``steps``.

@@ -231,7 +231,7 @@ def test_a_round_may_start_from_the_best_one_so_far(collection, tmp_path):
 
 
 def test_plain_topics_start_with_in_batch_negatives(collection, tmp_path):
-    dance = make(collection, tmp_path / "run", recipe=recipes.ance(1, **FAST))
+    dance = make(collection, tmp_path / "run", recipe=recipes.ance(1, loss="pairwise", **FAST))
     assert dance.fit(collection.train, collection.qrels) is dance
     assert dance.history["loss"].tolist()[1:] == ["contrastive", "pairwise"]
     assert dance.history["negatives_per_query"].tolist()[1] == 0

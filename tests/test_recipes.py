@@ -82,7 +82,7 @@ def teacher(collection):
 
 # what the defaults, which are all trained below, have not
 RECIPES = {
-    "ance": lambda: recipes.ance(1, warm_up=2, loss="contrastive", **FAST),
+    "ance": lambda: recipes.ance(1, warm_up=2, **FAST),
     "samtone both": lambda: recipes.samtone(2, sides="both", **FAST),
 }
 START = dict(warm_up=0, ance_rounds=0)
@@ -115,7 +115,7 @@ def assert_measured(collection, dance, recipe):
 
 
 def test_ance_learns_from_pairs_with_the_similarity_of_the_encoder(collection, tmp_path):
-    dance, _ = collection.fit(tmp_path / "run", recipes.ance(2, warm_up=2), encoder=collection.encoder)
+    dance, _ = collection.fit(tmp_path / "run", recipes.ance(2, loss="pairwise", warm_up=2), encoder=collection.encoder)
     assert dance.history["loss"].tolist()[1:] == ["contrastive", "pairwise", "pairwise"]
     trained = DualEncoder.load(tmp_path / "run" / "rounds" / "03" / "encoder")
     assert trained.similarity == "cosine"
@@ -273,8 +273,9 @@ def test_the_second_stage_of_dance_trains_both_directions_gently(collection, tmp
             for number in (dance.history["nDCG@10"].iloc[:4].idxmax(), 5)
         ]
     np.testing.assert_array_equal(vectors[True][0], vectors[False][0])
-    cosines = (vectors[True][1] * vectors[False][1]).sum(axis=1)
-    assert cosines.mean() < 0.9995  # 1 where the dual loss does nothing
+    # How far the dual loss moves the vectors, in what the stage moves them without it: nothing where it does nothing.
+    before, alone, dual = vectors[False][0], vectors[False][1], vectors[True][1]
+    assert np.linalg.norm(dual - alone, axis=1).mean() > 0.3 * np.linalg.norm(alone - before, axis=1).mean()
 
 
 def test_lamb_is_that_of_the_release(collection, tmp_path):

@@ -38,7 +38,7 @@ DOCS = ROOT / "pt_dance" / "pt_docs"
 # What a user calls for each method that has a recipe, and the page that it has.
 RECIPES = {
     "mnrl": ("recipes.mnrl()", "mnrl"),
-    "mnrl-ance": ('recipes.ance(loss="contrastive")', "ance"),
+    "mnrl-ance": ("recipes.ance()", "ance"),
     "samtone": ("recipes.samtone()", "samtone"),
     "samtone-both": ('recipes.samtone(sides="both")', "samtone"),
     "mnrl-dual": ("recipes.mnrl_dual()", "mnrl-dual"),

@@ -102,6 +102,7 @@ def results_page(protocol: Protocol, results: Path) -> str:
         text += encoder_section(protocol, results, encoder, words)
     text += (
         pilot_section(protocol, results)
+        + rates_section(results)
         + refresh_section(protocol, results)
         + efficiency_section(results)
         + space_section(results)
@@ -138,6 +139,7 @@ def encoder_section(protocol: Protocol, results: Path, encoder: str, words: str)
         f"encoders read the first {protocol.words} words of a document"
         + (f", {budget.max_length} tokens at most" if budget.max_length else "")
         + f", BM25 all. DANCE's dual term acts in {4 * budget.unit:,} of the steps. {seeds(found)}. "
+        + precision(results, encoder)
         + missing(protocol, results, encoder),
         "", rst_table(sizes(results, encoder)),
         "Clusters are diseases and drugs (MedQuAD), claims that share a cited document (SciFact), fifty questions in a "
@@ -208,6 +210,41 @@ def pilot_section(protocol: Protocol, results: Path) -> list[str]:
         "on.", "",
         rst_table(rows),
     ]  # fmt: skip
+
+
+def rates_section(results: Path) -> list[str]:
+    """DANCE's 2x2 with each learning rate: what rates.py wrote."""
+    if not (file := results / "rates.csv").exists():
+        return []
+    found = pd.read_csv(file)
+    tuned, reported = (f"{MAIN}, {part}" for part in ("tune", "reported"))
+    before, trained = found[found["seed"].isna()].iloc[0], found[found["seed"].notna()]
+    means = trained.groupby(["method", "learning_rate"])[[tuned, reported]].mean()
+    rates = sorted(trained["learning_rate"].unique())
+    rows = [["method", *(f"{rate:g}" for rate in rates)]]
+    for method in trained["method"].unique():
+        pairs = (means.loc[(method, rate)] for rate in rates)
+        rows.append([NAMES[method], *(f"{short(pair[reported])} ({short(pair[tuned])})" for pair in pairs)])
+    return [
+        heading("DANCE's 2x2 at every rate"),
+        f"{before['collection']} with {ENCODERS[before['encoder']]}, by learning rate: nDCG@10 of the reported queries "
+        f"after all steps, and of the tuning queries in brackets, mean over {trained['seed'].nunique()} seeds. "
+        f"Untrained, without the head: {short(before[reported])} ({short(before[tuned])}). "
+        "``python experiments/evidence/rates.py``; what it says of the tables is below, "
+        "\"A rate that is ahead early\".",
+        "", rst_table(rows),
+    ]  # fmt: skip
+
+
+def precision(results: Path, encoder: str) -> str:
+    """Which seeds were trained in bfloat16."""
+    made = (cell for about in told_of(results, encoder).values() for cell in about["cells"])
+    halves = sorted({cell["seed"] for cell in made if cell.get("precision") == "bfloat16"})
+    if not halves:
+        return ""
+    return (
+        f"Seed {', '.join(map(str, halves))} of all methods is trained in bfloat16 (autocast), the others in float32. "
+    )
 
 
 def missing(protocol: Protocol, results: Path, encoder: str) -> str:

@@ -336,9 +336,7 @@ def _embed_texts(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor
     while first < len(order):
         width = int(widths[order[first]])
         rows = order[first : first + max(1, TOKENS_AT_ONCE // width)]
-        parts.append(
-            model({key: value[rows, :width] if key in _PADDED else value for key, value in merged.items()})
-        )
+        parts.append(model({key: value[rows, :width] if key in _PADDED else value for key, value in merged.items()}))
         first += len(rows)
     embeddings = torch.cat([part["sentence_embedding"] for part in parts])[order.argsort()]
     return list(embeddings.split([len(column["attention_mask"]) for column in columns]))
