@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from measuring import Child, Usage, answers, finish, machine, memory, open_dataset
 
@@ -199,13 +200,13 @@ def train_ours(training: Training) -> Turn:
 
     read: list[int] = []
     examples = training.examples
-    of_rows = examples.dataset.format["format_kwargs"]["transform"]
+    of_rows = examples.dataset.read
 
-    def reading(batch: dict) -> dict:
-        read.extend(batch["label"])
-        return of_rows(batch)
+    def reading(labels: np.ndarray) -> dict:
+        read.extend(labels.tolist())
+        return of_rows(labels)
 
-    examples.dataset.set_transform(reading)
+    examples.dataset.read = reading
     clock = Clock()
     transformers.trainer.DEFAULT_CALLBACKS.append(clock)
     try:
@@ -214,7 +215,7 @@ def train_ours(training: Training) -> Turn:
             turn.loss = train(training.encoder, examples, training.round, training.span, folder)
     finally:
         transformers.trainer.DEFAULT_CALLBACKS.remove(clock)
-        examples.dataset.set_transform(of_rows)
+        examples.dataset.read = of_rows
     expected = [row for batch in training.batches for row in batch]
     if read[-len(expected) :] != expected:
         raise RuntimeError("the two loops were not given the same batches")

@@ -19,8 +19,8 @@ from pt_dance.losses.rows import TrainingRows
 from pt_dance.storage.options import choice, number, whole
 
 SIMILARITIES = ("cosine", "dot")
-#: Tokens that a CPU embeds in one forward pass.
-TOKENS_AT_ONCE = 1024
+#: Tokens that a CPU embeds in one forward pass; the same on all of them, as dropout falls otherwise where groups differ.
+TOKENS_AT_ONCE = 2048
 #: A batch of texts as tensors: padded ones, and what holds of all texts.
 _PADDED = {"input_ids", "attention_mask", "token_type_ids"}
 _TEXT = {*_PADDED, "prompt_length"}
