@@ -36,7 +36,7 @@ class Run:
         self.corpus = Corpus.build(small, folder / "corpus", verbose=False)
         self.encoder = DualEncoder.static(small.documents["text"], dim=16, vocab_size=1000, seed=1)
         # each round with an optimiser of its own: the second one is trained again from what is left of the first
-        self.recipe = recipes.ance(1, loss="contrastive", carry_optimizer=False, **FAST)
+        self.recipe = recipes.ance(1, carry_optimizer=False, **FAST)
         self.first_stage = DanceRetriever(self.encoder, self.corpus, folder / "first", verbose=False)(topics)
         self.whole, self.interrupted = folder / "whole", folder / "interrupted"
         self.fit(self.whole)

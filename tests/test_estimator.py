@@ -52,7 +52,7 @@ def collection(tmp_path_factory):
 def fitted(collection, tmp_path_factory):
     """A retriever after ANCE's warm-up and two rounds behind BM25."""
     path = tmp_path_factory.mktemp("runs") / "ance"
-    dance = make(collection, path, recipe=recipes.ance(2, loss="contrastive", **FAST), measure=[nDCG @ 10, RR @ 10])
+    dance = make(collection, path, recipe=recipes.ance(2, **FAST), measure=[nDCG @ 10, RR @ 10])
     before = dance.retriever(round=0)
     fit(collection, dance)
     return dance, before
@@ -198,7 +198,7 @@ def test_a_finished_fit_is_not_repeated_and_other_settings_are_refused(collectio
 
 def test_early_stopping_keeps_the_best_round(collection, tmp_path):
     # a learning rate that wrecks the encoder from the second round on
-    recipe = recipes.ance(3, loss="contrastive", **FAST)
+    recipe = recipes.ance(3, **FAST)
     recipe[1:] = [Round(negatives=recipes.current_model, learning_rate=50.0, batch_size=32, name="wreck")] * 3
     dance = make(collection, tmp_path / "run", recipe=recipe, patience=1)
     fit(collection, dance)

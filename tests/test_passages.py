@@ -492,7 +492,7 @@ def test_a_fit_over_passages_learns_and_is_loaded_again(small, tmp_path, recipe)
     topics, qrels = collection.topics, collection.qrels
     fast = dict(batch_size=32, learning_rate=0.02)
     rounds = {
-        "ance": recipes.ance(rounds=1, warm_up=2, loss="contrastive", **fast),
+        "ance": recipes.ance(rounds=1, warm_up=2, **fast),
         "dance": recipes.dance(rounds=1, warm_up=2, ance_rounds=0, temperature=0.05, **fast),
     }[recipe]
     dance = DanceRetriever(encoder, passages, tmp_path / "run", recipe=rounds, measure=[nDCG @ 10], verbose=False)

@@ -82,7 +82,7 @@ def teacher(collection):
 
 # what the defaults, which are all trained below, have not
 RECIPES = {
-    "ance": lambda: recipes.ance(1, warm_up=2, **FAST),
+    "ance pairs": lambda: recipes.ance(1, warm_up=2, loss="pairwise", **GENTLE),
     "samtone both": lambda: recipes.samtone(2, sides="both", **FAST),
 }
 START = dict(warm_up=0, ance_rounds=0)
@@ -374,7 +374,7 @@ def test_a_teacher_scores_each_pair_once_over_two_rounds(collection, teacher, tm
 
 
 def test_a_share_of_the_queries_takes_turns(collection, tmp_path):
-    recipe = recipes.ance(4, warm_up=0, loss="contrastive", share_of_queries=0.25, **FAST)
+    recipe = recipes.ance(4, warm_up=0, share_of_queries=0.25, **FAST)
     dance, _ = collection.fit(tmp_path / "run", recipe)
     mined = [set(RunFolder(dance.path).read_frame(n, "negatives")[0]["qid"]) for n in range(1, 5)]
     # but for a query whose candidates all answer it
@@ -384,7 +384,7 @@ def test_a_share_of_the_queries_takes_turns(collection, tmp_path):
 
 
 def test_old_indexes_are_dropped_and_made_again_on_demand(collection, tmp_path):
-    dance, _ = collection.fit(tmp_path / "run", recipes.ance(3, warm_up=0, loss="contrastive", **FAST), keep="best")
+    dance, _ = collection.fit(tmp_path / "run", recipes.ance(3, warm_up=0, **FAST), keep="best")
     indexes = list((tmp_path / "run" / "rounds").glob("*/index"))
     assert len(indexes) <= 2
     assert len((dance.retriever(round=1) % 5)(collection.dev.head(3))) == 15

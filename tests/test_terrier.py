@@ -91,7 +91,7 @@ def check(first_stage, before, dance, collection):
 
 
 def test_fit_retrieve_and_rescore_docstrings(engine, small, tmp_path):
-    recipe = recipes.ance(1, loss="contrastive", **FAST)
+    recipe = recipes.ance(1, **FAST)
     first_stage, before, dance = fit_behind(engine, small, tmp_path, recipe, dim=64, vocab_size=2000)
     candidates = check(first_stage, before, dance, small)
     assert ("docid" in candidates.columns) == (engine == "terrier")
@@ -101,7 +101,7 @@ def test_fit_retrieve_and_rescore_docstrings(engine, small, tmp_path):
 
 
 def test_fit_retrieve_and_rescore_vaswani(engine, vaswani, tmp_path):
-    recipe = recipes.ance(0, loss="contrastive", **FAST)
+    recipe = recipes.ance(0, **FAST)
     first_stage, before, dance = fit_behind(engine, vaswani, tmp_path, recipe, dim=64, vocab_size=8000)
     check(first_stage, before, dance, vaswani)
 

@@ -197,7 +197,7 @@ def quickstart_table(name: str) -> str:
         cells = (f"**{short(row[m])}**" if row[m] == best[m] else short(row[m]) for m in measures)
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + (
-        "\n\n(`make quickstart`, with rates of its own: "
+        "\n\n(`make quickstart`, with settings of its own: "
         f"`{found['dataset']}`, {found['documents']:,} docstrings, a static tower trained from\nnothing on "
         f"{found['training queries']:,} queries, {found['test queries']:,} test queries, seed {found['seed']}. RRF is "
         "reciprocal rank fusion. For real collections see [Results](#results).)"

@@ -266,8 +266,11 @@ def _fit(
         "texts_for_mining": mined,
     }
     about = {name: value + before.get(name, 0) for name, value in about.items()}
+    precision = "bfloat16" if recipe[0].training_arguments.get("bf16") else "float32"
+    if before.get("precision", precision) != precision:
+        raise ValueError(f"{folder} goes on from a checkpoint that was trained in {before['precision']}; remove that")
     about["last_loss"] = float(trained["training_loss"].iloc[-1])
-    about["precision"] = "bfloat16" if recipe[0].training_arguments.get("bf16") else "float32"
+    about["precision"] = precision
     about["device"] = torch.cuda.get_device_name() if start.device.type == "cuda" else start.device.type
     folder.mkdir(parents=True, exist_ok=True)
     encoder = dance.encoder

@@ -108,7 +108,7 @@ SMALL = Protocol(
     name="small",
     training=("scifact",),
     encoders=("static",),
-    budgets={"static": Budget(5, 16, 200, 64, (1, 2, 3), (0.003, 0.01), (0.001, 0.003))},
+    budgets={"static": Budget(5, 16, 200, 64, (1, 2, 3), (0.003, 0.01), (0.001, 0.003), bfloat16=(3,))},
     temperatures=(0.05,),
     weights=(0.1,),
     halving=(0.25, 0.5),

@@ -19,11 +19,11 @@ from pt_dance.losses.rows import TrainingRows
 from pt_dance.storage.options import choice, number, whole
 
 SIMILARITIES = ("cosine", "dot")
-#: Tokens that a CPU embeds in one forward pass; the same on all of them, as dropout falls otherwise where groups differ.
+#: Tokens of one forward pass on a CPU. Fixed, not measured: other groups would draw other dropout, and a fit must
+#: repeat to the bit.
 TOKENS_AT_ONCE = 2048
-#: A batch of texts as tensors: padded ones, and what holds of all texts.
+#: What a tokeniser gives a number of for each token of a padded text.
 _PADDED = {"input_ids", "attention_mask", "token_type_ids"}
-_TEXT = {*_PADDED, "prompt_length"}
 
 
 class RetrievalLoss(CachedLossMixin, nn.Module):
@@ -319,27 +319,42 @@ def _embed_bags(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor]
 
 
 def _embed_texts(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor]:
-    """Embed columns of padded texts: in one forward pass, or on a CPU in one of each group of texts of like length.
+    """Embed columns of padded texts: in one forward pass, or on a CPU in one for each group of texts of like length.
 
     A CPU computes what is padding like everything else; a GPU would rather have one large pass than several small ones.
+    Only padding on the right can be left out, since what is on the left moves positions.
     """
-    merged = merge_feature_batches(columns)
-    if merged is None or not _TEXT.issuperset(name for name, value in merged.items() if isinstance(value, Tensor)):
+    merged = merge_feature_batches(columns) if _are_texts_on_a_cpu(columns) else None
+    if merged is None:
         return embed_columns(model, columns, separate_first=False)
     mask = merged["attention_mask"]
-    if mask.device.type != "cpu":
-        return embed_columns(model, columns, separate_first=False)
-    # What is to the right of a text's last token can be left out; padding on the left moves positions, and stays.
-    widths = mask.shape[1] - mask.flip(1).argmax(1)
+    widths = mask.shape[1] - mask.flip(1).int().argmax(1)  # of a text with its last token
     order = widths.argsort(descending=True, stable=True)
+    # of one length, or padded on the left: there is nothing to leave out
+    in_one = int(widths.min()) == mask.shape[1]
     parts, first = [], 0
     while first < len(order):
         width = int(widths[order[first]])
-        rows = order[first : first + max(1, TOKENS_AT_ONCE // width)]
+        size = len(order) if in_one else max(1, TOKENS_AT_ONCE // width)
+        rows = order[first : first + size]
         parts.append(model({key: value[rows, :width] if key in _PADDED else value for key, value in merged.items()}))
-        first += len(rows)
+        first += size
     embeddings = torch.cat([part["sentence_embedding"] for part in parts])[order.argsort()]
     return list(embeddings.split([len(column["attention_mask"]) for column in columns]))
+
+
+def _are_texts_on_a_cpu(columns: list[dict[str, Any]]) -> bool:
+    """Return whether columns hold padded texts and what is the same for all of them, and nothing else."""
+    for column in columns:
+        mask = column.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.device.type != "cpu":
+            return False
+        for name, value in column.items():
+            of_all = name == "prompt_length" or value is None or isinstance(value, (str, int, float))
+            is_padded = name in _PADDED and isinstance(value, Tensor) and value.shape == mask.shape
+            if not (of_all or is_padded):
+                return False
+    return True
 
 
 def _full_precision(embeddings: Tensor) -> Tensor:

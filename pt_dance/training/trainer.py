@@ -327,7 +327,8 @@ def training_arguments(encoder, examples: Examples, round_, span: Span, folder: 
         # several processes: no weight is left without a gradient, see freeze_unused, but where each part of a batch has
         # a backward pass of its own (gradient caching), which may be of one tower only
         ddp_find_unused_parameters=round_.loss_options.get("mini_batch_size") is not None,
-        ddp_broadcast_buffers=False,  # nothing here changes them
+        # nothing here changes them, and processes make different numbers of forward passes, which would not pair up
+        ddp_broadcast_buffers=False,
         dataloader_pin_memory=encoder.device.type == "cuda",
         prompts={column: prompt for column, prompt in prompts.items() if prompt} or None,
         router_mapping=columns if encoder.has_two_towers else {},
