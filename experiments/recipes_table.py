@@ -4,8 +4,9 @@ A cell is a collection, an encoder, a recipe and a seed. Its row says what the e
 after the last round and after the best round, each on queries that nothing was trained or chosen on, with the paired
 t-test of last against untrained. Collections are samples, always the same ones, so that a cell takes seconds with a
 static tower and about a minute with a transformer. Cells that the CSV file has are not computed again.
-``--held-out`` is for choosing defaults: it trains on two thirds of the training queries and measures on the others, so
-that no query of the table is looked at.
+Beside the defaults it has ANCE's published pairs, ``recipes.ance(loss="pairwise")``. ``--held-out`` is for choosing
+defaults: it trains on two thirds of the training queries and measures on the others, so that no query of the table is
+looked at.
 
     python experiments/recipes_table.py --out runs/recipes --results experiments/results/recipes
     python experiments/recipes_table.py --encoders static --collections medquad --recipes ance dance --seeds 1
@@ -32,7 +33,7 @@ from scipy.stats import ttest_rel
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from common import default_recipes, minilm_path
-from pt_dance import Corpus, DanceRetriever, DualEncoder, bm25
+from pt_dance import Corpus, DanceRetriever, DualEncoder, bm25, recipes
 
 MEASURE = nDCG @ 10
 WORDS = 60
@@ -63,7 +64,8 @@ COLLECTIONS = {
     "pydocs": ("train", "dev"),
 }
 
-RECIPES = list(default_recipes(pt.Transformer.identity()))
+PAIRS = "ance, pairs"
+RECIPES = [*default_recipes(pt.Transformer.identity()), PAIRS]
 
 
 class Teacher(pt.Transformer):
@@ -256,7 +258,7 @@ def main() -> None:
                     sample, encoder = sample_of(collection, size), encoder_of(collection, size, name, seed)
                     learns_from_one = "margin" in recipe or "distill" in recipe  # MiniLM takes minutes to be a teacher
                     teacher = sample.teacher if learns_from_one else pt.Transformer.identity()
-                    rounds = default_recipes(teacher)[recipe]
+                    rounds = {**default_recipes(teacher), PAIRS: recipes.ance(loss="pairwise")}[recipe]
                     row = cell(sample, encoder, rounds, args.out / f"run-{os.getpid()}", seed)
                     rows.append(dict(collection=collection, encoder=name, recipe=recipe, seed=seed) | row)
                     write(rows, results)

@@ -185,8 +185,7 @@ def ance(
     release keeps one positive of a query and may mine its others as negatives, here all positives are removed. Ours, so
     that it works with any encoder: its own similarity at the temperature that follows from it (dot products that
     nothing keeps alike in length ruin a static tower), and cross-entropy with in-batch negatives where the paper has
-    pairs of a positive and a negative: a small collection's pairs are soon in order, and training on them then
-    forgets what the warm-up learned.
+    pairs of a positive and a negative: those of a small collection are soon in order, and leave little to learn.
 
     ``published=True`` is the release's setting for MS MARCO passages: dot products at temperature 1, in the warm-up,
     too; LAMB, 1e-6 with 5,000 steps of warm-up, 64 rows; 20 of the top 200 uniformly for a fifth of the queries;
