@@ -60,6 +60,12 @@ def facts() -> dict[str, list[str]]:
     ance = cells.pivot_table(index=["collection", "encoder"], columns="recipe", values="last")
     ahead = ance["ance"] - ance["ance, pairs"]
     better = f"{(ahead > 0).sum()} of {len(ahead)} samples"
+    rates = pd.read_csv(RESULTS / "evidence" / "rates.csv")
+    ends = rates.pivot_table(index="learning_rate", columns="method", values="nDCG@10, reported")
+    low, middle = ends.iloc[0], ends.iloc[1]
+    before, apart = rates["nDCG@10, reported"][0], ends["dance-norm"] - ends["dance-none"]
+    assert sorted(low > before) == [False, True, True, True] and (apart > 0).all() and middle.max() < before
+    assert (ends["dance-dual"] < ends["dance-none"]).all() and (ends["dance-norm-dual"] < ends["dance-norm"]).all()
     heads = pd.read_csv(RESULTS / "layernorm-head.csv").set_index(["encoder", "normalize", "dual"])["last"]
     start = pd.read_csv(RESULTS / "layernorm-head.csv").groupby("encoder")["untrained"].first()
     return {
@@ -90,6 +96,9 @@ def facts() -> dict[str, list[str]]:
             f"{short(below['untrained'].min())} or more: at most {short(-change.min())} below",
             f"(paired t-test, p above {short(below['p'].min() - 0.005, 2)})",
             f"ends above the published pairs on {better}, and at most {short(-ahead.min())} below",
+            f"{short(low['dance-none'])} without both, {short(low['dance-norm'])} with normalisation, "
+            f"{short(low['dance-norm-dual'])} with both; the dual loss alone has {short(low['dance-dual'])}.",
+            f"by {short(apart.iloc[0])} at the lowest and by {short(apart.iloc[1])} at the middle one",
             f"(untrained {short(start['static'])}) has {short(heads['static', False, False])} by dot products without "
             f"and with the dual loss, and {short(heads['static', True, False])} by cosines without and with it; "
             f"all-MiniLM (untrained {short(start['minilm'])}) has {short(heads['minilm', True, True])} in all four",
