@@ -78,16 +78,22 @@ class Teacher(pt.Transformer):
 
     def __init__(self, corpus: Corpus, queries: list[str], path: Path):
         documents = list(corpus.get_corpus_iter(verbose=False))
-        texts = [document["text"] for document in documents]
-        if not path.exists():
-            encoder = DualEncoder(minilm_path(), max_length=64)
-            np.savez(path, documents=encoder.encode_docs(texts), queries=encoder.encode_queries(queries))
-        vectors = np.load(path)
-        tfidf = TfidfVectorizer(sublinear_tf=True).fit(texts)
+        self.texts, self.path = [document["text"] for document in documents], path
         self.queries = {query: number for number, query in enumerate(queries)}
         self.documents = {document["docno"]: number for number, document in enumerate(documents)}
-        self.scores = vectors["queries"] @ vectors["documents"].T
-        self.scores += (tfidf.transform(queries) @ tfidf.transform(texts).T).toarray()
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """Of every query and document, made when they are first asked for: encoding takes minutes."""
+        queries = list(self.queries)
+        if not self.path.exists():
+            encoder = DualEncoder(minilm_path(), max_length=64)
+            np.savez(self.path, documents=encoder.encode_docs(self.texts), queries=encoder.encode_queries(queries))
+        vectors = np.load(self.path)
+        tfidf = TfidfVectorizer(sublinear_tf=True).fit(self.texts)
+        scores = vectors["queries"] @ vectors["documents"].T
+        scores += (tfidf.transform(queries) @ tfidf.transform(self.texts).T).toarray()
+        return scores
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Score (query, docno) rows."""
@@ -256,9 +262,7 @@ def main() -> None:
                     if (collection, name, recipe, seed) in done:
                         continue
                     sample, encoder = sample_of(collection, size), encoder_of(collection, size, name, seed)
-                    learns_from_one = "margin" in recipe or "distill" in recipe  # MiniLM takes minutes to be a teacher
-                    teacher = sample.teacher if learns_from_one else pt.Transformer.identity()
-                    rounds = {**default_recipes(teacher), PAIRS: recipes.ance(loss="pairwise")}[recipe]
+                    rounds = {**default_recipes(sample.teacher), PAIRS: recipes.ance(loss="pairwise")}[recipe]
                     row = cell(sample, encoder, rounds, args.out / f"run-{os.getpid()}", seed)
                     rows.append(dict(collection=collection, encoder=name, recipe=recipe, seed=seed) | row)
                     write(rows, results)

@@ -198,8 +198,7 @@ def ance(
     Args:
         rounds: Refreshes of the index, each followed by training on the negatives it gives.
         published: The release's settings instead of those that follow from the encoder.
-        loss: "contrastive", or "pairwise" as published, in all rounds but the warm-up; where ``published``, always
-            "pairwise".
+        loss: "contrastive", or "pairwise" (always, where ``published``), in all rounds but the warm-up.
         warm_up: Epochs of warm-up on the first stage's negatives (in-batch negatives alone where plain topics are
             given to ``fit``); 0 starts with the model's own negatives.
         epochs: Passes over the training pairs in each round, where it has no ``steps``.

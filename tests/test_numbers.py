@@ -24,7 +24,7 @@ FILES = {"README": ROOT / "README.md", "CONTRIBUTING": ROOT / "CONTRIBUTING.md",
     path.stem: path for path in sorted(DOCS.glob("*.rst")) if path.stem not in GENERATED
 }
 COUNTS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-COUNTS += ["eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"]
+COUNTS += ["eleven", "twelve", "thirteen", "fourteen", "fifteen"]
 
 
 def load(name: str) -> dict:

@@ -25,6 +25,7 @@ from evidence.evaluate import (
     measure_own,
     measure_zero_shot,
     own_target,
+    score,
     zero_shot_target,
 )
 from evidence.methods import BASELINES, FIRST_CELL, METHODS, ROWS, Method, Setting, first_encoder, grid, with_start
@@ -161,11 +162,15 @@ class Study:
                 return DualEncoder.load(folder / "encoder"), json.loads((folder / "about.json").read_text())
             teacher = self.teacher(collection, encoder) if method.teacher else None
             recipe = method.rounds(setting, unit, collection, teacher)
-            arguments = {"bf16": True} if seed in collection.budget.bfloat16 else {}
-            recipe = [
-                replace(one, batch_size=collection.budget.batch_size, training_arguments=arguments) for one in recipe
-            ]
-            return _fit(start, collection, recipe, seed, folder, before)
+            in_bfloat16 = seed in collection.budget.bfloat16
+            told = {"precision": "bfloat16" if in_bfloat16 else "float32"}
+            if before and before.get("precision", "float32") != told["precision"]:
+                raise ValueError(f"{folder} would go on from a checkpoint that was trained in another precision")
+            more = {
+                "batch_size": collection.budget.batch_size,
+                "training_arguments": {"bf16": True} if in_bfloat16 else {},
+            }
+            return _fit(start, collection, [replace(one, **more) for one in recipe], seed, folder, before, told)
 
     # --- tuning -------------------------------------------------------------------------------------------------------
 
@@ -190,7 +195,7 @@ class Study:
                 name = "-".join(f"{value:g}" for value in asdict(setting).values() if value is not None)
                 folder = self.runs / "tuning" / collection.name / encoder / f"{method}-{name}-{steps}"
                 trained, _ = self.train(collection, encoder, METHODS[method], 0, setting, steps, folder)
-                value = float(measure_own(target, trained, only_main=True)["value"].mean())
+                value = score(target, trained)
                 tried.append({**asdict(setting), "unit": steps, "nDCG@10": value})
                 ranked.append((value, setting))
             ranked.sort(key=lambda pair: -pair[0])
@@ -248,9 +253,9 @@ class Study:
 
 
 def _fit(
-    start: DualEncoder, collection: Collection, recipe: list[Round], seed: int, folder: Path, before: dict
+    start: DualEncoder, collection: Collection, recipe: list[Round], seed: int, folder: Path, before: dict, told: dict
 ) -> tuple[DualEncoder, dict]:
-    """Train by a recipe; keep the encoder and what it cost, together with what was spent before."""
+    """Train by a recipe; keep the encoder and what it cost, together with what was spent before and what is told."""
     began = time.perf_counter()
     dance = DanceRetriever(
         start, collection.corpus, folder / "run", recipe=recipe, num_results=100, seed=seed, keep="best", verbose=False
@@ -266,11 +271,8 @@ def _fit(
         "texts_for_mining": mined,
     }
     about = {name: value + before.get(name, 0) for name, value in about.items()}
-    precision = "bfloat16" if recipe[0].training_arguments.get("bf16") else "float32"
-    if before.get("precision", precision) != precision:
-        raise ValueError(f"{folder} goes on from a checkpoint that was trained in {before['precision']}; remove that")
     about["last_loss"] = float(trained["training_loss"].iloc[-1])
-    about["precision"] = precision
+    about |= told
     about["device"] = torch.cuda.get_device_name() if start.device.type == "cuda" else start.device.type
     folder.mkdir(parents=True, exist_ok=True)
     encoder = dance.encoder

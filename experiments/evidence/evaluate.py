@@ -153,6 +153,11 @@ def measure_own(target: Target, encoder: DualEncoder, *, only_main: bool = False
     return pd.concat([found, backwards], ignore_index=True)
 
 
+def score(target: Target, encoder: DualEncoder) -> float:
+    """Mean nDCG@10 of a target's queries."""
+    return float(measure_own(target, encoder, only_main=True)["value"].mean())
+
+
 def measure_zero_shot(targets: list[Target], encoder: DualEncoder) -> pd.DataFrame:
     """nDCG@10 of every query of every target."""
     parts = []

@@ -13,7 +13,8 @@ from evidence.efficiency import picture
 from evidence.inference import MAIN, ZERO_SHOT
 from evidence.methods import BASELINES, METHODS, ROWS, SAME
 from evidence.protocol import REPORTED, Protocol
-from evidence.results_page import PICTURE, results_page
+from evidence.results_page import results_page
+from evidence.side_studies import PICTURE
 from evidence.tables import (
     BACKWARDS,
     ENCODERS,

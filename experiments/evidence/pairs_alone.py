@@ -22,22 +22,16 @@ import pandas as pd
 
 from evidence import methods
 from evidence.cells import Study
-from evidence.evaluate import Target, measure_own, own_target
+from evidence.evaluate import own_target, score
 from evidence.inference import MAIN
 from evidence.methods import Method, Setting
 from evidence.protocol import FULL
 from evidence.run import RESULTS
-from pt_dance import DualEncoder
 
 LAYERS = r"(linear|norm)\."
 UNIT = 100
 TEMPERATURES = (1.0, 5.0)
 RATES = ((0.003, None), (0.03, 0.0003))
-
-
-def score(target: Target, encoder: DualEncoder) -> float:
-    """nDCG@10."""
-    return float(measure_own(target, encoder, only_main=True)["value"].mean())
 
 
 def variant(layer_rate: float | None, temperature: float, *, in_batch: bool) -> Method:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd
 
 from evidence.cells import Study
-from evidence.evaluate import measure_own, own_target
+from evidence.evaluate import own_target, score
 from evidence.inference import MAIN
 from evidence.methods import METHODS, Setting
 from evidence.protocol import FULL
@@ -45,10 +45,7 @@ def main() -> None:
     rows = []
 
     def measure(encoder, **told: object) -> None:
-        scores = {
-            f"{MAIN}, {part}": float(measure_own(target, encoder, only_main=True)["value"].mean())
-            for part, target in targets.items()
-        }
+        scores = {f"{MAIN}, {part}": score(target, encoder) for part, target in targets.items()}
         rows.append({"collection": args.collection, "encoder": args.encoder, **told, **scores})
         print(rows[-1], flush=True)
 

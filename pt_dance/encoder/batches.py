@@ -46,13 +46,24 @@ def batches(reader: Reader, texts: list[str], budget: int, most: int) -> Iterato
                 rows = np.arange(first, min(first + most, len(positions)))
                 yield positions[rows], tokens.features(rows)
             continue
-        by_length = np.argsort(-tokens.lengths, kind="stable")
-        first = 0
-        while first < len(by_length):
-            size = max(1, min(most, budget // max(1, int(tokens.lengths[by_length[first]]))))
-            rows = by_length[first : first + size]
+        for rows in groups_of_like_length(tokens.lengths, budget, most):
             yield positions[rows], tokens.features(rows)
-            first += size
+
+
+def groups_of_like_length(lengths: np.ndarray, budget: int, most: int) -> Iterator[np.ndarray]:
+    """Cut texts of so many tokens into groups, the longest first.
+
+    A group has at most ``budget`` tokens, padding included, unless it is of one text, and at most ``most`` texts.
+
+    Yields:
+        The positions of a group's texts.
+    """
+    by_length = np.argsort(-lengths, kind="stable")
+    first = 0
+    while first < len(by_length):
+        size = max(1, min(most, budget // max(1, int(lengths[by_length[first]]))))
+        yield by_length[first : first + size]
+        first += size
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Router, StaticEmb
 from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
 from torch import Tensor, nn
 
+from pt_dance.encoder.batches import groups_of_like_length
 from pt_dance.losses._batch import Batch, BatchRows
 from pt_dance.losses.rows import TrainingRows
 from pt_dance.storage.options import choice, number, whole
@@ -329,17 +330,14 @@ def _embed_texts(model: nn.Module, columns: list[dict[str, Any]]) -> list[Tensor
         return embed_columns(model, columns, separate_first=False)
     mask = merged["attention_mask"]
     widths = mask.shape[1] - mask.flip(1).int().argmax(1)  # of a text with its last token
-    order = widths.argsort(descending=True, stable=True)
     # of one length, or padded on the left: there is nothing to leave out
-    in_one = int(widths.min()) == mask.shape[1]
-    parts, first = [], 0
-    while first < len(order):
-        width = int(widths[order[first]])
-        size = len(order) if in_one else max(1, TOKENS_AT_ONCE // width)
-        rows = order[first : first + size]
+    budget = mask.numel() if int(widths.min()) == mask.shape[1] else TOKENS_AT_ONCE
+    groups = [torch.from_numpy(rows) for rows in groups_of_like_length(widths.numpy(), budget, len(widths))]
+    parts = []
+    for rows in groups:
+        width = int(widths[rows[0]])
         parts.append(model({key: value[rows, :width] if key in _PADDED else value for key, value in merged.items()}))
-        first += size
-    embeddings = torch.cat([part["sentence_embedding"] for part in parts])[order.argsort()]
+    embeddings = torch.cat([part["sentence_embedding"] for part in parts])[torch.cat(groups).argsort()]
     return list(embeddings.split([len(column["attention_mask"]) for column in columns]))
 
 
