@@ -275,6 +275,8 @@ def test_the_second_stage_of_dance_trains_both_directions_gently(collection, tmp
     np.testing.assert_array_equal(vectors[True][0], vectors[False][0])
     # How far the dual loss moves the vectors, in what the stage moves them without it: nothing where it does nothing.
     before, alone, dual = vectors[False][0], vectors[False][1], vectors[True][1]
+    # 1 where the dual loss does nothing; MedQuAD's slice gives the whole stage little to move
+    assert (dual * alone).sum(axis=1).mean() < (0.9995 if "docstrings" in collection.folder.name else 0.9998)
     assert np.linalg.norm(dual - alone, axis=1).mean() > 0.3 * np.linalg.norm(alone - before, axis=1).mean()
 
 
