@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -52,7 +51,6 @@ def test_the_whole_study_at_toy_size_goes_on_after_a_kill(shared_data, tmp_path)
     ):
         assert words in printed
     assert "cannot be told here" in printed or "holds" in printed
-    assert "All methods with seed 3 are trained in bfloat16" in printed
     started = time.monotonic()
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     assert again[again.index("What Each") :] == printed[printed.index("What Each") :], f"{time.monotonic() - started}"
@@ -164,26 +162,6 @@ def test_cells_come_back_from_what_is_committed(tmp_path):
         again = pq.read_table(tmp_path / "results" / file.name).to_pandas()
         pd.testing.assert_frame_equal(again, pq.read_table(file).to_pandas())
         assert (tmp_path / "results" / f"{file.stem}.json").read_text() == file.with_suffix(".json").read_text()
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_all_methods_of_a_seed_are_trained_with_one_precision(tmp_path, mixed):
-    from evidence.results_page import precision
-
-    cells = [
-        {"method": method, "seed": seed, "seconds": 1.0, "precision": "bfloat16" if seed == 3 else "float32"}
-        for method in ("mnrl", "samtone")
-        for seed in (2, 3)
-    ]
-    if mixed:
-        cells[-1]["precision"] = "float32"
-    (tmp_path / "scifact-minilm.parquet").touch()
-    (tmp_path / "scifact-minilm.json").write_text(json.dumps({"cells": [{"method": "bm25", "seed": 3}, *cells]}))
-    if mixed:
-        with pytest.raises(ValueError, match="cells of minilm with seed 3 were trained with different precisions"):
-            precision(tmp_path, "minilm")
-    else:
-        assert precision(tmp_path, "minilm").startswith("All methods with seed 3 are trained in bfloat16")
 
 
 def test_other_results_beside_the_cells_are_not_taken_for_cells(tmp_path):

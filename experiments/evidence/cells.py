@@ -162,15 +162,8 @@ class Study:
                 return DualEncoder.load(folder / "encoder"), json.loads((folder / "about.json").read_text())
             teacher = self.teacher(collection, encoder) if method.teacher else None
             recipe = method.rounds(setting, unit, collection, teacher)
-            in_bfloat16 = seed in collection.budget.bfloat16
-            told = {"precision": "bfloat16" if in_bfloat16 else "float32"}
-            if before and before.get("precision", "float32") != told["precision"]:
-                raise ValueError(f"{folder} would go on from a checkpoint that was trained in another precision")
-            more = {
-                "batch_size": collection.budget.batch_size,
-                "training_arguments": {"bf16": True} if in_bfloat16 else {},
-            }
-            return _fit(start, collection, [replace(one, **more) for one in recipe], seed, folder, before, told)
+            recipe = [replace(one, batch_size=collection.budget.batch_size) for one in recipe]
+            return _fit(start, collection, recipe, seed, folder, before)
 
     # --- tuning -------------------------------------------------------------------------------------------------------
 
@@ -253,9 +246,9 @@ class Study:
 
 
 def _fit(
-    start: DualEncoder, collection: Collection, recipe: list[Round], seed: int, folder: Path, before: dict, told: dict
+    start: DualEncoder, collection: Collection, recipe: list[Round], seed: int, folder: Path, before: dict
 ) -> tuple[DualEncoder, dict]:
-    """Train by a recipe; keep the encoder and what it cost, together with what was spent before and what is told."""
+    """Train by a recipe; keep the encoder and what it cost, together with what was spent before."""
     began = time.perf_counter()
     dance = DanceRetriever(
         start, collection.corpus, folder / "run", recipe=recipe, num_results=100, seed=seed, keep="best", verbose=False
@@ -272,7 +265,6 @@ def _fit(
     }
     about = {name: value + before.get(name, 0) for name, value in about.items()}
     about["last_loss"] = float(trained["training_loss"].iloc[-1])
-    about |= told
     about["device"] = torch.cuda.get_device_name() if start.device.type == "cuda" else start.device.type
     folder.mkdir(parents=True, exist_ok=True)
     encoder = dance.encoder

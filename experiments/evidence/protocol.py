@@ -32,8 +32,6 @@ class Budget:
         learning_rates: the grid's learning rates.
         layer_rates: the grid's learning rates of encoders with a new linear layer (a projection, a head), which the
             rates that suit token embeddings break.
-        bfloat16: seeds whose encoders are trained under autocast to bfloat16. All methods of a seed are trained alike,
-            so that what is compared within a seed differs in the method alone; all encoders are measured in float32.
     """
 
     unit: int
@@ -43,8 +41,6 @@ class Budget:
     seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
     layer_rates: tuple[float, ...]
-    # not in what names the protocol: each cell says for itself how it was trained
-    bfloat16: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def steps(self) -> int:
@@ -81,7 +77,7 @@ class Protocol:
         default_factory=lambda: {
             "static": Budget(250, 32, 4000, None, (1, 2, 3, 4, 5), (0.003, 0.01, 0.03), (0.0003, 0.001, 0.003)),
             "static-minilm": Budget(250, 32, 4000, None, (1, 2, 3, 4, 5), (0.001, 0.003, 0.01), (0.0003, 0.001, 0.003)),
-            "minilm": Budget(50, 64, 4000, 64, (1, 2, 3), (1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4), bfloat16=(3,)),
+            "minilm": Budget(50, 64, 4000, 64, (1, 2, 3), (1e-5, 3e-5, 1e-4), (1e-5, 3e-5, 1e-4)),
         }
     )
     temperatures: tuple[float, ...] = (0.02, 0.05)
@@ -108,7 +104,7 @@ SMALL = Protocol(
     name="small",
     training=("scifact",),
     encoders=("static",),
-    budgets={"static": Budget(5, 16, 200, 64, (1, 2, 3), (0.003, 0.01), (0.001, 0.003), bfloat16=(3,))},
+    budgets={"static": Budget(5, 16, 200, 64, (1, 2, 3), (0.003, 0.01), (0.001, 0.003))},
     temperatures=(0.05,),
     weights=(0.1,),
     halving=(0.25, 0.5),

