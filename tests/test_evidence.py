@@ -101,6 +101,21 @@ def test_the_pages_say_what_the_cells_say():
     assert found >= 8 * len(files)
 
 
+def test_mnrl_at_the_settings_of_others_is_what_was_measured():
+    from evidence.side_studies import same_settings_section
+    from evidence.tables import told_of
+
+    found = pd.read_parquet(RESULTS / "same-settings.parquet")
+    seen = set(told_of(RESULTS, "minilm")["scifact"]["sizes"]["seen"])
+    printed = " ".join("\n".join(same_settings_section(RESULTS)).split())
+    for setting, method in (("3e-05 - 0.05", "mnrl"), ("1e-05 - 0.02", "ade-mnrl")):
+        mine = found[found["method"] == method]
+        parts = mine, mine[mine["qid"].isin(seen)], mine[~mine["qid"].isin(seen)]
+        assert len(parts[0]) == 300 and len(parts[1]) == 176
+        numbers = " - ".join(f"{part['value'].mean():.3f}".lstrip("0") for part in parts)
+        assert f"{setting} - {numbers}" in printed
+
+
 def test_committed_pages_are_those_of_the_committed_cells():
     from evidence.pages import pages
     from evidence.protocol import FULL

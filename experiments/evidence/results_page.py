@@ -10,7 +10,13 @@ from evidence.cells import Study
 from evidence.inference import AFTER, MAIN, ZERO_SHOT, claims, compared, difference
 from evidence.methods import BASELINES, METHODS, ROWS
 from evidence.protocol import REPORTED, TRAINING, Protocol
-from evidence.side_studies import efficiency_section, rates_section, refresh_section, space_section
+from evidence.side_studies import (
+    efficiency_section,
+    rates_section,
+    refresh_section,
+    same_settings_section,
+    space_section,
+)
 from evidence.tables import (
     BACKWARDS,
     ENCODERS,
@@ -100,6 +106,7 @@ def results_page(protocol: Protocol, results: Path) -> str:
     text += (
         pilot_section(protocol, results)
         + rates_section(results)
+        + same_settings_section(results)
         + refresh_section(protocol, results)
         + efficiency_section(results)
         + space_section(results)

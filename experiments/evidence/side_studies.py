@@ -1,4 +1,4 @@
-"""The sections of the results page on studies beside the cells: what rates, refresh, efficiency and space wrote."""
+"""The sections of the results page on studies beside the cells: what rates, same_settings and others wrote."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from evidence.tables import (
     load,
     rst_table,
     short,
+    told_of,
     wide,
 )
 
@@ -42,6 +43,38 @@ def rates_section(results: Path) -> list[str]:
         f"Untrained, without the head: {short(before[reported])} ({short(before[tuned])}). "
         "``python experiments/evidence/rates.py``; what it says of the tables is below, "
         "\"A rate that is ahead early\".",
+        "", rst_table(rows),
+    ]  # fmt: skip
+
+
+def same_settings_section(results: Path) -> list[str]:
+    """MNRL at the settings of what it is compared with: what same_settings.py wrote."""
+    if not (file := results / "same-settings.parquet").exists():
+        return []
+    found = pd.read_parquet(file)
+    name, encoder, seed = (found[column].iloc[0] for column in ("collection", "encoder", "seed"))
+    told, cells = told_of(results, encoder)[name], load(results, encoder)[name]
+    cells = cells[(cells["collection"] == name) & (cells["measure"] == MAIN)].set_index("qid")
+    seen = cells.index.isin(told["sizes"]["seen"])
+    rows = [["row", "learning rate", "temperature", "all", "documents trained on", "other documents"]]
+    for (method, against), mine in found.groupby(["method", "against"], sort=False):
+        own, other = (told["tuning"][row]["chosen"] for row in (method, against))
+        trained = [
+            (method, own, cells[f"{method}/{seed}"]),
+            (method, other, mine.set_index("qid")["value"].loc[cells.index]),
+            (against, other, cells[f"{against}/{seed}"]),
+        ]
+        rows += [
+            [NAMES[row], *(f"{setting[key]:g}" for key in ("learning_rate", "temperature")),
+             *(short(values.mean()) for values in (values, values[seen], values[~seen]))]
+            for row, setting, values in trained
+        ]  # fmt: skip
+    return [
+        heading("MNRL at the settings of others"),
+        f"{name} with {ENCODERS[encoder]}, one seed, nDCG@10 of the reported queries. Of each three rows the first and "
+        "the last are cells of the study; in between MNRL was trained at the last one's setting, in bfloat16 on a CPU. "
+        "``python experiments/evidence/same_settings.py``; what it says of the tables is below, "
+        "\"All-MiniLM on SciFact\".",
         "", rst_table(rows),
     ]  # fmt: skip
 
