@@ -133,9 +133,22 @@ def test_advice_says_where_training_did_not_help():
     as_it_is = f"leave the encoder as it is (.250); the best of the recipes is {best}"
     little = f"training changes little there: {best} is the best of the recipes, untrained .203"
     for start, told in ((0.25, as_it_is), (0.203, little), (0.1, f"{best}, untrained .100")):
-        lines = advice(own, pd.Series({"bm25": 0.5, "mnrl": 0.2, "untrained": start}))
+        lines = advice(own, pd.Series({"bm25": 0.5, "mnrl": 0.2, "untrained": start}), own)
         assert f"not trained on: {told}. BM25 has .500 there." in lines[1]
         assert "BM25 (.600) is better" in lines[2]
+
+
+def test_advice_says_which_recipe_is_ahead_on_documents_that_were_not_trained_on():
+    from evidence.pages import advice
+
+    own, away = pd.Series({"mnrl-ance": 0.7, "mnrl": 0.6, "bm25": 0.5}), pd.Series({"bm25": 0.5, "mnrl": 0.4})
+    ahead = pd.Series({"bm25": 0.9, "mnrl": 0.65, "mnrl-ance": 0.5})
+    assert (
+        "no training query asks for: ``recipes.mnrl()`` (.650). ``recipes.ance()`` (.500) is behind there."
+        in (advice(own, away, ahead)[1])
+    )
+    for near in (0.653, 0.649, 0.7):
+        assert "behind there" not in " ".join(advice(own, away, ahead.replace(0.5, near)))
 
 
 def test_the_study_goes_on_without_a_teacher_that_knows_nothing(tmp_path, monkeypatch, capsys):

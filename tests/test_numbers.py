@@ -106,7 +106,8 @@ def facts() -> dict[str, list[str]]:
             f"{short(low['dance-none'])} without both, {short(low['dance-norm'])} with normalisation, "
             f"{short(low['dance-norm-dual'])} with both; the dual loss alone has {short(low['dance-dual'])}.",
             f"by {short(apart.iloc[0])} at the lowest and by {short(apart.iloc[1])} at the middle one",
-            f"is ahead on all reported queries, {short(mined - mnrl)}, the rate makes {short(own['mnrl'] - mnrl)}, and",
+            f"is ahead on all reported queries, {short(mined - mnrl)}, a run of MNRL at its rate has "
+            f"{short(own['mnrl'] - mnrl)} (one seed",
             f"nDCG@10 is {short(higher['scifact'], 4)} higher on SciFact and "
             f"{short(higher['squad-train-nqg-sentences'], 4)} on SQuAD's sentences",
             f"(untrained {short(start['static'])}) has {short(heads['static', False, False])} by dot products without "

@@ -119,7 +119,7 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
             values = [short(s[method]) if method in s else "" for s in (own, unseen, away, back)]
             rows.append([name, *values, "" if method in BASELINES else str(seeds[SAME.get(method, method)])])
         text += [heading(f"With {words}"), rst_table(rows)]
-        text += [f"- {line}" for line in advice(own, away)] + [*so_far(results, encoder), ""]
+        text += [f"- {line}" for line in advice(own, away, unseen)] + [*so_far(results, encoder), ""]
     text += [
         heading("Whatever you choose"),
         "- Start from an encoder that already ranks well; an untrained static tower is the weakest start and the "
@@ -132,19 +132,35 @@ def choosing_page(protocol: Protocol, results: Path) -> str:
     return unlinked("\n".join(text))
 
 
-def advice(own: pd.Series, away: pd.Series) -> list[str]:
-    """What the table says, in sentences."""
+def advice(own: pd.Series, away: pd.Series, unseen: pd.Series) -> list[str]:
+    """What the table says, in sentences.
+
+    Args:
+        own: nDCG@10 on the collection that was trained on, by method, the best first.
+        away: the same on other collections.
+        unseen: nDCG@10 of the queries for documents that no training query asked for.
+    """
 
     def told(method: str, values: pd.Series) -> str:
         return f"``{RECIPES[method][0]}`` ({short(values[method])})"
+
+    def nearly(methods: list[str], values: pd.Series) -> str:
+        near = [m for m in methods[1:] if values[methods[0]] - values[m] <= SMALL]
+        return f"; within .005 of it: {', '.join(told(m, values) for m in near)}" if near else ""
 
     taught = [m for m in own.index if m in METHODS and METHODS[m].teacher]
     plain = [m for m in own.index if m in RECIPES and m not in taught]
     lines = []
     if plain:
-        near = [m for m in plain[1:] if own[plain[0]] - own[m] <= SMALL]
-        more = f"; within .005 of it: {', '.join(told(m, own) for m in near)}" if near else ""
-        lines.append(f"Queries and judgements of your own collection, no teacher: {told(plain[0], own)}{more}.")
+        line = f"{told(plain[0], own)}{nearly(plain, own)}"
+        lines.append(f"Queries and judgements of your own collection, no teacher: {line}.")
+        ranked_unseen = unseen[unseen.index.isin(plain)].sort_values(ascending=False)
+        if len(ranked_unseen) and ranked_unseen.iloc[0] > unseen[plain[0]] + SMALL:
+            line = f"{told(ranked_unseen.index[0], unseen)}{nearly(list(ranked_unseen.index), unseen)}"
+            lines.append(
+                f"Where most queries will ask for documents that no training query asks for: {line}. "
+                f"{told(plain[0], unseen)} is behind there."
+            )
         abroad = [m for m in away.index if m in plain]
         if abroad:
             best, start = told(abroad[0], away), away.get("untrained", 0)

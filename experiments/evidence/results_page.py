@@ -83,10 +83,10 @@ def results_page(protocol: Protocol, results: Path) -> str:
         "queries. All methods of an encoder take the same number of steps and draw from the same pools. Learning rate, "
         "temperature and weight were chosen for each method from three rates, two temperatures and two weights, where "
         "it has them, by successive halving with one seed, on a part of the training queries that is cut off by "
-        "cluster; encoders with a new linear layer (a head, a projection) have rates a tenth as large, as the others "
-        "break them. ``experiments/evidence`` has the protocol; ``claims.toml`` there has the claims, committed before "
-        "the runs; ``experiments/results/evidence`` has the value of every query, seed and method, and every setting "
-        "that was tried. ``make evidence`` makes what is missing and prints these tables.", "",
+        "cluster; static towers with a new linear layer (a head, a projection) have rates a tenth as large, as the "
+        "others break them. ``experiments/evidence`` has the protocol; ``claims.toml`` there has the claims, committed "
+        "before the runs; ``experiments/results/evidence`` has the value of every query, seed and method, and every "
+        "setting that was tried. ``make evidence`` makes what is missing and prints these tables.", "",
         "*One tower* encodes queries and documents (SDE), *two towers* have weights of their own (ADE), with a *shared "
         "projection* behind both (ADE-SPL). Rows of ANCE's and DANCE's losses end in the *head* of their releases, "
         "Linear and LayerNorm, and start from a *checkpoint*: a unit of steps on BM25's negatives and one on their "

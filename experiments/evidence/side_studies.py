@@ -21,6 +21,7 @@ from evidence.tables import (
 )
 
 PICTURE = "efficiency.png"
+SETTING = ("learning_rate", "temperature")
 
 
 def rates_section(results: Path) -> list[str]:
@@ -57,22 +58,27 @@ def same_settings_section(results: Path) -> list[str]:
     cells = cells[(cells["collection"] == name) & (cells["measure"] == MAIN)].set_index("qid")
     seen = cells.index.isin(told["sizes"]["seen"])
     rows = [["row", "learning rate", "temperature", "all", "documents trained on", "other documents"]]
-    for (method, against), mine in found.groupby(["method", "against"], sort=False):
-        own, other = (told["tuning"][row]["chosen"] for row in (method, against))
-        trained = [
-            (method, own, cells[f"{method}/{seed}"]),
-            (method, other, mine.set_index("qid")["value"].loc[cells.index]),
-            (against, other, cells[f"{against}/{seed}"]),
+    for (method, against), retrained in found.groupby(["method", "against"], sort=False):
+        own_setting, others_setting = (told["tuning"][row]["chosen"] for row in (method, against))
+        given = {key: retrained[key].iloc[0] for key in SETTING}
+        if given != {key: others_setting[key] for key in SETTING}:
+            raise ValueError(f"{method} was trained at {given}, which tuning did not choose for {against}")
+        three = [
+            (method, own_setting, cells[f"{method}/{seed}"]),
+            (method, others_setting, retrained.set_index("qid")["value"].loc[cells.index]),
+            (against, others_setting, cells[f"{against}/{seed}"]),
         ]
         rows += [
-            [NAMES[row], *(f"{setting[key]:g}" for key in ("learning_rate", "temperature")),
+            [NAMES[row], *(f"{setting[key]:g}" for key in SETTING),
              *(short(values.mean()) for values in (values, values[seen], values[~seen]))]
-            for row, setting, values in trained
+            for row, setting, values in three
         ]  # fmt: skip
+    precision, device = (found[column].iloc[0] for column in ("precision", "device"))
     return [
         heading("MNRL at the settings of others"),
-        f"{name} with {ENCODERS[encoder]}, one seed, nDCG@10 of the reported queries. Of each three rows the first and "
-        "the last are cells of the study; in between MNRL was trained at the last one's setting, in bfloat16 on a CPU. "
+        f"{name} with {ENCODERS[encoder]}, one seed, nDCG@10 of the reported queries. In each group of three rows the "
+        "first and the last are cells of the study (TF32 on a GPU); the middle one is MNRL at the last one's setting, "
+        f"in {precision} on a {device.upper()}, so small differences to it mean nothing. "
         "``python experiments/evidence/same_settings.py``; what it says of the tables is below, "
         "\"All-MiniLM on SciFact\".",
         "", rst_table(rows),
