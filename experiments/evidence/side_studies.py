@@ -14,6 +14,7 @@ from evidence.tables import (
     NAMES,
     heading,
     load,
+    own_queries,
     rst_table,
     short,
     told_of,
@@ -54,8 +55,8 @@ def same_settings_section(results: Path) -> list[str]:
         return []
     found = pd.read_parquet(file)
     name, encoder, seed = (found[column].iloc[0] for column in ("collection", "encoder", "seed"))
-    told, cells = told_of(results, encoder)[name], load(results, encoder)[name]
-    cells = cells[(cells["collection"] == name) & (cells["measure"] == MAIN)].set_index("qid")
+    told, cells = told_of(results, encoder)[name], own_queries(load(results, encoder)[name], name)
+    cells = cells.set_index("qid")
     seen = cells.index.isin(told["sizes"]["seen"])
     rows = [["row", "learning rate", "temperature", "all", "documents trained on", "other documents"]]
     for (method, against), retrained in found.groupby(["method", "against"], sort=False):
@@ -123,8 +124,7 @@ def differences_of(file: Path, cells: dict[str, pd.DataFrame], number: int) -> d
     values = pd.read_parquet(file)
     tables = {}
     for name, mine in values.groupby("collection"):
-        own = cells[name][(cells[name]["collection"] == name) & (cells[name]["measure"] == MAIN)]
-        clusters = own.set_index("qid")["cluster"]
+        clusters = own_queries(cells[name], name).set_index("qid")["cluster"]
         tables[name] = wide(mine.rename(columns={"variant": "method"}).assign(cluster=mine["qid"].map(clusters)))
     variants = list(values["variant"].unique())
     reference = next(name for name in variants if name.endswith("(reference)"))

@@ -139,13 +139,18 @@ def load(results: Path, encoder: str) -> dict[str, pd.DataFrame]:
     }
 
 
+def own_queries(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """nDCG@10 of a training collection's own reported queries, of what :func:`load` read for it."""
+    return table[(table["collection"] == name) & (table["measure"] == MAIN)]
+
+
 def own_documents(results: Path, encoder: str) -> dict[str, pd.DataFrame]:
     """nDCG@10 of the reported queries for documents that no training query asked for, of all cells of an encoder."""
     parts = {}
     for name, table in load(results, encoder).items():
         seen = told_of(results, encoder)[name]["sizes"]["seen"]
-        own = (table["collection"] == name) & (table["measure"] == MAIN)
-        parts[name] = table[own & ~table["qid"].isin(seen)]
+        own = own_queries(table, name)
+        parts[name] = own[~own["qid"].isin(seen)]
     return parts
 
 
